@@ -1,0 +1,104 @@
+"""How a canvas is denoised: `generation_config.json` plus what the caller overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from mlx_diffgemma.errors import ConfigError, UsageError
+
+_SAMPLER = "EntropyBoundSamplerConfig"
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """Settings of the denoising loop; the defaults are the reference implementation's.
+
+    Attributes:
+        max_tokens: most tokens to generate for one sequence.
+        max_denoising_steps: most forward passes over one canvas.
+        t_min, t_max: temperature at the last and at the first denoising step.
+        entropy_bound: nats of entropy that the accepted positions may hold between them.
+        stability_threshold: how many previous steps must have had the same argmax canvas.
+        confidence_threshold: mean entropy in nats below which a canvas is confident.
+        canvas_length: tokens drafted at a time; None takes the model's own.
+        eos_token_ids: ids that end a sequence.
+        pad_token_id: what fills the canvases of a batch past the end of a sequence.
+    """
+
+    max_tokens: int = 256
+    max_denoising_steps: int = 48
+    t_min: float = 0.4
+    t_max: float = 0.8
+    entropy_bound: float = 0.1
+    stability_threshold: int = 1
+    confidence_threshold: float = 0.005
+    canvas_length: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        _check_integer("max_tokens", self.max_tokens, 1)
+        _check_integer("max_denoising_steps", self.max_denoising_steps, 1)
+        _check_integer("stability_threshold", self.stability_threshold, 0)
+        if self.canvas_length is not None:
+            _check_integer("canvas_length", self.canvas_length, 1)
+        _check_number("t_min", self.t_min, 0.0, inclusive=True)
+        _check_number("t_max", self.t_max, 0.0)
+        _check_number("entropy_bound", self.entropy_bound, 0.0)
+        _check_number("confidence_threshold", self.confidence_threshold, 0.0)
+        if self.t_max < self.t_min:
+            raise UsageError(f"t_max ({self.t_max:g}) must not be below t_min ({self.t_min:g}).")
+
+    def override(self, **settings: Any) -> DiffusionConfig:
+        """A copy with the settings that are not None replaced.
+
+        Raises:
+            UsageError: a setting is unknown or out of range.
+        """
+        known = {f.name for f in fields(self)}
+        for name in settings:
+            if name not in known:
+                raise UsageError(f"unknown setting '{name}'; known are {', '.join(sorted(known))}.")
+        return replace(self, **{k: v for k, v in settings.items() if v is not None})
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DiffusionConfig:
+        """Read a parsed `generation_config.json`; absent settings take the reference's defaults.
+
+        Raises:
+            ConfigError: the sampler is unknown or a value is out of range.
+        """
+        sampler = dict(data.get("sampler_config") or {})
+        name = sampler.pop("_cls_name", _SAMPLER)
+        if name != _SAMPLER:
+            raise ConfigError(
+                f"generation_config.json: sampler '{name}' is unknown; known is '{_SAMPLER}'."
+            )
+        eos = data.get("eos_token_id")
+        settings = {
+            "max_tokens": data.get("max_new_tokens"),
+            "entropy_bound": sampler.get("entropy_bound"),
+            "eos_token_ids": None if eos is None else tuple(eos if isinstance(eos, list) else [eos]),
+        }
+        same_name = (
+            "max_denoising_steps", "t_min", "t_max", "stability_threshold",
+            "confidence_threshold", "pad_token_id",
+        )  # fmt: skip
+        try:
+            return cls().override(**settings, **{key: data.get(key) for key in same_name})
+        except UsageError as error:
+            raise ConfigError(f"generation_config.json: {error}") from None
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UsageError(f"{name} must be an integer of at least {least}, not {value!r}.")
+
+
+def _check_number(name: str, value: Any, bound: float, *, inclusive: bool = False) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (value >= bound if inclusive else value > bound) or value == float("inf"):
+        sign = "at least" if inclusive else "above"
+        raise UsageError(f"{name} must be a number {sign} {bound:g}, not {value!r}.")
