@@ -1,0 +1,1 @@
+"""Turns Hugging Face weights of DiffusionGemma into quantized MLX form."""

@@ -1,0 +1,49 @@
+"""DiffusionGemma on Apple Silicon, with MLX.
+
+The public names are imported when they are first used, so that `import mlx_diffgemma` is instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlx_diffgemma.checkpoint.loading import load_model
+    from mlx_diffgemma.diffusion.config import DiffusionConfig
+    from mlx_diffgemma.errors import DiffGemmaError
+    from mlx_diffgemma.generate import GenerationResponse, generate, load, stream_generate
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DiffGemmaError": "mlx_diffgemma.errors",
+    "DiffusionConfig": "mlx_diffgemma.diffusion.config",
+    "GenerationResponse": "mlx_diffgemma.generate",
+    "generate": "mlx_diffgemma.generate",
+    "load": "mlx_diffgemma.generate",
+    "load_model": "mlx_diffgemma.checkpoint.loading",
+    "stream_generate": "mlx_diffgemma.generate",
+}
+
+__all__ = [
+    "DiffGemmaError",
+    "DiffusionConfig",
+    "GenerationResponse",
+    "generate",
+    "load",
+    "load_model",
+    "stream_generate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

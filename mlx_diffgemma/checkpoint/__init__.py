@@ -1,0 +1,1 @@
+"""From disk to a model and back."""

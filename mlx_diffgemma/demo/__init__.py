@@ -1,0 +1,1 @@
+"""A small model that solves sudokus, shipped with the package."""

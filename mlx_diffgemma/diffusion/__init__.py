@@ -1,0 +1,1 @@
+"""How a canvas becomes tokens: token ids only, no strings, no terminal."""

@@ -1,0 +1,1 @@
+"""Fused operations: Metal source, plain-MLX twin, and which of them runs."""
