@@ -84,9 +84,7 @@ class RopeConfig:
         partial = section.number("partial_rotary_factor", 1.0)
         if partial > 1 or (rope_type == "default" and partial != 1):
             raise section.fail("partial_rotary_factor", f"cannot be {partial:g} for {rope_type!r}")
-        return cls(
-            section.number("rope_theta"), rope_type, partial, section.number("factor", 1.0)
-        )
+        return cls(section.number("rope_theta"), rope_type, partial, section.number("factor", 1.0))
 
 
 @dataclass(frozen=True)
@@ -165,11 +163,9 @@ def _read_attention(section: _Section) -> tuple[AttentionConfig, ...]:
     kinds = section.get("layer_types")
     if not isinstance(kinds, (list, tuple)) or not kinds:
         raise section.fail("layer_types", "must be a list with one entry a layer")
-    if len(kinds) != section.size("num_hidden_layers"):
-        raise section.fail(
-            "layer_types",
-            f"names {len(kinds)} layers, num_hidden_layers says {section.size('num_hidden_layers')}",
-        )
+    count = section.size("num_hidden_layers")
+    if len(kinds) != count:
+        raise section.fail("layer_types", f"names {len(kinds)} layers, num_hidden_layers {count}")
     for kind in kinds:
         if kind not in (SLIDING, FULL):
             raise section.fail("layer_types", f"has {kind!r}; known are '{SLIDING}' and '{FULL}'")
@@ -193,7 +189,8 @@ def _read_attention(section: _Section) -> tuple[AttentionConfig, ...]:
         kv_heads, head_dim = sizes.size("num_key_value_heads"), sizes.size("head_dim")
         if heads % kv_heads:
             raise section.fail(
-                "num_attention_heads", f"is {heads}, no multiple of layer {index}'s {kv_heads} KV heads"
+                "num_attention_heads",
+                f"is {heads}, no multiple of layer {index}'s {kv_heads} KV heads",
             )
         if head_dim % 2:
             raise sizes.fail("head_dim", f"must be even for rotary embeddings, not {head_dim}")
@@ -249,13 +246,17 @@ class ModelConfig:
             raise top.fail("tie_word_embeddings", "must be true: DiffusionGemma ties its head")
         quantization = data.get("quantization") or data.get("quantization_config")
         if quantization is not None and "bits" not in _Section(quantization, "quantization").data:
-            raise top.fail("quantization_config", "is not in MLX form; convert the original weights")
+            raise top.fail(
+                "quantization_config", "is not in MLX form; convert the original weights"
+            )
         return cls(
             text=text,
             canvas_length=top.size("canvas_length"),
             eos_token_ids=top.ids("eos_token_id") or top.section("text_config").ids("eos_token_id"),
             image_token_ids=tuple(
-                i for key in ("image_token_id", "boi_token_id", "eoi_token_id") for i in top.ids(key)
+                i
+                for key in ("image_token_id", "boi_token_id", "eoi_token_id")
+                for i in top.ids(key)
             ),
             quantization=quantization,
             raw=data,

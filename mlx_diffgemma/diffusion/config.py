@@ -80,7 +80,9 @@ class DiffusionConfig:
         settings = {
             "max_tokens": data.get("max_new_tokens"),
             "entropy_bound": sampler.get("entropy_bound"),
-            "eos_token_ids": None if eos is None else tuple(eos if isinstance(eos, list) else [eos]),
+            "eos_token_ids": None
+            if eos is None
+            else tuple(eos if isinstance(eos, list) else [eos]),
         }
         same_name = (
             "max_denoising_steps", "t_min", "t_max", "stability_threshold",

@@ -1,0 +1,75 @@
+"""What the loop asks of the model at a step: not logits, but what follows from them.
+
+Letters: R rows, C canvas, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+from mlx_diffgemma.diffusion.noise import draw_categorical
+from mlx_diffgemma.model.cache import PrefixCache
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The model's view of a canvas at a temperature.
+
+    Attributes:
+        argmax: [R, C] int32, the most likely tokens: the draft.
+        draw: [R, C] int32, one sample a position.
+        entropy: [R, C] float32, in nats.
+        soft_embeddings: [R, C, D], the expected embeddings, for the next step.
+    """
+
+    argmax: mx.array
+    draw: mx.array
+    entropy: mx.array
+    soft_embeddings: mx.array
+
+
+class Predictor(Protocol):
+    """One forward pass over a canvas [R, C] that continues the prefix in `cache`."""
+
+    def __call__(
+        self,
+        canvas: mx.array,
+        cache: PrefixCache,
+        soft_embeddings: mx.array | None,
+        temperature: float,
+        keys: mx.array,
+    ) -> Prediction: ...
+
+
+class MaterializedPredictor:
+    """A prediction from the whole [R, C, V] logits in float32."""
+
+    def __init__(self, model: DiffusionGemma) -> None:
+        self.model = model
+
+    def __call__(
+        self,
+        canvas: mx.array,
+        cache: PrefixCache,
+        soft_embeddings: mx.array | None,
+        temperature: float,
+        keys: mx.array,
+    ) -> Prediction:
+        hidden = self.model.decode(canvas, cache, soft_embeddings)
+        processed = self.model.logits(hidden) / temperature
+        return Prediction(
+            argmax=mx.argmax(processed, axis=-1).astype(mx.int32),
+            draw=draw_categorical(processed, keys),
+            entropy=entropy(processed),
+            soft_embeddings=self.model.soft_embeddings(processed),
+        )
+
+
+def entropy(logits: mx.array) -> mx.array:
+    """Entropy in nats of the distributions that `logits` [..., V] describe."""
+    log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return -(mx.exp(log_p) * log_p).sum(axis=-1)

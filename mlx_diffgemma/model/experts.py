@@ -1,0 +1,61 @@
+"""The mixture of experts. Letters: N tokens, D hidden, I expert width, E experts, K per token."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import SwitchLinear
+
+from mlx_diffgemma.config import TextConfig
+
+_SORT_FROM = 64  # token-expert pairs from which sorting by expert pays
+
+
+class Router(nn.Module):
+    """Chooses experts from the raw residual (not from the normed input of the experts)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.scale = mx.ones((config.hidden_size,))
+        self.per_expert_scale = mx.ones((config.num_experts,))
+        self._top_k = config.top_k_experts
+        self._eps = config.rms_norm_eps
+        self._root = config.hidden_size**-0.5
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """[N, D] -> the experts of each token [N, K] and their weights [N, K] in float32."""
+        x = mx.fast.rms_norm(x, None, self._eps) * self.scale * self._root
+        probabilities = mx.softmax(self.proj(x).astype(mx.float32), axis=-1)
+        chosen = mx.argpartition(-probabilities, self._top_k - 1, axis=-1)[..., : self._top_k]
+        chosen = mx.stop_gradient(chosen)
+        weights = mx.take_along_axis(probabilities, chosen, axis=-1)
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+        return chosen, weights * self.per_expert_scale[chosen]
+
+
+class Experts(nn.Module):
+    """E gated MLPs; gate and up stay fused in one tensor, the gate first."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        dim, width, count = config.hidden_size, config.moe_intermediate_size, config.num_experts
+        self.gate_up_proj = SwitchLinear(dim, 2 * width, count, bias=False)
+        self.down_proj = SwitchLinear(width, dim, count, bias=False)
+
+    def __call__(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
+        """[N, D], the experts [N, K] of each token and their weights -> [N, D]."""
+        count, top_k = chosen.shape
+        pairs = chosen.flatten()
+        tokens = mx.arange(count * top_k, dtype=mx.uint32) // top_k
+        sort = pairs.size >= _SORT_FROM
+        if sort:
+            order = mx.argsort(pairs)
+            pairs, tokens = pairs[order], tokens[order]
+        hidden = self.gate_up_proj(x[tokens][:, None], pairs, sorted_indices=sort)
+        gate, up = mx.split(hidden, 2, axis=-1)
+        out = self.down_proj(nn.gelu_approx(gate) * up, pairs, sorted_indices=sort)[:, 0]
+        if sort:
+            out = out[mx.argsort(order)]
+        out = out.reshape(count, top_k, -1) * weights[..., None]
+        return out.sum(axis=1).astype(x.dtype)

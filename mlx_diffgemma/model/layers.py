@@ -1,0 +1,93 @@
+"""The blocks of the network. Letters: B batch, S positions, D hidden."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_diffgemma.config import AttentionConfig, TextConfig
+from mlx_diffgemma.model.attention import Attention, Mask
+from mlx_diffgemma.model.cache import LayerCache
+from mlx_diffgemma.model.experts import Experts, Router
+
+
+class MLP(nn.Module):
+    """Gated MLP with the tanh approximation of GELU."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, width, bias=False)
+        self.up_proj = nn.Linear(dim, width, bias=False)
+        self.down_proj = nn.Linear(width, dim, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then a dense MLP and a mixture of experts side by side, each between two norms.
+
+    Both passes share everything but `layer_scalar`, which the encoder brings along.
+    """
+
+    def __init__(self, config: TextConfig, sizes: AttentionConfig) -> None:
+        super().__init__()
+        dim, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, sizes)
+        self.mlp = MLP(dim, config.intermediate_size)
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.input_layernorm = nn.RMSNorm(dim, eps=eps)
+        self.post_attention_layernorm = nn.RMSNorm(dim, eps=eps)
+        self.pre_feedforward_layernorm = nn.RMSNorm(dim, eps=eps)
+        self.post_feedforward_layernorm = nn.RMSNorm(dim, eps=eps)
+        self.post_feedforward_layernorm_1 = nn.RMSNorm(dim, eps=eps)
+        self.pre_feedforward_layernorm_2 = nn.RMSNorm(dim, eps=eps)
+        self.post_feedforward_layernorm_2 = nn.RMSNorm(dim, eps=eps)
+        self.layer_scalar = mx.ones((1,))
+
+    def encode(
+        self,
+        x: mx.array,
+        mask: Mask,
+        cache: LayerCache,
+        offset: int | mx.array,
+        layer_scalar: mx.array,
+    ) -> mx.array:
+        """[B, S, D] -> [B, S, D], writing `cache`."""
+        attended = self.self_attn.encode(self.input_layernorm(x), mask, cache, offset)
+        return self._feed_forward(x, attended) * layer_scalar
+
+    def decode(
+        self, x: mx.array, mask: Mask, cache: LayerCache, offset: int | mx.array
+    ) -> mx.array:
+        """A canvas [B, C, D] -> [B, C, D], reading `cache`."""
+        attended = self.self_attn.decode(self.input_layernorm(x), mask, cache, offset)
+        return self._feed_forward(x, attended) * self.layer_scalar
+
+    def _feed_forward(self, x: mx.array, attended: mx.array) -> mx.array:
+        h = x + self.post_attention_layernorm(attended)
+        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(h)))
+        flat = h.reshape(-1, h.shape[-1])
+        sparse = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat))
+        sparse = self.post_feedforward_layernorm_2(sparse.reshape(h.shape))
+        return h + self.post_feedforward_layernorm(dense + sparse)
+
+
+class SelfConditioning(nn.Module):
+    """Adds what the previous step expected (soft embeddings) to the embeddings of the canvas."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        dim, width = config.hidden_size, config.intermediate_size
+        self.pre_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
+        self.gate_proj = nn.Linear(dim, width, bias=False)
+        self.up_proj = nn.Linear(dim, width, bias=False)
+        self.down_proj = nn.Linear(width, dim, bias=False)
+        self._eps = config.rms_norm_eps
+
+    def __call__(self, embeddings: mx.array, soft_embeddings: mx.array) -> mx.array:
+        """[B, C, D] twice -> [B, C, D]."""
+        n = self.pre_norm(soft_embeddings)
+        signal = self.down_proj(nn.gelu_approx(self.gate_proj(n)) * self.up_proj(n))
+        return mx.fast.rms_norm(embeddings + signal, None, self._eps)
