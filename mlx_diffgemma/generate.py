@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mlx_diffgemma.diffusion.events import FinishReason
+import mlx.core as mx
+
+from mlx_diffgemma.checkpoint import loading, locate, memory
+from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.diffusion.denoise import cut, generate_canvases
+from mlx_diffgemma.diffusion.events import (
+    CanvasCommitted,
+    DenoisingStep,
+    Finished,
+    FinishReason,
+    PrefillProgress,
+)
+from mlx_diffgemma.diffusion.noise import SeededNoise, fresh_seed
+from mlx_diffgemma.diffusion.prefill import DEFAULT_STEP_SIZE
+from mlx_diffgemma.errors import PromptError, UsageError
+from mlx_diffgemma.model.cache import PrefixCache
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.text.detokenize import StreamingText
+from mlx_diffgemma.text.prompt import Prompt, encode_prompt
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
 @dataclass(frozen=True)
@@ -18,6 +43,7 @@ class GenerationResponse:
     Attributes:
         text: text committed since the previous response; never half a character.
         token: the last token committed, or None.
+        tokens: all tokens committed so far.
         prompt_tokens: tokens of the prompt.
         prompt_tps: prompt tokens encoded per second.
         generation_tokens: tokens committed so far.
@@ -45,8 +71,311 @@ class GenerationResponse:
     draft: str = ""
     canvas: list[int] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
+    tokens: tuple[int, ...] = ()
     step: int = 0
     canvas_index: int = 0
     denoising_steps: tuple[int, ...] = ()
     tokens_per_forward: float = 0.0
     seed: int = 0
+
+
+def load(
+    path_or_repo: str | Path,
+    *,
+    revision: str | None = None,
+    lazy: bool = False,
+    adapter_path: str | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+    check: bool = False,
+) -> tuple[DiffusionGemma, TokenizerWrapper]:
+    """Load a model and its tokenizer, as `mlx_lm.load` does.
+
+    Args:
+        path_or_repo: a folder, a Hugging Face repository, or "demo".
+        lazy: leave the weights on disk until they are used.
+        adapter_path: a folder with LoRA adapters.
+        chat_template: a Jinja template, or a file that holds one, in place of the checkpoint's.
+        check: look for NaN and infinity in every weight.
+
+    Raises:
+        CheckpointError, ConfigError, MemoryShortageError: each in one line.
+    """
+    from mlx_diffgemma.text.tokenizer import load_tokenizer
+
+    path = locate.locate(path_or_repo, revision)
+    model, _ = loading.load_model(path, lazy=lazy, check=check, name=str(path_or_repo))
+    if adapter_path is not None:
+        loading.load_adapters(model, adapter_path)
+    tokenizer = load_tokenizer(
+        path,
+        eos_token_ids=list(diffusion_config(model).eos_token_ids),
+        chat_template=chat_template,
+        trust_remote_code=trust_remote_code,
+    )
+    return model, tokenizer
+
+
+def diffusion_config(model: DiffusionGemma, **overrides: Any) -> DiffusionConfig:
+    """The denoising settings that the checkpoint ships, with those given replaced.
+
+    Raises:
+        ConfigError: the checkpoint's settings are damaged.
+        UsageError: an override is unknown or out of range.
+    """
+    settings: Mapping[str, Any] = model.config.raw.get("generation_config") or {}
+    config = DiffusionConfig.from_dict(settings).override(**overrides)
+    if not config.eos_token_ids:
+        config = replace(config, eos_token_ids=model.config.eos_token_ids)
+    return config
+
+
+def generate(
+    model: DiffusionGemma,
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    max_tokens: int | None = None,
+    *,
+    verbose: bool = False,
+    **options: Any,
+) -> str:
+    """The whole answer at once; `verbose` also prints it as it is committed. Other arguments are
+    those of `stream_generate`."""
+    text = ""
+    for response in stream_generate(model, tokenizer, prompt, max_tokens, draft=False, **options):
+        text += response.text
+        if verbose:
+            print(response.text, end="" if response.finish_reason is None else "\n", flush=True)
+    return text
+
+
+def stream_generate(
+    model: DiffusionGemma,
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    max_tokens: int | None = None,
+    *,
+    seed: int | None = None,
+    initial_canvas: Sequence[int] | None = None,
+    system_prompt: str | None = None,
+    raw: bool = False,
+    thinking: bool | None = None,
+    prefix_cache: PrefixCache | None = None,
+    prefill_step_size: int | None = None,
+    draft: bool = True,
+    on_prefill: Callable[[int, int], None] | None = None,
+    **settings: Any,
+) -> Iterator[GenerationResponse]:
+    """Generate, yielding after each denoising step, before the next one starts.
+
+    Args:
+        prompt: text, messages (`{"role": ..., "content": ...}`), or token ids.
+        max_tokens: most tokens to generate; None takes the checkpoint's setting.
+        seed: makes the run repeatable on one machine; None draws a fresh one (see the responses).
+        initial_canvas: token ids [C] that the first canvas starts from instead of noise.
+        raw: no chat template.
+        thinking: turn thinking on or off, where the chat template knows it.
+        prefix_cache: a cache from `model.make_cache()` to use from one call to the next: what a
+            prompt has in common with the previous one is not encoded again.
+        draft: also decode the draft of every step into text.
+        on_prefill: called with (positions done, positions in all) while the prompt is encoded.
+        settings: fields of `DiffusionConfig`, such as `max_denoising_steps` or `entropy_bound`.
+
+    Raises:
+        UsageError, PromptError: a setting or the prompt is out of range.
+        MemoryShortageError: the prompt does not fit.
+        NumericalError: the model returned NaN; the step is named.
+    """
+    config = diffusion_config(model, max_tokens=max_tokens, **settings)
+    step_size = DEFAULT_STEP_SIZE if prefill_step_size is None else prefill_step_size
+    if step_size < 1:
+        raise UsageError(f"prefill_step_size must be at least 1, not {step_size}.")
+    seed = fresh_seed() if seed is None else seed
+    if seed < 0:
+        raise UsageError(f"seed must not be negative, and is {seed}.")
+    ids = encode_prompt(tokenizer, prompt, raw=raw, system_prompt=system_prompt, thinking=thinking)
+    config = fit_to_context(model, ids, config)
+    return _stream(
+        model,
+        StreamingText(tokenizer),
+        ids,
+        config,
+        seed=seed,
+        initial_canvas=None if initial_canvas is None else mx.array([list(initial_canvas)]),
+        cache=model.make_cache() if prefix_cache is None else prefix_cache,
+        step_size=step_size,
+        draft=draft,
+        on_prefill=on_prefill or (lambda done, total: None),
+    )
+
+
+def fit_to_context(
+    model: DiffusionGemma, ids: Sequence[int], config: DiffusionConfig
+) -> DiffusionConfig:
+    """Check a prompt against the model, and end the answer where the context ends.
+
+    Raises:
+        PromptError: empty, outside the vocabulary, with image tokens, or too long.
+        MemoryShortageError: the prefix and a denoising step exceed what the machine offers.
+    """
+    text, images = model.config.text, set(model.config.image_token_ids)
+    if not ids:
+        raise PromptError("the prompt is empty; give some text or token ids.")
+    for place, token in enumerate(ids):
+        if not 0 <= token < text.vocab_size:
+            raise PromptError(
+                f"prompt token {place} is {token}; ids go from 0 to {text.vocab_size - 1}."
+            )
+        if token in images:
+            raise PromptError(
+                f"prompt token {place} ({token}) stands for an image; images are not supported "
+                "yet, take it out."
+            )
+    length = config.canvas_length or model.config.canvas_length
+    canvases = (text.max_position_embeddings - len(ids)) // length
+    if canvases < 1:
+        raise PromptError(
+            f"the prompt has {len(ids)} tokens and the model's context is "
+            f"{text.max_position_embeddings}, of which a canvas takes {length}; shorten the prompt."
+        )
+    available = memory.available_memory()
+    estimate = memory.estimate(text, 0, canvas_length=length, positions=len(ids))
+    memory.require(estimate, f"a prompt of {len(ids)} tokens", available)
+    return replace(config, max_tokens=min(config.max_tokens, canvases * length))
+
+
+def _stream(
+    model: DiffusionGemma,
+    text: StreamingText,
+    ids: list[int],
+    config: DiffusionConfig,
+    *,
+    seed: int,
+    initial_canvas: mx.array | None,
+    cache: PrefixCache,
+    step_size: int,
+    draft: bool,
+    on_prefill: Callable[[int, int], None],
+) -> Iterator[GenerationResponse]:
+    mx.reset_peak_memory()
+    reuse_prefix(cache, ids)
+    clock = _Clock(prompt_tokens=len(ids))
+    events = generate_canvases(
+        model,
+        [ids[len(cache.tokens[0]) :]],
+        config,
+        SeededNoise(seed),
+        cache=cache,
+        initial_canvas=initial_canvas,
+        prefill_step_size=step_size,
+    )
+    steps: list[int] = []
+    tokens: list[int] = []
+    for event in events:
+        if isinstance(event, PrefillProgress):
+            on_prefill(event.done, event.total)
+            if event.done == event.total:
+                clock.prompt_is_encoded(event.total)
+        elif isinstance(event, DenoisingStep):
+            steps[event.canvas_index :] = [event.step]
+            canvas, room = event.draft[0].tolist(), config.max_tokens - len(tokens)
+            yield clock.response(
+                tokens,
+                steps,
+                seed,
+                draft=text.peek(cut(canvas, config.eos_token_ids, room)[0]) if draft else "",
+                canvas=canvas,
+                entropy=event.entropy[0].tolist(),
+                step=event.step,
+                canvas_index=event.canvas_index,
+            )
+        elif isinstance(event, CanvasCommitted):
+            tokens += event.tokens[0]
+            reason = event.finish_reasons[0]
+            added = text.add(event.tokens[0])
+            if reason is not None:
+                added += text.finish()
+            yield clock.response(
+                tokens,
+                steps,
+                seed,
+                text=added,
+                finish_reason=reason,
+                canvas_index=event.canvas_index,
+            )
+
+
+def reuse_prefix(cache: PrefixCache, ids: Sequence[int]) -> None:
+    """Leave in `cache` only a prefix of `ids`, as long a one as it can go back to."""
+    held = cache.tokens[0] if cache.tokens else []
+    common = 0
+    while common < min(len(held), len(ids)) and held[common] == ids[common]:
+        common += 1
+    if common < len(held) and not cache.trim(common):
+        cache.clear()
+    cache.tokens = cache.tokens or [[]]
+
+
+class _Clock:
+    """Turns the progress of one generation into responses with its speeds."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.start = time.perf_counter()
+        self.prompt_seconds = 0.0
+        self.encoded = 0
+
+    def prompt_is_encoded(self, positions: int) -> None:
+        self.prompt_seconds, self.encoded = time.perf_counter() - self.start, positions
+
+    def response(
+        self, tokens: Sequence[int], steps: Sequence[int], seed: int, *, text: str = "", **now: Any
+    ) -> GenerationResponse:
+        seconds = time.perf_counter() - self.start - self.prompt_seconds
+        return GenerationResponse(
+            text=text,
+            token=tokens[-1] if tokens else None,
+            tokens=tuple(tokens),
+            prompt_tokens=self.prompt_tokens,
+            prompt_tps=self.encoded / self.prompt_seconds if self.prompt_seconds else 0.0,
+            generation_tokens=len(tokens),
+            generation_tps=len(tokens) / seconds if seconds else 0.0,
+            peak_memory=mx.get_peak_memory() / 1e9,
+            denoising_steps=tuple(steps),
+            tokens_per_forward=len(tokens) / sum(steps) if steps else 0.0,
+            seed=seed,
+            **now,
+        )
+
+
+def batch_generate(
+    model: DiffusionGemma,
+    tokenizer: TokenizerWrapper,
+    prompts: Sequence[Prompt],
+    max_tokens: int | None = None,
+    *,
+    seed: int | None = None,
+    system_prompt: str | None = None,
+    raw: bool = False,
+    thinking: bool | None = None,
+    **settings: Any,
+) -> list[str]:
+    """Answer several prompts at once, each ending by itself; arguments as for `stream_generate`."""
+    if not prompts:
+        return []
+    config = diffusion_config(model, max_tokens=max_tokens, **settings)
+    ids = [
+        encode_prompt(tokenizer, prompt, raw=raw, system_prompt=system_prompt, thinking=thinking)
+        for prompt in prompts
+    ]
+    config = min((fit_to_context(model, row, config) for row in ids), key=lambda c: c.max_tokens)
+    noise = SeededNoise(fresh_seed() if seed is None else seed)
+    finished = None
+    for event in generate_canvases(model, ids, config, noise):
+        finished = event
+    assert isinstance(finished, Finished)
+    texts = []
+    for row in finished.tokens:
+        text = StreamingText(tokenizer)
+        texts.append(text.add(row) + text.finish())
+    return texts

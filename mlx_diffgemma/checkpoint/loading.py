@@ -1,0 +1,199 @@
+"""From a checkpoint to a model, and every way in which a checkpoint can be broken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_diffgemma.checkpoint import memory
+from mlx_diffgemma.checkpoint.locate import locate
+from mlx_diffgemma.checkpoint.names import canonical_name, expert_piece, is_vision
+from mlx_diffgemma.checkpoint.quantization import formats_from_config
+from mlx_diffgemma.checkpoint.shards import StoredTensor, read_json, stored_tensors
+from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.errors import CheckpointError
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_ITEM_BYTES = {"F64": 8, "F32": 4, "U32": 4, "F16": 2, "BF16": 2, "U8": 1}
+
+
+def load_model(
+    path_or_repo: str | Path,
+    *,
+    revision: str | None = None,
+    lazy: bool = False,
+    dtype: mx.Dtype | None = None,
+    check: bool = False,
+    name: str | None = None,
+) -> tuple[DiffusionGemma, dict[str, Any]]:
+    """Load a model without its tokenizer, for work on token ids.
+
+    Reads the layout of Hugging Face and the converted layout of MLX. Vision weights are left on
+    disk.
+
+    Args:
+        path_or_repo: a folder, a Hugging Face repository, or "demo".
+        lazy: leave the weights on disk until they are used.
+        dtype: type of the weights that are not quantized, and so of the activations. None keeps
+            that of the checkpoint on a GPU and takes float32 on a CPU, where MLX is fast in no
+            other.
+        check: look for NaN and infinity in every weight.
+        name: what errors call the model; None takes `path_or_repo`.
+
+    Returns:
+        The model and its `config.json` (with the content of `generation_config.json` under the key
+        of that name).
+
+    Raises:
+        CheckpointError, ConfigError, MemoryShortageError: each in one line.
+    """
+    folder = locate(path_or_repo, revision)
+    raw = read_config(folder)
+    config = ModelConfig.from_dict(raw)
+    stored = _text_tensors(folder)
+    if dtype is None and mx.default_device() == mx.cpu:
+        dtype = mx.float32
+    if not lazy:
+        weights = sum(_loaded_bytes(tensor, dtype) for tensor in stored.values())
+        estimate = memory.estimate(config.text, weights, canvas_length=config.canvas_length)
+        memory.require(estimate, name or str(path_or_repo), memory.available_memory())
+
+    model = DiffusionGemma(config)
+    _quantize_modules(model, config, stored)
+    _compare(model, stored)
+    model.load_weights(list(_read(stored, dtype).items()))
+    model.eval()
+    if check:
+        _check_finite(model)
+    if not lazy:
+        memory.wire_model()
+        mx.eval(model.parameters())
+    return model, dict(raw)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json`, with `generation_config.json` inside it where there is one."""
+    raw = read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    if isinstance(raw, dict) and generation.exists():
+        raw["generation_config"] = read_json(generation)
+    return raw
+
+
+def load_adapters(model: DiffusionGemma, adapter_path: str | Path) -> None:
+    """Put LoRA adapters in mlx-lm's format onto `model`.
+
+    Raises:
+        CheckpointError: the folder has no adapters.
+    """
+    folder = Path(adapter_path)
+    for file in ("adapter_config.json", "adapters.safetensors"):
+        if not (folder / file).exists():
+            raise CheckpointError(f"{folder} has no {file}; name the folder that training wrote.")
+    from mlx_lm.tuner.utils import load_adapters as load_lora
+
+    load_lora(model, str(folder))
+    model.eval()
+
+
+def _text_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The stored tensors of the text model, by the name of the parameter they fill."""
+    tensors: dict[str, StoredTensor] = {}
+    for stored in stored_tensors(folder).values():
+        parameter = canonical_name(stored.name)
+        if parameter is None or is_vision(stored.name):
+            continue
+        if expert_piece(stored.name) is not None:
+            raise CheckpointError(
+                f"{stored.shard.name} stores its experts one by one ({stored.name}); "
+                "join them with mlx-diffgemma-convert."
+            )
+        tensors[parameter] = stored
+    return tensors
+
+
+def _loaded_bytes(tensor: StoredTensor, dtype: mx.Dtype | None) -> int:
+    size = _ITEM_BYTES.get(tensor.dtype, 4)
+    if dtype is not None and tensor.dtype in _FLOATS:
+        size = dtype.size
+    for extent in tensor.shape:
+        size *= extent
+    return size
+
+
+def _quantize_modules(
+    model: DiffusionGemma, config: ModelConfig, stored: Mapping[str, StoredTensor]
+) -> None:
+    """Turn every module whose scales are stored into its quantized form."""
+    if config.quantization is None:
+        return
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    formats = formats_from_config(config, shapes)
+
+    def parameters(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if path not in formats:
+            return False
+        fmt = formats[path]
+        return {"group_size": fmt.group_size, "bits": fmt.bits, "mode": fmt.mode}
+
+    nn.quantize(model, class_predicate=parameters)
+
+
+def _compare(model: DiffusionGemma, stored: Mapping[str, StoredTensor]) -> None:
+    """Every parameter must be stored, in its shape and a type that it can take; nothing else may.
+
+    Raises:
+        CheckpointError: naming the first tensor that is missing, wrong or extra.
+    """
+    expected: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    for name, parameter in expected.items():
+        if name not in stored:
+            raise CheckpointError(f"tensor {name} is missing; fetch or convert the weights again.")
+        tensor = stored[name]
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(
+                f"tensor {tensor.name} in {tensor.shard.name} has shape {list(tensor.shape)}, "
+                f"config.json asks for {list(parameter.shape)}; they are of different models."
+            )
+        packed = not mx.issubdtype(parameter.dtype, mx.floating)
+        fits = tensor.dtype in ("U32", "U8") if packed else tensor.dtype in _FLOATS
+        if not fits:
+            kind = "packed integers" if packed else "floating-point numbers"
+            raise CheckpointError(
+                f"tensor {tensor.name} in {tensor.shard.name} is of type {tensor.dtype}, not "
+                f"{kind}; convert the weights again."
+            )
+    extra = next((name for name in stored if name not in expected), None)
+    if extra is not None:
+        tensor = stored[extra]
+        raise CheckpointError(
+            f"tensor {tensor.name} in {tensor.shard.name} has no place in the model that "
+            "config.json describes; they are of different models."
+        )
+
+
+def _read(stored: Mapping[str, StoredTensor], dtype: mx.Dtype | None) -> dict[str, mx.array]:
+    """The arrays, still on disk (MLX reads them when they are first used)."""
+    shards: dict[Path, dict[str, mx.array]] = {}
+    weights = {}
+    for name, tensor in stored.items():
+        if tensor.shard not in shards:
+            shards[tensor.shard] = mx.load(str(tensor.shard))  # type: ignore[assignment]
+        array = shards[tensor.shard][tensor.name]
+        if dtype is not None and mx.issubdtype(array.dtype, mx.floating):
+            array = array.astype(dtype)
+        weights[name] = array
+    return weights
+
+
+def _check_finite(model: DiffusionGemma) -> None:
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    for name, parameter in parameters.items():
+        if mx.issubdtype(parameter.dtype, mx.floating) and not mx.isfinite(parameter).all().item():
+            raise CheckpointError(f"tensor {name} holds NaN or infinity; fetch the weights again.")
