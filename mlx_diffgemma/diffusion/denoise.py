@@ -5,13 +5,14 @@ Letters: B sequences asked for, R rows still being written, C canvas.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.diffusion.constraints import CanvasConstraint
 from mlx_diffgemma.diffusion.events import (
     CanvasCommitted,
     DenoisingStep,
@@ -28,6 +29,8 @@ from mlx_diffgemma.diffusion.stopping import StableAndConfident
 from mlx_diffgemma.errors import NumericalError, UsageError
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+
+Constrain = Callable[[int, Sequence[int]], CanvasConstraint | None]
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,18 @@ def denoising_step(
     entropy_bound: float,
     keys: mx.array,
     noise: mx.array,
+    constraint: CanvasConstraint | None = None,
 ) -> StepResult:
-    """One pass over `canvas` [R, C]: predict, accept the most certain draws, renoise the rest."""
-    prediction = predictor(canvas, cache, soft_embeddings, temperature, keys)
+    """One pass over `canvas` [R, C]: predict, accept the most certain draws, renoise the rest.
+
+    A fixed position has no entropy, so it is accepted and takes nothing of the bound.
+    """
+    prediction = predictor(canvas, cache, soft_embeddings, temperature, keys, constraint)
     accepted = entropy_bound_accept(prediction.entropy, entropy_bound)
-    return StepResult(prediction, accepted, renoise(prediction.draw, accepted, noise))
+    canvas = renoise(prediction.draw, accepted, noise)
+    if constraint is not None:
+        canvas = constraint.pin(canvas)
+    return StepResult(prediction, accepted, canvas)
 
 
 def denoise_canvas(
@@ -67,6 +77,7 @@ def denoise_canvas(
     canvas_length: int,
     vocab_size: int,
     initial_canvas: mx.array | None = None,
+    constraint: CanvasConstraint | None = None,
 ) -> Generator[DenoisingStep, None, tuple[np.ndarray, np.ndarray]]:
     """Denoise one canvas for every row until each is done or the steps are used up.
 
@@ -80,6 +91,10 @@ def denoise_canvas(
     canvas = initial_canvas
     if canvas is None:
         canvas = noise.initial_canvas(rows, canvas_index, *shape)
+    if constraint is not None:
+        constraint.check(len(rows), *shape)
+        canvas = constraint.pin(canvas)
+    counted = None if constraint is None else constraint.open
     schedule = LinearTemperature(config.t_min, config.t_max, config.max_denoising_steps)
     stop = StableAndConfident(config.stability_threshold, config.confidence_threshold)
     soft_embeddings, draft = None, None
@@ -96,6 +111,7 @@ def denoise_canvas(
             entropy_bound=config.entropy_bound,
             keys=noise.draw_keys(rows, canvas_index, step),
             noise=noise.renoise(rows, canvas_index, step, *shape),
+            constraint=constraint,
         )
         canvas, soft_embeddings = result.canvas, result.prediction.soft_embeddings
         mx.eval(result.prediction.argmax, result.prediction.entropy, result.accepted, canvas,
@@ -109,7 +125,7 @@ def denoise_canvas(
         proposal = np.array(result.prediction.argmax)
         draft = proposal if draft is None else np.where(done[:, None], draft, proposal)
         steps += ~done
-        done |= stop.update(draft, entropy)
+        done |= stop.update(draft, entropy, counted)
         yield DenoisingStep(
             canvas_index=canvas_index,
             step=step,
@@ -137,6 +153,7 @@ def generate_canvases(
     cache: PrefixCache | None = None,
     predictor: Predictor | None = None,
     initial_canvas: mx.array | None = None,
+    constrain: Constrain | None = None,
     prefill_step_size: int = DEFAULT_STEP_SIZE,
 ) -> Iterator[Event]:
     """Generate for B prompts of token ids at once, canvas by canvas, each ending by itself.
@@ -146,6 +163,8 @@ def generate_canvases(
             what comes after it. None starts from nothing.
         predictor: how predictions are made; None takes the model's materialized logits.
         initial_canvas: [B, C] token ids that the first canvas starts from instead of noise.
+        constrain: what each canvas must hold: called with its index and the rows still being
+            written, returns a constraint on them or None.
 
     Yields:
         `PrefillProgress`, then for each canvas its `DenoisingStep`s and a `CanvasCommitted`, and
@@ -185,6 +204,7 @@ def generate_canvases(
             canvas_length=length,
             vocab_size=model.config.text.vocab_size,
             initial_canvas=initial_canvas,
+            constraint=constrain(canvas_index, rows) if constrain else None,
         )
         initial_canvas = None
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from mlx_diffgemma.diffusion.constraints import CanvasConstraint
 from mlx_diffgemma.diffusion.noise import draw_categorical
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
@@ -33,7 +34,8 @@ class Prediction:
 
 
 class Predictor(Protocol):
-    """One forward pass over a canvas [R, C] that continues the prefix in `cache`."""
+    """One forward pass over a canvas [R, C] that continues the prefix in `cache`, at a
+    temperature, under a constraint, drawing row r with `keys[r]` [2]."""
 
     def __call__(
         self,
@@ -42,6 +44,7 @@ class Predictor(Protocol):
         soft_embeddings: mx.array | None,
         temperature: float,
         keys: mx.array,
+        constraint: CanvasConstraint | None = None,
     ) -> Prediction: ...
 
 
@@ -58,9 +61,12 @@ class MaterializedPredictor:
         soft_embeddings: mx.array | None,
         temperature: float,
         keys: mx.array,
+        constraint: CanvasConstraint | None = None,
     ) -> Prediction:
         hidden = self.model.decode(canvas, cache, soft_embeddings)
         processed = self.model.logits(hidden) / temperature
+        if constraint is not None:
+            processed = constraint.restrict(processed)
         return Prediction(
             argmax=mx.argmax(processed, axis=-1).astype(mx.int32),
             draw=draw_categorical(processed, keys),
@@ -70,6 +76,6 @@ class MaterializedPredictor:
 
 
 def entropy(logits: mx.array) -> mx.array:
-    """Entropy in nats of the distributions that `logits` [..., V] describe."""
+    """Entropy in nats of the distributions that `logits` [..., V] describe; -inf is no chance."""
     log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    return -(mx.exp(log_p) * log_p).sum(axis=-1)
+    return -mx.where(logits == -mx.inf, 0.0, mx.exp(log_p) * log_p).sum(axis=-1)

@@ -11,8 +11,11 @@ import numpy as np
 class StopRule(Protocol):
     """Sees every step of one canvas in order; made anew for each canvas."""
 
-    def update(self, draft: np.ndarray, entropy: np.ndarray) -> np.ndarray:
-        """Argmax canvases [R, C] and entropies [R, C] in nats of a step -> which rows are done."""
+    def update(
+        self, draft: np.ndarray, entropy: np.ndarray, counted: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Argmax canvases [R, C] and entropies [R, C] in nats of a step -> which rows are done.
+        Where `counted` [R, C] is given, only those positions matter."""
 
 
 class StableAndConfident:
@@ -23,10 +26,14 @@ class StableAndConfident:
         self.stability, self.confidence = stability, confidence
         self._history: deque[np.ndarray] = deque(maxlen=stability)
 
-    def update(self, draft: np.ndarray, entropy: np.ndarray) -> np.ndarray:
-        confident = entropy.mean(axis=-1) < self.confidence
+    def update(
+        self, draft: np.ndarray, entropy: np.ndarray, counted: np.ndarray | None = None
+    ) -> np.ndarray:
+        counted = np.ones(draft.shape, bool) if counted is None else counted
+        total = np.where(counted, entropy, 0.0).sum(axis=-1)
+        confident = total < self.confidence * np.maximum(counted.sum(axis=-1), 1)
         stable = np.full(len(draft), len(self._history) == self.stability)
         for earlier in self._history:
-            stable &= (earlier == draft).all(axis=-1)
+            stable &= ((earlier == draft) | ~counted).all(axis=-1)
         self._history.append(draft)
         return stable & confident

@@ -1,0 +1,88 @@
+"""What a canvas must hold: per position a fixed token, a set of allowed tokens, or anything.
+
+A constraint is applied wherever the loop could break it: to the canvas that a step starts from and
+to the distribution that the model predicts, so that draw, draft, entropy and soft embeddings all
+obey it. Letters: R rows, C canvas, V vocabulary, W = ⌈V / 32⌉ words of a bit mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_diffgemma.errors import UsageError
+
+FREE = -1
+
+
+@dataclass(frozen=True)
+class CanvasConstraint:
+    """Attributes:
+    fixed: [R, C] int32, the token that a position must hold, or `FREE`.
+    allowed: [R, C, W] uint32, bit v of a position is set where token v is allowed; None where
+        every free position may hold anything.
+    """
+
+    fixed: np.ndarray
+    allowed: np.ndarray | None = None
+
+    @classmethod
+    def free(cls, rows: int, length: int) -> CanvasConstraint:
+        return cls(np.full((rows, length), FREE, np.int32))
+
+    @property
+    def open(self) -> np.ndarray:
+        """[R, C] which positions are not fixed."""
+        return self.fixed == FREE
+
+    def rows(self, places: Sequence[int]) -> CanvasConstraint:
+        """The constraint of some rows of the batch."""
+        index = list(places)
+        return CanvasConstraint(
+            self.fixed[index], None if self.allowed is None else self.allowed[index]
+        )
+
+    def check(self, rows: int, length: int, vocab: int) -> None:
+        """Raise UsageError where the constraint does not fit the canvas or allows nothing."""
+        if self.fixed.shape != (rows, length):
+            raise UsageError(
+                f"the constraint has shape {self.fixed.shape}; the canvas has ({rows}, {length})."
+            )
+        if ((self.fixed < FREE) | (self.fixed >= vocab)).any():
+            raise UsageError(f"a fixed token is outside the vocabulary of {vocab}.")
+        if self.allowed is not None:
+            words = -(-vocab // 32)
+            if self.allowed.shape != (rows, length, words):
+                raise UsageError(
+                    f"the allowed sets have shape {self.allowed.shape}; they need "
+                    f"({rows}, {length}, {words})."
+                )
+            empty = ~self.allowed.any(axis=-1) & self.open
+            if empty.any():
+                row, place = np.argwhere(empty)[0]
+                raise UsageError(f"position {place} of row {row} allows no token at all.")
+
+    def pin(self, canvas: mx.array) -> mx.array:
+        """The canvas [R, C] with every fixed position set."""
+        fixed = mx.array(self.fixed)
+        return mx.where(fixed == FREE, canvas, fixed)
+
+    def restrict(self, logits: mx.array) -> mx.array:
+        """Logits [R, C, V] with -inf for every token that a position must not hold."""
+        vocab = mx.arange(logits.shape[-1])
+        fixed = mx.array(self.fixed)[..., None]
+        keep = (fixed == FREE) | (fixed == vocab)
+        if self.allowed is not None:
+            bits = (mx.array(self.allowed)[..., vocab // 32] >> (vocab % 32)) & 1
+            keep &= (fixed != FREE) | bits.astype(mx.bool_)
+        return mx.where(keep, logits, -mx.inf)
+
+
+def token_mask(tokens: Iterable[int], vocab: int) -> np.ndarray:
+    """A set of token ids as a bit mask [W] uint32."""
+    bits = np.zeros(-(-vocab // 32) * 32, bool)
+    bits[list(tokens)] = True
+    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
