@@ -1,0 +1,120 @@
+"""Committed canvases and drafts as text, as they come.
+
+mlx-lm's streaming detokenizers print control tokens, and differ from the tokenizer's own decoding
+where bytes do not make up characters. So what is shown here is a difference of two decodings of a
+short tail: its text with the new tokens, less its text without them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from mlx_diffgemma.text.tokenizer import hf_tokenizer
+
+_INCOMPLETE = "\ufffd"
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+class StreamingText:
+    """The text of one answer, canvas by canvas.
+
+    All that `add` and `finish` return is the tokenizer's decoding of all tokens without special
+    ones. `tokenizer` is mlx-lm's wrapper or a Hugging Face tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = hf_tokenizer(tokenizer)
+        self._special = _skipped_ids(self._tokenizer)
+        self._context: list[int] = []  # the last shown token: some decoders trim the first one
+        self._held: list[int] = []
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """Commit `tokens`; the text that became certain. A character comes whole or not yet."""
+        pending = self._held + self._visible(tokens)
+        ready = self._certain(pending)
+        text = self._decode(pending[:ready])
+        if ready:
+            self._context = pending[ready - 1 : ready]
+        self._held = pending[ready:]
+        return text
+
+    def finish(self) -> str:
+        """The text held back, incomplete characters as U+FFFD."""
+        text = self._decode(self._held)
+        self._context, self._held = self._held[-1:] or self._context, []
+        return text
+
+    def peek(self, tokens: Sequence[int]) -> str:
+        """The text that `tokens` would add, incomplete characters as U+FFFD; nothing is
+        committed."""
+        return self._decode(self._held + self._visible(tokens))
+
+    def token_strings(self, tokens: Sequence[int]) -> list[str]:
+        """`peek(tokens)` in one piece a token. A character of several tokens belongs to the last
+        of them, text held back so far to the first token, and special tokens have "" (but where
+        there is no other token to bear what was held back)."""
+        pieces = [""] * len(tokens)
+        draft = StreamingText.__new__(StreamingText)
+        draft._tokenizer, draft._special = self._tokenizer, self._special
+        draft._context, draft._held = self._context, self._held
+        shown = [index for index, token in enumerate(tokens) if token not in self._special]
+        last = shown[0] if shown else 0
+        for index in shown:
+            held = draft.peek([])
+            text = draft.add([tokens[index]])
+            if held and text.startswith(held):
+                pieces[last] += held
+                text = text[len(held) :]
+            pieces[index] += text
+            last = index
+        rest = draft.finish()
+        if rest and pieces:
+            pieces[last] += rest
+        return pieces
+
+    def _visible(self, tokens: Sequence[int]) -> list[int]:
+        return [int(token) for token in tokens if token not in self._special]
+
+    def _decode(self, tokens: list[int]) -> str:
+        """The text that `tokens` add behind the context."""
+        if not tokens:
+            return ""
+        text = self._plain_decode(self._context + tokens)
+        return text[len(self._plain_decode(self._context)) :] if self._context else text
+
+    def _plain_decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _certain(self, pending: list[int]) -> int:
+        """How many of the `pending` tokens have a text that later ones cannot change.
+
+        Byte tokens (`<0xF0>`) are decoded a run at a time: one byte too many makes the whole run
+        U+FFFD. In other vocabularies a token may end within a character.
+        """
+        for ready in range(len(pending), 0, -1):
+            if _BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(pending[ready - 1]) or ""):
+                continue
+            # A few tokens decide whether the text ends within a character, unless they are broken.
+            if not self._decode(pending[:ready]).endswith(_INCOMPLETE):
+                return ready
+        return 0
+
+
+def token_strings(tokenizer: Any, tokens: Sequence[int], before: Sequence[int] = ()) -> list[str]:
+    """The text of a draft in one piece a token, behind the committed tokens `before`."""
+    committed = StreamingText(tokenizer)
+    committed.add(before)
+    return committed.token_strings(tokens)
+
+
+def _skipped_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids that the tokenizer leaves out of a text."""
+    if not tokenizer.is_fast:
+        return frozenset(tokenizer.all_special_ids)
+    added = tokenizer.added_tokens_decoder
+    return frozenset(token for token, entry in added.items() if entry.special)

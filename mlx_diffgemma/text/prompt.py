@@ -1,0 +1,161 @@
+"""From what a user asks to the token ids that the encoder reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from mlx_diffgemma.errors import PromptError, UsageError
+from mlx_diffgemma.text.chat_template import render, template_text
+from mlx_diffgemma.text.control_tokens import ControlTokens, unused_character
+from mlx_diffgemma.text.tokenizer import hf_tokenizer
+
+Prompt: TypeAlias = "str | Sequence[Mapping[str, Any]] | Sequence[int]"
+
+_EMPTY = "The prompt is empty; say what to write about."
+_READS_PARTS = re.compile(r"""['"]text['"]|\.text\b""")
+
+
+def encode_prompt(
+    tokenizer: Any,
+    prompt: Prompt,
+    *,
+    raw: bool = False,
+    system_prompt: str | None = None,
+    thinking: bool | None = None,
+) -> list[int]:
+    """Token ids of a prompt.
+
+    Text of the user that spells a control token stays text. Only token ids are taken as they are.
+
+    Args:
+        tokenizer: mlx-lm's wrapper or a Hugging Face tokenizer.
+        prompt: a text, which becomes a user's turn; messages, as `{"role": ..., "content": ...}`;
+            or token ids.
+        raw: use no chat template; `prompt` is a text.
+        system_prompt: a system message before the others.
+        thinking: whether the answer begins with a chain of thought; None leaves it to the template.
+
+    Raises:
+        PromptError: the prompt is empty, malformed, or holds images.
+        UsageError: the settings contradict each other, or the template cannot think.
+        CheckpointError: the chat template is missing or broken.
+    """
+    if isinstance(prompt, str):
+        if not prompt or not (raw or prompt.strip()):
+            raise PromptError(_EMPTY)
+        if raw:
+            _refuse(system_prompt, thinking, "a raw prompt")
+            _check_unicode(prompt)
+            return ControlTokens(hf_tokenizer(tokenizer)).encode_text(
+                prompt, add_special_tokens=True
+            )
+        prompt = [{"role": "user", "content": prompt}]
+    items = list(prompt)
+    if not items:
+        raise PromptError(_EMPTY)
+    if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+        _refuse(system_prompt, thinking, "a prompt of token ids")
+        return [int(item) for item in items]  # type: ignore[call-overload]
+    if raw:
+        raise UsageError("A raw prompt is a text; leave out raw to send messages.")
+    return _encode_messages(hf_tokenizer(tokenizer), items, system_prompt, thinking)
+
+
+def _encode_messages(
+    tokenizer: Any, items: list[Any], system_prompt: str | None, thinking: bool | None
+) -> list[int]:
+    template = template_text(tokenizer)
+    messages = [_checked(item, number) for number, item in enumerate(items, start=1)]
+    if messages[-1].get("content") is not None and not _text_of(messages[-1]).strip():
+        raise PromptError(_EMPTY)
+    if system_prompt is not None:
+        if messages[0]["role"] in ("system", "developer"):
+            raise UsageError("The messages have a system prompt already; leave out the other.")
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    if not _READS_PARTS.search(template):
+        messages = [_with_plain_content(message) for message in messages]
+    settings: dict[str, bool] = {}
+    if thinking is not None:
+        if "enable_thinking" not in template:
+            raise UsageError(
+                "This checkpoint's chat template knows no thinking mode; leave out "
+                f"--{'' if thinking else 'no-'}thinking."
+            )
+        settings["enable_thinking"] = thinking
+    strings = _strings(messages)
+    for string in strings:
+        _check_unicode(string)
+    controls = ControlTokens(tokenizer)
+    if not any(controls.breaks(string) for string in strings):
+        ids: list[int] = tokenizer.encode(
+            render(tokenizer, messages, **settings), add_special_tokens=False
+        )
+        return ids
+    marker = unused_character(template, *strings)
+    rendered = render(tokenizer, controls.mark(messages, marker), **settings)
+    return controls.encode_rendered(rendered, marker)
+
+
+def _checked(item: Any, number: int) -> dict[str, Any]:
+    """A message that a template can read, or an error that names it by its number."""
+    if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
+        raise PromptError(
+            f'Message {number} must be an object like {{"role": "user", "content": "..."}}, '
+            f"not {item!r:.60}."
+        )
+    content = item.get("content")
+    if content is None and item.get("tool_calls"):
+        return dict(item)
+    if isinstance(content, str):
+        return dict(item)
+    if not isinstance(content, (list, tuple)):
+        raise PromptError(f"Message {number}: 'content' must be a text or a list of parts.")
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in ("image", "image_url", "audio", "video"):
+            raise PromptError(f"Message {number} holds {kind} data: only text is supported yet.")
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise PromptError(
+                f'Message {number}: a part of its content must be {{"type": "text", "text": '
+                f'"..."}}, not {part!r:.60}.'
+            )
+    return dict(item)
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _with_plain_content(message: dict[str, Any]) -> dict[str, Any]:
+    """For templates that only print `content`: its parts joined."""
+    return message if message.get("content") is None else {**message, "content": _text_of(message)}
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [string for item in value for string in _strings(item)]
+    return []
+
+
+def _refuse(system_prompt: str | None, thinking: bool | None, what: str) -> None:
+    """Settings of the chat template mean nothing where none is used."""
+    for name, value in (("system prompt", system_prompt), ("thinking mode", thinking)):
+        if value is not None:
+            raise UsageError(f"A {name} needs the chat template; {what} uses none.")
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"The prompt is not valid Unicode at character {error.start + 1}; "
+            "give it as text in UTF-8."
+        ) from error

@@ -1,0 +1,127 @@
+"""The tokenizer of a checkpoint, from its folder; nothing is ever downloaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from json import JSONDecodeError
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_diffgemma.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model")
+
+
+def load_tokenizer(
+    path: Path,
+    *,
+    eos_token_ids: int | Iterable[int] | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+) -> TokenizerWrapper:
+    """The tokenizer in the folder `path`, from `tokenizer.json` or, failing that, from
+    sentencepiece's `tokenizer.model`.
+
+    Args:
+        eos_token_ids: the ids that end an answer, beside the tokenizer's own eos.
+        chat_template: a Jinja template, or a file that holds one, in place of the checkpoint's.
+
+    Raises:
+        CheckpointError: there is no tokenizer, or it is damaged.
+        UsageError: `chat_template` names a file that cannot be read.
+    """
+    from mlx_lm.tokenizer_utils import load
+
+    override = None if chat_template is None else _read_template(chat_template)
+    if not any((path / name).is_file() for name in _VOCABULARIES):
+        raise CheckpointError(
+            f"{path} has no tokenizer ({' or '.join(_VOCABULARIES)}); copy the tokenizer's files "
+            "from the original checkpoint."
+        )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        _check_json(path / name)
+    try:
+        tokenizer = load(
+            path,
+            {"local_files_only": True, "trust_remote_code": trust_remote_code},
+            eos_token_ids=eos_token_ids,
+        )
+    except Exception as error:
+        # The Rust library raises bare Exceptions; other types that are no reading error are bugs.
+        reading = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError)
+        if type(error) is not Exception and not isinstance(error, reading):
+            raise
+        raise _unreadable(path, error) from error
+    _flag_special_tokens(hf_tokenizer(tokenizer))
+    if override is not None:
+        tokenizer.chat_template = override
+        tokenizer.has_chat_template = True
+    return tokenizer
+
+
+def hf_tokenizer(tokenizer: Any) -> Any:
+    """The Hugging Face tokenizer inside mlx-lm's wrapper, or `tokenizer` where it is one."""
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    return tokenizer._tokenizer if isinstance(tokenizer, TokenizerWrapper) else tokenizer
+
+
+def _flag_special_tokens(tokenizer: Any) -> None:
+    """Have the control tokens of a `tokenizer.model` treated as those of a `tokenizer.json`:
+    sentencepiece knows them as user-defined symbols, which would be printed as text."""
+    from tokenizers import AddedToken
+
+    if not tokenizer.is_fast:
+        return
+    added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    unflagged = [t for t in tokenizer.all_special_tokens if t in added and not added[t].special]
+    if unflagged:
+        tokenizer.backend_tokenizer.add_special_tokens(
+            [AddedToken(token, normalized=False, special=True) for token in unflagged]
+        )
+
+
+def _read_template(chat_template: str) -> str:
+    if "{" in chat_template or "\n" in chat_template:
+        return chat_template
+    try:
+        return Path(chat_template).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        why = "is not a text file in UTF-8"
+    except OSError as error:
+        why = f"cannot be read ({error.strerror})"
+    raise UsageError(f"Chat template {chat_template!r} {why}; give a Jinja file or its text.")
+
+
+def _check_json(path: Path) -> None:
+    if not path.is_file():
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (JSONDecodeError, UnicodeDecodeError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(content, dict):
+        raise _damaged(path, "not a JSON object")
+    if path.name == "tokenizer.json" and not isinstance(content.get("model"), dict):
+        raise _damaged(path, "it has no 'model'")
+
+
+def _damaged(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {why}; copy it again from the original checkpoint.")
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+        return CheckpointError(
+            f"{path}: the tokenizer needs Python code of its repository; read that code, then "
+            "allow it with --trust-remote-code."
+        )
+    reason = next(iter(str(error).strip().splitlines()), "") or "no reason given"
+    return CheckpointError(
+        f"{path}: the tokenizer cannot be read ({type(error).__name__}: {reason}); copy the "
+        "tokenizer's files again from the original checkpoint."
+    )
