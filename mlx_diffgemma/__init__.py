@@ -12,24 +12,32 @@ if TYPE_CHECKING:
     from mlx_diffgemma.checkpoint.loading import load_model
     from mlx_diffgemma.diffusion.config import DiffusionConfig
     from mlx_diffgemma.errors import DiffGemmaError
-    from mlx_diffgemma.generate import GenerationResponse, generate, load, stream_generate
+    from mlx_diffgemma.generation import (
+        GenerationResponse,
+        batch_generate,
+        generate,
+        load,
+        stream_generate,
+    )
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "DiffGemmaError": "mlx_diffgemma.errors",
     "DiffusionConfig": "mlx_diffgemma.diffusion.config",
-    "GenerationResponse": "mlx_diffgemma.generate",
-    "generate": "mlx_diffgemma.generate",
-    "load": "mlx_diffgemma.generate",
+    "GenerationResponse": "mlx_diffgemma.generation",
+    "batch_generate": "mlx_diffgemma.generation",
+    "generate": "mlx_diffgemma.generation",
+    "load": "mlx_diffgemma.generation",
     "load_model": "mlx_diffgemma.checkpoint.loading",
-    "stream_generate": "mlx_diffgemma.generate",
+    "stream_generate": "mlx_diffgemma.generation",
 }
 
 __all__ = [
     "DiffGemmaError",
     "DiffusionConfig",
     "GenerationResponse",
+    "batch_generate",
     "generate",
     "load",
     "load_model",

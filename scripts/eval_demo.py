@@ -35,7 +35,7 @@ def run_ours(model_path: str, steps: int | None, batch: int) -> Callable[[Sequen
     from mlx_diffgemma import load
     from mlx_diffgemma.diffusion.denoise import generate_canvases
     from mlx_diffgemma.diffusion.noise import SeededNoise
-    from mlx_diffgemma.generate import diffusion_config
+    from mlx_diffgemma.generation import diffusion_config
     from mlx_diffgemma.text.prompt import encode_prompt
 
     model, tokenizer = load(model_path)
