@@ -1,0 +1,238 @@
+"""`mlx-diffgemma chat`: several turns over one prefix cache."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from mlx_diffgemma.cli import errors, options
+from mlx_diffgemma.errors import DiffGemmaError, PromptError
+
+if TYPE_CHECKING:
+    from mlx_diffgemma.cli.session import Opened, Outcome
+
+PROMPT = "> "
+HELP = """\
+/help           this list
+/reset          forget the conversation, keep the system prompt
+/system TEXT    put TEXT first from now on; without TEXT, show what is first; 'off' for nothing
+/quit           end (so does Ctrl-D)
+Ctrl-C          stop the answer; at the prompt, end
+A line that ends in a backslash goes on in the next one."""
+
+
+def chat(
+    ctx: typer.Context,
+    system_prompt: options.SystemPrompt = None,
+    thinking: options.Thinking = None,
+    chat_template: options.ChatTemplate = None,
+    prefill_step_size: options.PrefillStepSize = None,
+    model: options.Model = None,
+    revision: options.Revision = None,
+    adapter_path: options.AdapterPath = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    check: options.Check = False,
+    max_tokens: options.MaxTokens = None,
+    seed: options.Seed = None,
+    steps: options.Steps = None,
+    canvas_length: options.CanvasLength = None,
+    t_min: options.TMin = None,
+    t_max: options.TMax = None,
+    sampler: options.Sampler = "entropy-bound",
+    entropy_bound: options.EntropyBound = None,
+    stability_threshold: options.StabilityThreshold = None,
+    confidence_threshold: options.ConfidenceThreshold = None,
+    watch: options.Watch = True,
+    debug: options.Debug = False,
+) -> None:
+    """Talk in turns; what was said is not encoded again. /help lists the commands."""
+
+    def body() -> None:
+        settings = options.generation_settings(
+            max_tokens=max_tokens,
+            seed=seed,
+            prefill_step_size=prefill_step_size,
+            max_denoising_steps=steps,
+            canvas_length=canvas_length,
+            t_min=t_min,
+            t_max=t_max,
+            sampler=sampler,
+            entropy_bound=entropy_bound,
+            stability_threshold=stability_threshold,
+            confidence_threshold=confidence_threshold,
+        )
+        loading = {
+            "revision": revision,
+            "adapter_path": adapter_path,
+            "chat_template": chat_template,
+            "trust_remote_code": trust_remote_code,
+            "check": check,
+        }
+        from mlx_diffgemma.cli.session import open_model
+
+        opened = open_model(model, **loading)
+        settings["thinking"] = thinking
+        Chat(opened, settings, watch=watch, system_prompt=system_prompt).run()
+
+    errors.run(body, debug=errors.debugging(ctx))
+
+
+@dataclass
+class Chat:
+    """A conversation.
+
+    Attributes:
+        settings: keyword arguments of `stream_generate`.
+        watch: whether to draw the canvas where that can be done.
+        system_prompt: what is put before the first turn.
+        turns: the messages so far, questions and answers in turn.
+    """
+
+    opened: Opened
+    settings: dict[str, Any]
+    watch: bool = True
+    system_prompt: str | None = None
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._cache = self.opened.model.make_cache()
+
+    def run(self) -> None:
+        """Take turns until the input ends or the user quits.
+
+        Raises:
+            DiffGemmaError: a turn failed and nobody is there to mend it.
+            KeyboardInterrupt: Ctrl-C at the prompt, or where nobody is at the prompt.
+        """
+        interactive = sys.stdin.isatty()
+        if interactive:
+            _say("/help lists the commands, Ctrl-D ends.")
+        for line in _questions(interactive):
+            if line.startswith("/"):
+                if line.split()[0] == "/quit":
+                    return
+                self._command(line)
+            elif line.strip():
+                self._turn(line, interactive)
+
+    def messages(self, question: str) -> list[dict[str, str]]:
+        """The conversation with a question at its end."""
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        return [*system, *self.turns, {"role": "user", "content": question}]
+
+    def _command(self, line: str) -> None:
+        name, _, text = line.partition(" ")
+        text = text.strip()
+        if name == "/help":
+            _say(HELP)
+        elif name == "/reset":
+            self.turns.clear()
+            self._forget()
+            _say("the conversation is forgotten.")
+        elif name == "/system" and text:
+            self.system_prompt = None if text == "off" else text
+            _say("no system prompt." if text == "off" else "the system prompt is set.")
+        elif name == "/system":
+            _say(self.system_prompt or "no system prompt.")
+        else:
+            _say(f"{name} is not a command; /help lists them. A space before it sends it as text.")
+
+    def _turn(self, question: str, interactive: bool) -> None:
+        from mlx_diffgemma.cli import report
+        from mlx_diffgemma.cli.session import Outcome, is_text
+
+        outcome = Outcome()
+        try:
+            if not is_text(question):
+                raise PromptError("the question is not UTF-8 text: re-encode it.")
+            self._answer(question, outcome)
+        except KeyboardInterrupt:
+            self._forget()
+            if not interactive:
+                raise
+            _say("stopped; this question and what was answered are left out of the conversation.")
+        except DiffGemmaError as error:
+            self._forget()
+            if not interactive:
+                raise
+            errors.complain(str(error))
+        else:
+            if outcome.empty:
+                _say(report.EMPTY_ANSWER)
+                return
+            self.turns.append({"role": "user", "content": question})
+            self.turns.append({"role": "assistant", "content": outcome.text})
+            _say(report.summary(outcome))
+
+    def _answer(self, question: str, outcome: Outcome) -> None:
+        from mlx_diffgemma.cli import output
+        from mlx_diffgemma.cli.session import pieces_of
+        from mlx_diffgemma.generation import stream_generate
+
+        model, tokenizer = self.opened.model, self.opened.tokenizer
+
+        def start(on_prefill: output.OnPrefill) -> Any:
+            return stream_generate(
+                model,
+                tokenizer,
+                self.messages(question),
+                prefix_cache=self._cache,
+                draft=False,
+                on_prefill=on_prefill,
+                **self.settings,
+            )
+
+        if output.can_draw(self.watch):
+            output.draw(start, pieces_of(tokenizer), outcome)
+        else:
+            output.stream(start, outcome)
+
+    def _forget(self) -> None:
+        """Start a new cache: an interrupted run may have left the old one half written."""
+        self._cache = self.opened.model.make_cache()
+
+
+def _questions(interactive: bool) -> Iterator[str]:
+    """The user's lines, those joined that end in a backslash."""
+    from mlx_diffgemma.cli.session import read_text
+
+    read = _ask if interactive else sys.stdin.readline
+    if interactive:
+        with suppress(ImportError):  # not in every build of Python; gives editing and history
+            import readline  # noqa: F401
+    pending = ""
+    while line := read_text(read):
+        line = line.removesuffix("\n").removesuffix("\r")
+        if line.endswith("\\"):
+            pending += line[:-1] + "\n"
+            continue
+        yield pending + line
+        pending = ""
+    if pending:
+        yield pending
+
+
+def _ask() -> str:
+    """A line from the terminal with its newline, or "" at the end. stdout is not for the prompt
+    where it is not the terminal."""
+    try:
+        if sys.stdout.isatty():
+            return input(PROMPT) + "\n"
+        print(PROMPT, end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline()
+    except (EOFError, KeyboardInterrupt) as end:
+        print(file=sys.stderr)  # leave the line of the prompt
+        if isinstance(end, KeyboardInterrupt):
+            raise
+        return ""
+
+
+def _say(text: str) -> None:
+    from mlx_diffgemma.cli.output import note
+
+    note(text)

@@ -1,0 +1,118 @@
+"""`mlx-diffgemma demo`: the small model that ships with the program solves fresh sudokus."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlx_diffgemma.cli import errors, options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import numpy as np
+    from rich.console import Console
+
+    from mlx_diffgemma.cli.session import Opened
+    from mlx_diffgemma.generation import GenerationResponse
+
+SECONDS_PER_STEP = 0.4  # for the eye: the model itself takes a few hundredths
+
+
+def demo(
+    ctx: typer.Context,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", help="Makes the puzzles and the answers repeatable."),
+    ] = None,
+    watch: options.Watch = True,
+    debug: options.Debug = False,
+) -> None:
+    """Solve fresh sudokus with a tiny model that ships with the program; needs no network."""
+
+    def body() -> None:
+        options.generation_settings(sampler=options.SAMPLERS[0], seed=seed, prefill_step_size=None)
+        _show(seed, watch)
+
+    errors.run(body, debug=errors.debugging(ctx))
+
+
+def _show(seed: int | None, watch: bool) -> None:
+    import numpy as np
+
+    from mlx_diffgemma.cli import display, output, session
+
+    if seed is None:
+        seed = secrets.randbelow(2**16)
+    rng = np.random.default_rng(seed)
+    watch = output.can_draw(watch)
+    opened = session.open_model("demo")
+    console = output.terminal()
+    print(f"Fresh 6×6 sudokus for a DiffusionGemma of 2.2 million parameters (seed {seed}).")
+    if watch:
+        console.print("Each character of the draft is ", display.legend(), ".", sep="")
+    print("\nOne puzzle:", flush=True)
+    _solve(opened, console, 1, rng, seed, watch)
+    print("\nTwo puzzles in one prompt; the answer is longer than a canvas:", flush=True)
+    _solve(opened, console, 2, rng, seed, watch)
+
+
+def _solve(
+    opened: Opened, console: Console, count: int, rng: np.random.Generator, seed: int, watch: bool
+) -> None:
+    from rich.table import Table
+
+    from mlx_diffgemma.cli import display, grid, output, report, session
+    from mlx_diffgemma.demo import sudoku
+    from mlx_diffgemma.generation import stream_generate
+
+    made = [sudoku.make_puzzle(rng) for _ in range(count)]
+    prompt = sudoku.prompt(made)
+    puzzles, solutions = grid.grids(prompt), grid.grids(sudoku.answer(made))
+    row = Table.grid(padding=(0, 3))
+    row.add_row(*(grid.puzzle(puzzle) for puzzle in puzzles))
+    console.print(row)
+
+    def start(on_prefill: output.OnPrefill) -> Iterable[GenerationResponse]:
+        return stream_generate(
+            opened.model,
+            opened.tokenizer,
+            prompt,
+            seed=seed,
+            draft=False,
+            on_prefill=on_prefill,
+        )
+
+    outcome = session.Outcome()
+    if watch:
+        view = display.CanvasView(session.pieces_of(opened.tokenizer), frame=grid.framed_text)
+        drawing = display.CanvasDisplay(console, view, seconds_per_step=SECONDS_PER_STEP)
+        output.animate(start, drawing, outcome)
+    else:
+        output.collect(start, outcome)
+    answers = grid.grids(outcome.text)
+    if len(answers) == count and all(map(grid.is_grid, answers)):
+        row = Table.grid(padding=(0, 3))
+        row.add_row(*map(grid.solved, answers, puzzles, solutions))
+        console.print(row)
+    else:
+        print(display.printable(outcome.text))
+    print(_verdict(answers, solutions))
+    print(report.effort(outcome))
+
+
+def _verdict(answers: list[list[str]], solutions: list[list[str]]) -> str:
+    """Whether the answer is right, and where not."""
+    from mlx_diffgemma.cli import grid
+
+    if answers == solutions:
+        return "Right: every cell is as in the solution."
+    if len(answers) != len(solutions) or not all(map(grid.is_grid, answers)):
+        return "Wrong: that is not the shape of the answer."
+    counts = [grid.mistakes(*pair) for pair in zip(answers, solutions, strict=True)]
+    if len(counts) == 1:
+        return f"Wrong in {counts[0]} of 36 cells."
+    each = ("right" if not count else f"wrong in {count} of 36 cells" for count in counts)
+    return f"Wrong: {', '.join(f'grid {n} is {how}' for n, how in enumerate(each, 1))}."

@@ -1,0 +1,201 @@
+"""Draws the canvas as it forms: committed text plain, the draft tinted by how sure the model is."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from mlx_diffgemma.generation import GenerationResponse
+
+Pieces = Callable[["GenerationResponse"], list[str]]
+"""The text of each token of a response's draft."""
+
+LEVELS = (
+    (0.05, "", "settled"),
+    (0.35, "yellow", "likely"),
+    (1.0, "dark_orange3", "one of a few"),
+    (2.0, "red", "one of several"),
+    (float("inf"), "dim red", "a guess"),
+)
+"""How a draft token is tinted: (entropy in nats below which, style, meaning). exp(-entropy) is
+about the probability of the best token, so the bounds lie near 0.95, 0.7, 0.37 and 0.14."""
+
+_SHORTEST_FRAME = 1 / 20  # seconds; steps that come faster are not all drawn
+
+
+def tint(entropy: float) -> str:
+    """The rich style of a draft token with this entropy in nats."""
+    return next(style for bound, style, _ in LEVELS if entropy < bound or bound == float("inf"))
+
+
+def legend() -> Text:
+    """The scale in its own colours."""
+    parts = [Text(meaning, style) for _, style, meaning in LEVELS]
+    return Text(" · ", "dim").join(parts)
+
+
+def printable(text: str) -> str:
+    """The text with control characters as visible pictures, so that a terminal obeys none.
+
+    Newlines and tabs stay.
+    """
+    return text.translate(_PICTURES)
+
+
+_PICTURES = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
+_PICTURES |= {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
+_PICTURES |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
+
+
+def draft_text(committed: str, pieces: Sequence[str], entropy: Sequence[float]) -> Text:
+    """Committed text plain, then each piece of the draft in its tint."""
+    text = Text(printable(committed))
+    for piece, nats in zip(pieces, entropy, strict=True):
+        text.append(printable(piece), tint(nats))
+    return text
+
+
+def tail(text: Text, console: Console, width: int, height: int) -> list[Text]:
+    """The last `height` rows of the text when it is wrapped to `width` columns."""
+    rows: list[Text] = []
+    if not text.plain:
+        return rows
+    for line in reversed(text.split("\n", allow_blank=True)):
+        rows[:0] = line.wrap(console, width, overflow="fold") or [Text()]
+        if len(rows) >= height:
+            break
+    return rows[max(0, len(rows) - height) :]
+
+
+class CanvasView:
+    """What is drawn: as much of the text's end as the terminal holds, and a status line below.
+
+    Args:
+        pieces: gives the text of each token of a draft.
+        frame: dresses the text up before it is drawn.
+
+    Attributes:
+        committed: the text of the canvases that are done.
+        response: the step that is drawn, or None while the prompt is read.
+        prefill: (done, total) prompt tokens encoded.
+    """
+
+    def __init__(self, pieces: Pieces, *, frame: Callable[[Text], Text] | None = None) -> None:
+        self.committed = ""
+        self.response: GenerationResponse | None = None
+        self.prefill = (0, 0)
+        self._pieces = pieces
+        self._frame = frame
+        self._rows = 0
+
+    def add(self, response: GenerationResponse) -> None:
+        """Take in the next response."""
+        self.committed += response.text
+        if not response.canvas:
+            self._rows = 0
+        self.response = response
+
+    def text(self, height: int | None = None) -> Text:
+        """Committed text and tinted draft; with `height`, no more than may be seen of it."""
+        committed = self.committed
+        if height is not None and self._frame is None:
+            committed = "\n".join(committed.rsplit("\n", height)[-height:])
+        response = self.response
+        if response is None:
+            text = draft_text(committed, (), ())
+        else:
+            text = draft_text(committed, self._pieces(response), response.entropy)
+        return self._frame(text) if self._frame else text
+
+    def status(self) -> Text:
+        """One line: where the generation stands."""
+        response = self.response
+        if response is None:
+            done, total = self.prefill
+            progress = f" {done}/{total} tokens" if total else ""
+            return Text(f"reading the prompt{progress}", "dim")
+        parts = [f"canvas {response.canvas_index + 1}"]
+        if response.canvas:
+            mean = sum(response.entropy) / len(response.entropy)
+            parts += [f"step {response.step}", f"mean entropy {mean:.3f}"]
+        parts.append(f"{response.generation_tokens} tokens committed")
+        return Text(" · ".join(parts), "dim")
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        height = max(1, console.size.height - 2)  # the status line, and one for the cursor
+        rows = tail(self.text(height), console, options.max_width, height)
+        # A canvas keeps the height it once had: newlines come and go, and nothing should jump.
+        self._rows = max(len(rows), min(self._rows, height))
+        yield from rows
+        yield from _blank(self._rows - len(rows))
+        status = self.status()
+        status.truncate(options.max_width)
+        yield status
+
+
+class CanvasDisplay:
+    """Redraws the canvas in place while it is open; closing it leaves nothing behind.
+
+    Args:
+        console: where to draw, a terminal.
+        view: what to draw.
+        seconds_per_step: least time that a step stays, for people to follow.
+    """
+
+    def __init__(
+        self, console: Console, view: CanvasView, *, seconds_per_step: float = 0.0
+    ) -> None:
+        self.view = view
+        self._pause = seconds_per_step
+        self._drawn = 0.0
+        self._live = Live(
+            self.view,
+            console=console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=sys.stderr.isatty(),  # warnings go above the canvas, not into it
+        )
+
+    def __enter__(self) -> CanvasDisplay:
+        self._live.start(refresh=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+
+    def prefill(self, done: int, total: int) -> None:
+        """Show how much of the prompt has been read."""
+        self.view.prefill = (done, total)
+        self._draw()
+
+    def show(self, response: GenerationResponse) -> None:
+        """Draw the next response."""
+        self.view.add(response)
+        self._draw(always=not response.canvas or self._pause > 0)
+        if self._pause and response.canvas:
+            time.sleep(self._pause)
+
+    def _draw(self, *, always: bool = False) -> None:
+        now = time.monotonic()
+        if always or now - self._drawn >= _SHORTEST_FRAME:
+            self._live.refresh()
+            self._drawn = now
+
+
+def _blank(rows: int) -> Iterator[Text]:
+    for _ in range(rows):
+        yield Text()

@@ -1,0 +1,209 @@
+"""Every option that commands share, declared once; commands pick theirs by type."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.errors import UsageError
+
+DEFAULT_MODEL = "mlx-community/diffusiongemma-26B-A4B-it-4bit"
+SAMPLERS = ("entropy-bound",)
+
+_MODEL, _PROMPT, _DIFFUSION, _OUTPUT = "Model", "Prompt", "Denoising", "Output"
+
+# The model.
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Path or Hugging Face repository, or 'demo' for the small model that ships with "
+        "the program.",
+        show_default=DEFAULT_MODEL,
+        rich_help_panel=_MODEL,
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit.", rich_help_panel=_MODEL),
+]
+AdapterPath = Annotated[
+    str | None,
+    typer.Option("--adapter-path", help="Folder of a LoRA adapter.", rich_help_panel=_MODEL),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the tokenizer code that the repository ships.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Check = Annotated[
+    bool,
+    typer.Option(
+        "--check", help="Look for NaN and inf in the weights first.", rich_help_panel=_MODEL
+    ),
+]
+
+# The prompt.
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        "-p",
+        help="What to ask; '-' reads stdin, and so does leaving it out where stdin is a pipe.",
+        show_default=False,
+        rich_help_panel=_PROMPT,
+    ),
+]
+SystemPrompt = Annotated[
+    str | None,
+    typer.Option("--system-prompt", help="Instructions put first.", rich_help_panel=_PROMPT),
+]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template",
+        help="Jinja template, or a file with one, instead of the checkpoint's.",
+        rich_help_panel=_PROMPT,
+    ),
+]
+Raw = Annotated[
+    bool,
+    typer.Option("--raw", help="Give the prompt as it is: no template.", rich_help_panel=_PROMPT),
+]
+Thinking = Annotated[
+    bool | None,
+    typer.Option(
+        "--thinking/--no-thinking",
+        help="Ask for thinking, where the template knows it.",
+        rich_help_panel=_PROMPT,
+    ),
+]
+PrefillStepSize = Annotated[
+    int | None,
+    typer.Option(
+        "--prefill-step-size", help="Prompt tokens encoded at a time.", rich_help_panel=_PROMPT
+    ),
+]
+
+# The denoising; what is left out is the checkpoint's own.
+MaxTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", "-m", help="Most tokens to write.", rich_help_panel=_DIFFUSION),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed",
+        help="Makes a run repeatable on one machine; drawn afresh where left out.",
+        rich_help_panel=_DIFFUSION,
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option("--steps", help="Most denoising steps a canvas.", rich_help_panel=_DIFFUSION),
+]
+EntropyBound = Annotated[
+    float | None,
+    typer.Option(
+        "--entropy-bound",
+        help="Nats of entropy that the tokens accepted in a step may hold between them.",
+        rich_help_panel=_DIFFUSION,
+    ),
+]
+TMin = Annotated[
+    float | None,
+    typer.Option("--t-min", help="Temperature of the last step.", rich_help_panel=_DIFFUSION),
+]
+TMax = Annotated[
+    float | None,
+    typer.Option("--t-max", help="Temperature of the first step.", rich_help_panel=_DIFFUSION),
+]
+CanvasLength = Annotated[
+    int | None,
+    typer.Option("--canvas-length", help="Tokens drafted at a time.", rich_help_panel=_DIFFUSION),
+]
+Sampler = Annotated[
+    str,
+    typer.Option("--sampler", help=f"One of: {', '.join(SAMPLERS)}.", rich_help_panel=_DIFFUSION),
+]
+StabilityThreshold = Annotated[
+    int | None,
+    typer.Option(
+        "--stability-threshold",
+        help="How many previous steps must agree before a canvas is done.",
+        rich_help_panel=_DIFFUSION,
+    ),
+]
+ConfidenceThreshold = Annotated[
+    float | None,
+    typer.Option(
+        "--confidence-threshold",
+        help="Mean entropy in nats below which a canvas may be done.",
+        rich_help_panel=_DIFFUSION,
+    ),
+]
+
+# The output.
+Watch = Annotated[
+    bool,
+    typer.Option(
+        "--watch/--no-watch",
+        help="Draw the canvas as it forms, where stdout is a terminal.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print one JSON object instead of the text.", rich_help_panel=_OUTPUT
+    ),
+]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", help="Show tracebacks.", rich_help_panel=_OUTPUT),
+]
+
+
+def generation_settings(
+    *,
+    sampler: str,
+    seed: int | None,
+    prefill_step_size: int | None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """The keyword arguments of `stream_generate` that the user gave, checked before a model is
+    loaded.
+
+    Raises:
+        UsageError: one of them is out of range.
+    """
+    if sampler not in SAMPLERS:
+        known = ", ".join(f"'{name}'" for name in SAMPLERS)
+        raise UsageError(f"--sampler '{sampler}' is unknown; known is {known}.")
+    if seed is not None and not 0 <= seed < 2**64:
+        raise UsageError(f"--seed must be between 0 and 2^64 - 1, not {seed}.")
+    if prefill_step_size is not None and prefill_step_size < 1:
+        raise UsageError(f"--prefill-step-size must be at least 1, not {prefill_step_size}.")
+    given = {name: value for name, value in settings.items() if value is not None}
+    _check(given)
+    if seed is not None:
+        given["seed"] = seed
+    if prefill_step_size is not None:
+        given["prefill_step_size"] = prefill_step_size
+    return given
+
+
+def _check(given: dict[str, Any]) -> None:
+    """Let DiffusionConfig judge. Where only one end of the temperature is given, the other is the
+    checkpoint's, not known yet: one that agrees stands in for it."""
+    trial = dict(given)
+    if "t_min" in given and "t_max" not in given:
+        trial["t_max"] = max(given["t_min"], 1.0)
+    elif "t_max" in given and "t_min" not in given:
+        trial["t_min"] = 0.0
+    DiffusionConfig().override(**trial)

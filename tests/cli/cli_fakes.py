@@ -1,0 +1,251 @@
+"""A model that says what it is told, and a terminal to look at.
+
+Run as a program, this is `mlx-diffgemma` with that model, for tests that need a real process:
+`python cli_fakes.py SCRIPT ARGUMENTS`, where SCRIPT is a JSON object of `Script`'s fields.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+EOS = 0x10FFFF
+TERM = "xterm-256color"
+
+
+class FakeTokenizer:
+    """Ids are code points."""
+
+    eos_token_ids = frozenset({EOS})
+
+
+class FakeModel:
+    """Hands out caches that can be told apart."""
+
+    def __init__(self) -> None:
+        self.caches: list[object] = []
+
+    def make_cache(self) -> object:
+        self.caches.append(object())
+        return self.caches[-1]
+
+
+@dataclass
+class Script:
+    """What the model says, and what was asked of it.
+
+    Attributes:
+        canvases: the text that each canvas commits.
+        steps: denoising steps a canvas; before the last, every other token is a wrong guess.
+        delay: seconds a step takes.
+        endless: whether it never gets to the end of the last canvas.
+        load_error, run_error: (class in mlx_diffgemma.errors or builtins, message) to raise.
+        loads, calls: what load and stream_generate were called with.
+    """
+
+    canvases: list[str] = field(default_factory=lambda: ["hello"])
+    steps: int = 3
+    delay: float = 0.0
+    endless: bool = False
+    load_error: tuple[str, str] | None = None
+    run_error: tuple[str, str] | None = None
+    loads: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    model: FakeModel = field(default_factory=FakeModel)
+
+    def load(self, path: str, **options: Any) -> tuple[FakeModel, FakeTokenizer]:
+        self.loads.append({"path": path, **options})
+        if self.load_error:
+            raise _error(*self.load_error)
+        return self.model, FakeTokenizer()
+
+    def stream_generate(
+        self, model: FakeModel, tokenizer: FakeTokenizer, prompt: Any, **options: Any
+    ) -> Iterator[Any]:
+        self.calls.append({"prompt": prompt, **options})
+        on_prefill = options["on_prefill"]
+        on_prefill(0, 7)
+        on_prefill(7, 7)
+        return self._respond(options.get("seed") or 0)
+
+    def _respond(self, seed: int) -> Iterator[Any]:
+        from mlx_diffgemma.generation import GenerationResponse
+
+        tokens: list[int] = []
+        steps: list[int] = []
+        shared = {"prompt_tokens": 7, "prompt_tps": 70.0, "generation_tps": 5.0, "seed": seed}
+        for index, text in enumerate(self.canvases):
+            ids = [ord(character) for character in text]
+            step = 0
+            while step < self.steps or (self.endless and index == len(self.canvases) - 1):
+                step += 1
+                time.sleep(self.delay)
+                wrong = step < self.steps
+                steps[index:] = [step]
+                yield GenerationResponse(
+                    text="", token=tokens[-1] if tokens else None, tokens=tuple(tokens),
+                    generation_tokens=len(tokens), peak_memory=1.5, finish_reason=None,
+                    canvas=[63 if wrong and i % 2 else id for i, id in enumerate(ids)] + [EOS],
+                    entropy=[3.0 if wrong and i % 2 else 0.01 for i in range(len(ids))] + [0.0],
+                    step=step, canvas_index=index, denoising_steps=tuple(steps),
+                    tokens_per_forward=len(tokens) / sum(steps), **shared,
+                )  # fmt: skip
+            if self.run_error:
+                raise _error(*self.run_error)
+            tokens += ids
+            yield GenerationResponse(
+                text=text, token=tokens[-1] if tokens else None, tokens=tuple(tokens),
+                generation_tokens=len(tokens), peak_memory=1.5, canvas_index=index,
+                canvas=[], entropy=[], step=0,
+                finish_reason="stop" if index == len(self.canvases) - 1 else None,
+                denoising_steps=tuple(steps), tokens_per_forward=len(tokens) / sum(steps),
+                **shared,
+            )  # fmt: skip
+
+
+def characters(tokenizer: FakeTokenizer, ids: list[int], before: tuple[int, ...]) -> list[str]:
+    """Stands in for token_strings."""
+    return [chr(id) for id in ids]
+
+
+def _error(name: str, message: str) -> BaseException:
+    import builtins
+
+    from mlx_diffgemma import errors
+
+    return (getattr(errors, name, None) or getattr(builtins, name))(message)
+
+
+def command(script: dict[str, Any], *arguments: str) -> list[str]:
+    """The command line of this file as a program."""
+    return [sys.executable, str(Path(__file__)), json.dumps(script), *arguments]
+
+
+class Terminal:
+    """A process on a pseudo terminal of 80 × 24, and what it wrote there.
+
+    Attributes:
+        written: all of it, escape sequences included.
+        code: the exit status, after `finish`.
+    """
+
+    columns, rows = 80, 24
+
+    def __init__(self, *arguments: str, **streams: Any) -> None:
+        import fcntl
+        import struct
+        import termios
+
+        self._ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", self.rows, self.columns, 0, 0))
+        environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
+        self.process = subprocess.Popen(
+            arguments,
+            **{"stdin": theirs, "stdout": theirs, "stderr": theirs, **streams},
+            env=environment | {"TERM": TERM, "PYTHONUTF8": "1"},
+            start_new_session=True,
+        )
+        os.close(theirs)
+        self.written = ""
+        self._bytes = b""
+
+    def until(self, wanted: str, timeout: float = 30.0) -> None:
+        """Read until `wanted` has been written."""
+        end = time.monotonic() + timeout
+        while wanted not in self.written:
+            assert time.monotonic() < end, f"{wanted!r} never came in {self.written!r}"
+            if not self._read():
+                raise AssertionError(f"ended without {wanted!r}: {self.written!r}")
+
+    def type(self, text: str) -> None:
+        """Press keys."""
+        os.write(self._ours, text.encode())
+
+    def interrupt(self) -> None:
+        """What Ctrl-C does to the process in the foreground."""
+        self.process.send_signal(signal.SIGINT)
+
+    def finish(self) -> None:
+        """Read to the end."""
+        while self._read():
+            pass
+        self.code = self.process.wait(timeout=30)
+        os.close(self._ours)
+
+    def screen(self) -> list[str]:
+        """What is seen in the end: lines, without the blank ones at the bottom."""
+        return rendered(self.written)
+
+    def _read(self) -> bool:
+        try:
+            chunk = os.read(self._ours, 65536)
+        except OSError:  # Linux reports the end of the other side so
+            return False
+        self._bytes += chunk
+        self.written = self._bytes.decode(errors="ignore")
+        return bool(chunk)
+
+
+def rendered(written: str) -> list[str]:
+    """Play what a program wrote on an endless paper: text, line ends, and the cursor movements
+    that rich uses. Anything else fails."""
+    lines: list[list[str]] = [[]]
+    row = column = 0
+    for match in re.finditer(r"\x1b\[(\??\d*(?:;\d+)*)([A-Za-z])|([^\x1b])|(\x1b)", written):
+        parameter, order, character, stray = match.groups()
+        assert stray is None, (
+            f"an escape sequence other than CSI: {written[match.start() :][:20]!r}"
+        )
+        if character == "\r":
+            column = 0
+        elif character == "\n":  # with the return to the left that a terminal's driver adds
+            row, column = row + 1, 0
+        elif character is not None:
+            while len(lines) <= row:
+                lines.append([])
+            lines[row] += [" "] * (column + 1 - len(lines[row]))
+            lines[row][column] = character
+            column += 1
+        elif order == "A":
+            row -= int(parameter or 1)
+        elif order == "K":
+            assert parameter == "2"
+            if row < len(lines):
+                lines[row] = []
+        else:
+            assert order in "mhl", f"an unknown order: {match.group()!r}"
+    text = ["".join(line).rstrip() for line in lines]
+    while text and not text[-1]:
+        text.pop()
+    return text
+
+
+def main() -> None:
+    """Run the program. The modules that it would take from the package are stood in for, since
+    importing them takes seconds."""
+    script = Script(**json.loads(sys.argv[1]))
+    generation = types.ModuleType("mlx_diffgemma.generation")
+    generation.load, generation.stream_generate = script.load, script.stream_generate
+    generation.GenerationResponse = types.SimpleNamespace
+    detokenize = types.ModuleType("mlx_diffgemma.text.detokenize")
+    detokenize.token_strings = characters
+    sys.modules |= {module.__name__: module for module in (generation, detokenize)}
+    from mlx_diffgemma.cli.main import main
+
+    sys.argv = ["mlx-diffgemma", *sys.argv[2:]]
+    main()
+
+
+if __name__ == "__main__":
+    main()
