@@ -1,0 +1,29 @@
+"""Fixtures shared by the rooms: random small configs and models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tiny_models import make_config, make_model, make_weights
+
+from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+
+
+@pytest.fixture
+def tiny_config() -> Callable[..., dict[str, Any]]:
+    """`tiny_config(seed=0, spelling="release" | "per_layer", **text_config)` -> a config.json."""
+    return make_config
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., DiffusionGemma]:
+    """`tiny_model(seed=0, gain=1.0, **text_config)` -> a float32 model with random weights."""
+
+    def build(seed: int = 0, gain: float = 1.0, **text: Any) -> DiffusionGemma:
+        config = ModelConfig.from_dict(make_config(seed, **text))
+        return make_model(config, make_weights(config, seed, gain))
+
+    return build
