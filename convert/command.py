@@ -1,0 +1,177 @@
+"""What the commands do, once their options are read."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlx_diffgemma.checkpoint.names import is_quantizable, module_path
+from mlx_diffgemma.checkpoint.quantization import FLOATS, RECIPES, Format, Recipe, Rule
+from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma_convert.hub import open_source
+from mlx_diffgemma_convert.job import Progress, check_target, convert
+from mlx_diffgemma_convert.journal import Journal
+from mlx_diffgemma_convert.plan import Plan, make_plan
+from mlx_diffgemma_convert.source import FolderSource, Source
+from mlx_diffgemma_convert.table import print_plan, size_text, summary
+
+Settings = Mapping[str, Any]
+
+
+def run_convert(settings: Settings) -> None:
+    """Plan, and unless only that is wanted, convert and upload."""
+    if settings["recipe"] == "list":
+        print_recipes()
+        return
+    target: Path = settings["mlx_path"].expanduser()
+    recipe, rules = chosen_recipe(settings)
+    journal = Journal(target)
+    downloads = journal.downloads if settings["delete_source_shards"] else None
+    source = open_source(settings["model"], settings["revision"], downloads)
+    plan = _plan(source, recipe, rules, settings)
+    if settings["plan"]:
+        print(json.dumps(summary(plan), indent=2)) if settings["json"] else print_plan(plan)
+        return
+    with journal:
+        if not journal.interrupted_after_publishing():
+            check_target(target, source.folder if isinstance(source, FolderSource) else None)
+        started = time.monotonic()
+        with progress_bar(plan, settings["quiet"]) as progress:
+            outcome = convert(plan, journal, restart=settings["restart"], progress=progress)
+        seconds = time.monotonic() - started
+    found = {
+        **summary(plan),
+        "target": str(target),
+        "resumed_files": outcome.resumed_files,
+        "seconds": round(seconds, 2),
+    }
+    uploaded = _upload(target, settings)
+    if uploaded is not None:
+        found["upload"] = uploaded
+    if settings["json"]:
+        print(json.dumps(found, indent=2))
+    elif not settings["quiet"]:
+        _say(
+            f"{target}: {size_text(plan.stored_bytes())} in {len(plan.shards)} file(s), "
+            f"{recipe.name}, verified; {seconds:.1f} s."
+        )
+
+
+def chosen_recipe(settings: Settings) -> tuple[Recipe, list[Rule]]:
+    """The recipe that the options ask for, and the overrides on top of it.
+
+    Raises:
+        UsageError: options contradict each other or name something unknown.
+    """
+    plain = {k: settings[k] for k in ("q_bits", "q_mode", "q_group_size")}
+    given = [f"--{k.replace('_', '-')}" for k, v in plain.items() if v is not None]
+    name = settings["recipe"]
+    rules = [Rule.parse(text) for text in settings["override"] or []]
+    if settings["dequantize"] or settings["to_hf"]:
+        if settings["quantize"] or given or name or rules:
+            way = "--dequantize" if settings["dequantize"] else "--to-hf"
+            raise UsageError(f"{way} takes no recipe and no quantization; leave one of them out.")
+        return Recipe("dequantized" if settings["dequantize"] else "plain", ()), []
+    if name is not None and given:
+        raise UsageError(f"{given[0]} and --recipe exclude each other; use --set to override.")
+    if name is not None:
+        return named_recipe(name), rules
+    if given:
+        fmt = Format.make(plain["q_mode"] or "affine", plain["q_bits"], plain["q_group_size"])
+        return Recipe(f"all {fmt.name}", (Rule("all", fmt),)), rules
+    if settings["quantize"]:
+        return RECIPES["4bit"], rules
+    return Recipe("plain", ()), rules
+
+
+def named_recipe(name: str) -> Recipe:
+    """A recipe by name, or from a JSON file that `measure --budget` wrote."""
+    if name in RECIPES:
+        return RECIPES[name]
+    path = Path(name).expanduser()
+    if path.is_file():
+        try:
+            content = json.loads(path.read_text())
+            return Recipe.of(content["name"], content["rules"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(
+                f"{path} is no recipe ({error}); measure --budget writes one."
+            ) from None
+    raise UsageError(f"recipe '{name}' is unknown; known are {', '.join(RECIPES)}.")
+
+
+def _plan(source: Source, recipe: Recipe, rules: list[Rule], settings: Settings) -> Plan:
+    known = {long: short for short, long in FLOATS.items()} | {short: short for short in FLOATS}
+    dtype = settings["dtype"]
+    if dtype is not None and dtype not in known:
+        raise UsageError(f"--dtype {dtype} is unknown; known are {', '.join(FLOATS.values())}.")
+    options = {
+        "dtype": known[dtype] if dtype else None,
+        "dequantize": settings["dequantize"],
+        "hugging_face": settings["to_hf"],
+        "shard_size": settings["max_shard_size"],
+    }
+    if rules:
+        draft = make_plan(source, Recipe("draft", ()), **options)
+        paths = [module_path(t.name) for t in draft.targets if is_quantizable(t.name, len(t.shape))]
+        recipe, matched = recipe.with_rules(rules, paths, draft.config.text.num_hidden_layers)
+        for rule, found in matched:
+            some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+            if not settings["quiet"]:
+                _say(f"--set '{rule}': {len(found)} module(s): {some}")
+    return make_plan(source, recipe, **options)
+
+
+def print_recipes() -> None:
+    """The table of recipes, on stdout."""
+    for name, recipe in RECIPES.items():
+        print(f"{name:8} {'  '.join(map(str, recipe.rules))}")
+
+
+@contextmanager
+def progress_bar(plan: Plan, quiet: bool) -> Iterator[Progress]:
+    """One bar over all source bytes, on stderr, and the tensor at work."""
+    if quiet:
+        yield lambda target, source_bytes: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import (
+        Progress as Bar,
+    )
+
+    columns = (
+        BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )  # fmt: skip
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=plan.source_bytes)
+        yield lambda target, size: bar.update(
+            task, advance=size, description=target.name.removeprefix("model.")
+        )
+
+
+def run_verify(folder: Path, source: str | None, revision: str | None, as_json: bool) -> None:
+    """Check a folder, and compare it with its source if that is given."""
+    from mlx_diffgemma_convert.verify import verify
+
+    verify(folder)
+
+
+def _upload(target: Path, settings: Settings) -> dict[str, Any] | None:
+    return None
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,348 @@
+"""What will be written, worked out from the headers of the source before a weight is read.
+
+A target is one parameter of the output: a matrix (or stack of them, seen as rows x columns) that is
+filled from pieces of source tensors. So whole tensors, stacks of gates and ups, and one tensor per
+expert all go the same way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from math import prod
+from typing import Any
+
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from mlx_diffgemma.checkpoint.names import (
+    canonical_name,
+    expected_shapes,
+    expert_piece,
+    is_quantizable,
+    is_vision,
+    module_path,
+    to_hugging_face,
+)
+from mlx_diffgemma.checkpoint.quantization import (
+    FLOATS,
+    KEEP,
+    Format,
+    Recipe,
+    formats_from_config,
+)
+from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.errors import CheckpointError, UsageError
+from mlx_diffgemma_convert.source import ITEM_BYTES, Source, SourceTensor, tensors_digest
+
+FLOAT_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+_PARTS = ("weight", "scales", "biases")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`rows` rows of a tensor, from `source_row` on, that go to `target_row`."""
+
+    tensor: SourceTensor
+    source_row: int
+    target_row: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the output file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parameter of the output.
+
+    Attributes:
+        name: its name in MLX.
+        shape: unquantized.
+        format: how it is stored ("none": in `dtype`).
+        dtype: of the values, or of the scales where they are floats.
+        parts: pieces of the source by part: "weight" and, where that is quantized, "scales" and
+            "biases".
+        source_format: how the source stores it, if quantized.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: Format
+    dtype: str
+    parts: Mapping[str, tuple[Piece, ...]]
+    source_format: Format | None = None
+
+    @property
+    def rows(self) -> int:
+        return prod(self.shape[:-1]) if self.shape else 1
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(p.rows * p.tensor.row_bytes for pieces in self.parts.values() for p in pieces)
+
+    @property
+    def shards(self) -> frozenset[str]:
+        return frozenset(p.tensor.shard for pieces in self.parts.values() for p in pieces)
+
+    @property
+    def source_names(self) -> list[str]:
+        return list(dict.fromkeys(p.tensor.name for part in self.parts.values() for p in part))
+
+    def stored(self, hugging_face: bool = False) -> tuple[Stored, ...]:
+        """The tensors of the output file that hold it."""
+        if not self.format.quantized:
+            name = to_hugging_face(self.name) if hugging_face else self.name
+            return (Stored(name, self.dtype, self.shape),)
+        lead, path = self.shape[:-1], module_path(self.name)
+        affine = self.format.mode == "affine"
+        groups = (*lead, self.columns // self.format.group_size)
+        scales = self.dtype if affine else "U8"
+        packed = (*lead, self.columns * self.format.bits // 32)
+        tensors = [
+            Stored(f"{path}.weight", "U32", packed),
+            Stored(f"{path}.scales", scales, groups),
+        ]
+        if affine:
+            tensors.append(Stored(f"{path}.biases", self.dtype, groups))
+        return tuple(tensors)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides the bytes of the output.
+
+    Attributes:
+        shards: the targets of each file, in the order in which they are written.
+        fingerprint: equal for two plans that write the same bytes from the same headers.
+        settings: what of the fingerprint the user chose, for messages.
+    """
+
+    source: Source
+    config: ModelConfig
+    recipe: Recipe
+    shards: Mapping[str, tuple[Target, ...]]
+    hugging_face: bool
+    settings: Mapping[str, Any]
+    fingerprint: str
+
+    @property
+    def targets(self) -> list[Target]:
+        return [target for shard in self.shards.values() for target in shard]
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(target.source_bytes for target in self.targets)
+
+    def stored_bytes(self, shard: str | None = None) -> int:
+        targets = self.targets if shard is None else self.shards[shard]
+        return sum(s.nbytes for t in targets for s in t.stored(self.hugging_face))
+
+
+def make_plan(
+    source: Source,
+    recipe: Recipe,
+    *,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    hugging_face: bool = False,
+    shard_size: int | str = "5GB",
+) -> Plan:
+    """Decide what becomes of every tensor of `source`.
+
+    Args:
+        recipe: formats of the modules; ignored when dequantizing.
+        dtype: "bf16", "fp16" or "fp32" for what is not quantized; None keeps what the source has.
+        dequantize: the source is quantized, the output is not.
+        hugging_face: write the names of the reference implementation.
+        shard_size: most bytes of a file.
+
+    Raises:
+        CheckpointError: a tensor is missing, extra or of the wrong shape.
+        UsageError: a format does not fit a module, or the source is quantized already.
+    """
+    config = ModelConfig.from_dict(source.config)
+    if config.quantization is not None and not dequantize:
+        raise UsageError(
+            f"{source.name} is quantized already; convert from the original weights, or add "
+            "--dequantize."
+        )
+    if dequantize:
+        recipe = Recipe("dequantized", ())
+    targets = _targets(source, config, recipe, dtype)
+    if hugging_face and any(target.format.quantized for target in targets):
+        raise UsageError("the Hugging Face layout is unquantized; leave out the recipe.")
+    targets.sort(key=lambda t: min((p.tensor.shard, p.tensor.start) for p in t.parts["weight"]))
+    split = split_state_dict_into_shards_factory(
+        {target.name: target for target in targets},
+        get_storage_size=lambda t: sum(s.nbytes for s in t.stored(hugging_face)),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_size,
+    )
+    by_name = {target.name: target for target in targets}
+    shards = {
+        file: tuple(by_name[name] for name in names)
+        for file, names in split.filename_to_tensors.items()
+    }
+    settings = {
+        "recipe": recipe.name,
+        "rules": [str(rule) for rule in recipe.rules],
+        "dtype": dtype,
+        "layout": "hugging_face" if hugging_face else "mlx",
+        "shard_size": str(shard_size),
+    }
+    fingerprint = _fingerprint(source, settings)
+    return Plan(source, config, recipe, shards, hugging_face, settings, fingerprint)
+
+
+def _fingerprint(source: Source, settings: Mapping[str, Any]) -> str:
+    config = json.dumps(source.config, sort_keys=True)
+    content = json.dumps([settings, config, tensors_digest(source)], sort_keys=True)
+    return sha256(content.encode()).hexdigest()
+
+
+def _targets(
+    source: Source, config: ModelConfig, recipe: Recipe, dtype: str | None
+) -> list[Target]:
+    gathered = _gather(source.tensors.values())
+    names = {t.name: t.shape for t in source.tensors.values()}
+    stored_as = (
+        formats_from_config(
+            config,
+            {name: names[parts[0].name] for name, parts in gathered.items() if len(parts) == 1},
+        )
+        if config.quantization is not None
+        else {}
+    )
+    expected = expected_shapes(config)
+    layers = config.text.num_hidden_layers
+    targets = []
+    for name, shape in expected.items():
+        path = module_path(name)
+        before = stored_as.get(path)
+        keys = {"weight": name}
+        if before is not None:
+            keys |= {part: f"{path}.{part}" for part in _PARTS[1:] if f"{path}.{part}" in gathered}
+        tensors = {part: gathered.pop(key, []) for part, key in keys.items()}
+        if not tensors["weight"]:
+            raise CheckpointError(
+                f"tensor {to_hugging_face(name)} is missing; fetch the weights again."
+            )
+        parts = {
+            part: _pieces(keys[part], shape if before is None else found[0].shape, found)
+            for part, found in tensors.items()
+        }
+        fmt = (
+            recipe.format_for(path, layers) if is_quantizable(name, len(shape)) else _other(recipe)
+        )
+        fmt.check_fits(path, shape)
+        kept = tensors["scales" if before is not None and before.mode == "affine" else "weight"][0]
+        targets.append(
+            Target(name, shape, fmt, _value_dtype(kept, fmt, dtype, before), parts, before)
+        )
+    for name, found in gathered.items():
+        if not is_vision(name):
+            raise CheckpointError(
+                f"tensor {found[0].name} in {found[0].shard} has no place in the model that "
+                "config.json describes; they are of different models."
+            )
+        whole = {"weight": _pieces(name, found[0].shape, found)}
+        targets.append(Target(name, found[0].shape, Format(KEEP), found[0].dtype, whole))
+    return targets
+
+
+def _gather(tensors: Iterable[SourceTensor]) -> dict[str, list[SourceTensor]]:
+    """Source tensors by the parameter that they fill, whole or in part."""
+    gathered: dict[str, list[SourceTensor]] = {}
+    for tensor in tensors:
+        name = canonical_name(tensor.name)
+        if name is not None:
+            gathered.setdefault(name, []).append(tensor)
+    return gathered
+
+
+def _other(recipe: Recipe) -> Format:
+    """What becomes of parameters that no recipe quantizes, norms and the like: a recipe of plain
+    numbers converts them too."""
+    plain = recipe.rules[0].format if len(recipe.rules) == 1 else Format(KEEP)
+    return plain if plain.mode in FLOATS else Format(KEEP)
+
+
+def _value_dtype(
+    tensor: SourceTensor, fmt: Format, dtype: str | None, before: Format | None
+) -> str:
+    if fmt.mode in FLOATS:
+        return FLOAT_DTYPES[fmt.mode]
+    if dtype is not None:
+        return FLOAT_DTYPES[dtype]
+    if tensor.dtype in FLOAT_DTYPES.values():
+        return tensor.dtype
+    if before is not None and before.mode != "affine":
+        return "BF16"
+    raise CheckpointError(
+        f"tensor {tensor.name} in {tensor.shard} is of type {tensor.dtype}; convert from weights "
+        "in bf16, fp16 or fp32."
+    )
+
+
+def _pieces(name: str, shape: tuple[int, ...], found: list[SourceTensor]) -> tuple[Piece, ...]:
+    """How the tensors found for a parameter tile its rows.
+
+    Raises:
+        CheckpointError: one is missing, doubled or of the wrong shape.
+    """
+    if len(found) == 1 and expert_piece(found[0].name) is None:
+        _check_shape(found[0], shape)
+        return (Piece(found[0], 0, 0, found[0].rows),)
+    experts, rows, _ = shape
+    half = rows // 2
+    pieces: list[Piece] = []
+    for tensor in found:
+        piece = expert_piece(tensor.name)
+        if piece is None:
+            raise CheckpointError(
+                f"{name} is stored twice, as {tensor.name} and in pieces; delete one of them."
+            )
+        first, size = {"gate": (0, half), "up": (half, half), "all": (0, rows)}[piece.part]
+        if piece.expert is not None:
+            _check_shape(tensor, (size, shape[-1]))
+            pieces.append(Piece(tensor, 0, piece.expert * rows + first, size))
+        else:
+            _check_shape(tensor, (experts, size, shape[-1]))
+            pieces += [Piece(tensor, e * size, e * rows + first, size) for e in range(experts)]
+    pieces.sort(key=lambda p: p.target_row)
+    position = 0
+    for part in pieces:
+        if part.target_row != position:
+            which = f"expert {position // rows}" + (" (gate or up)" if position % rows else "")
+            problem = "is missing" if part.target_row > position else "is stored twice"
+            raise CheckpointError(f"{name}: {which} {problem}; fetch the weights again.")
+        position += part.rows
+    if position != experts * rows:
+        raise CheckpointError(
+            f"{name}: expert {position // rows} is missing; fetch the weights again."
+        )
+    return tuple(pieces)
+
+
+def _check_shape(tensor: SourceTensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"tensor {tensor.name} in {tensor.shard} has shape {list(tensor.shape)}, config.json "
+            f"asks for {list(shape)}; they are of different models."
+        )

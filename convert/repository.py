@@ -1,0 +1,82 @@
+"""The files around the weights: config, index, and what is copied from the source."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from mlx_diffgemma.checkpoint.names import is_quantizable, is_vision, module_path
+from mlx_diffgemma.checkpoint.quantization import FLOATS, quantization_entry
+from mlx_diffgemma.config import both_spellings
+from mlx_diffgemma_convert.plan import FLOAT_DTYPES, Plan
+from mlx_diffgemma_convert.shard_file import write_atomically
+
+INDEX = "model.safetensors.index.json"
+
+
+def converted_config(plan: Plan) -> dict[str, Any]:
+    """`config.json` of the output: the source's, with both spellings of the attention sizes and the
+    formats of the modules."""
+    config = both_spellings(plan.source.config)
+    for key in ("quantization", "quantization_config", "_name_or_path"):
+        config.pop(key, None)
+    names = {stored: FLOATS[fmt] for fmt, stored in FLOAT_DTYPES.items()}
+    dtypes = {target.dtype for target in plan.targets if not is_vision(target.name)}
+    if len(dtypes) == 1:
+        config["dtype"] = names[dtypes.pop()]
+        config["text_config"]["dtype"] = config["dtype"]
+        config.pop("torch_dtype", None)
+    modules = [t for t in plan.targets if is_quantizable(t.name, len(t.shape))]
+    block = quantization_entry(
+        {module_path(t.name): t.format for t in modules},
+        {module_path(t.name): t.rows * t.columns for t in modules},
+    )
+    if block is not None:
+        config["quantization"] = config["quantization_config"] = block
+    return dict(sorted(config.items()))
+
+
+def weight_index(plan: Plan) -> dict[str, Any]:
+    """`model.safetensors.index.json`, with totals as mlx-lm writes them."""
+    text = [t for t in plan.targets if not is_vision(t.name)]
+    weight_map = {
+        stored.name: file
+        for file, targets in plan.shards.items()
+        for target in targets
+        for stored in target.stored(plan.hugging_face)
+    }
+    return {
+        "metadata": {
+            "total_size": plan.stored_bytes(),
+            "total_parameters": sum(t.rows * t.columns for t in text),
+        },
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+
+
+def write_side_files(plan: Plan, folder: Path) -> dict[str, str]:
+    """Write config and index, copy the rest; returns the sha256 of each file."""
+    for name, content in (("config.json", converted_config(plan)), (INDEX, weight_index(plan))):
+        write_atomically(folder / name, json_bytes(content))
+    names = ["config.json", INDEX]
+    for name, path in plan.source.side_files().items():
+        if name != "README.md":
+            shutil.copyfile(path, folder / name)
+            names.append(name)
+    return {name: file_digest(folder / name) for name in names}
+
+
+def json_bytes(content: Any) -> bytes:
+    """JSON as it is laid out in every file that is written here."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def file_digest(path: Path) -> str:
+    digest = sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
