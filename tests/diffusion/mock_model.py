@@ -1,0 +1,140 @@
+"""A mock model whose logits follow from what the loop hands over, and a naive loop beside it.
+
+The mock's prediction depends on the prefix that was encoded, the canvas, the soft embeddings of the
+step before and the temperature, so that handing over the wrong one changes the result. Everything
+is computed row by row in numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_diffgemma.diffusion.noise import SeededNoise
+from mlx_diffgemma.diffusion.predict import Prediction
+from mlx_diffgemma.model.cache import LayerCache, PrefixCache
+
+VOCAB, LENGTH, HIDDEN = 37, 9, 5
+
+
+class MockModel:
+    """Keeps the encoded token ids themselves in the cache, one layer of one head of size one."""
+
+    def __init__(self) -> None:
+        text = SimpleNamespace(vocab_size=VOCAB)
+        self.config = SimpleNamespace(text=text, canvas_length=LENGTH)
+        self.encoded: list[np.ndarray] = []
+
+    def make_cache(self, pads: Sequence[int] | None = None) -> PrefixCache:
+        return PrefixCache([LayerCache()], pads)
+
+    def encode(self, ids: mx.array, cache: PrefixCache) -> None:
+        self.encoded.append(np.array(ids))
+        states = ids.astype(mx.float32)[:, None, :, None]
+        cache.layers[0].extend(states, states)
+        cache.offset += ids.shape[1]
+
+
+class MockPredictor:
+    """Counts its calls; `peak` makes it more certain with every step, 0 never."""
+
+    def __init__(self, seed: int = 0, peak: float = 1.0, nan_at: int | None = None) -> None:
+        self.seed, self.peak, self.nan_at = seed, peak, nan_at
+        self.calls = 0
+        self.canvases: list[np.ndarray] = []
+
+    def __call__(
+        self, canvas, cache, soft_embeddings, temperature, keys, constraint=None
+    ) -> Prediction:
+        assert constraint is None
+        self.calls += 1
+        self.canvases.append(np.array(canvas))
+        prefixes = np.array(cache.layers[0].keys)[:, 0, : cache.offset, 0].astype(int)
+        pads = np.zeros(len(prefixes), int) if cache.pads is None else cache.pads
+        rows = [
+            self.row(
+                prefixes[r, pads[r] :].tolist(),
+                np.array(canvas)[r],
+                None if soft_embeddings is None else np.array(soft_embeddings)[r],
+                temperature,
+                np.array(keys)[r],
+            )
+            for r in range(len(prefixes))
+        ]
+        argmax, draw, entropy, soft = (np.stack(part) for part in zip(*rows, strict=True))
+        if self.calls == self.nan_at:
+            entropy[-1, 3] = np.nan
+        return Prediction(mx.array(argmax), mx.array(draw), mx.array(entropy), mx.array(soft))
+
+    def row(self, prefix, canvas, soft, temperature, key):
+        """argmax [C], draw [C], entropy [C], soft embeddings [C, D] of one row."""
+        rng = np.random.default_rng([self.seed, *prefix])
+        logits = rng.normal(0, 2.0, (LENGTH, VOCAB))  # what this prefix calls for
+        coupling = np.random.default_rng(self.seed).normal(0, 0.6, (VOCAB, VOCAB))
+        table = np.random.default_rng(self.seed + 1).normal(0, 1.0, (VOCAB, HIDDEN))
+        logits += coupling[canvas] + coupling.T[np.roll(canvas, 1)]
+        if soft is not None:
+            # How sure the model was grows with the memory of the last step.
+            logits = logits * (1 + self.peak * np.linalg.norm(soft, axis=-1)[:, None])
+            logits += 0.5 * self.peak * soft @ table.T
+        logits = logits / temperature
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        u = np.random.default_rng(key.tolist()).random((LENGTH, 1))
+        draw = (p.cumsum(-1) < u).sum(-1).clip(max=VOCAB - 1)
+        entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
+        return (
+            logits.argmax(-1).astype(np.int32),
+            draw.astype(np.int32),
+            entropy.astype(np.float32),
+            (p @ table).astype(np.float32),
+        )
+
+
+def naive_generate(predictor: MockPredictor, prompt: list[int], settings, seed: int, row: int):
+    """One sequence by the book, a position at a time, without any code of the loop but its noise.
+
+    Returns the tokens, the finish reason, and for each canvas its steps as (draft, accepted, next
+    canvas) lists.
+    """
+    noise = SeededNoise(seed)
+    prefix, tokens, history = list(prompt), [], []
+    total = settings.max_denoising_steps
+    while True:
+        index = len(history)
+        canvas = np.array(noise.initial_canvas([row], index, LENGTH, VOCAB))[0].tolist()
+        soft, drafts, steps = None, [], []
+        for n in range(total, 0, -1):
+            step = total - n + 1
+            temperature = settings.t_min + (settings.t_max - settings.t_min) * n / total
+            key = np.array(noise.draw_keys([row], index, step))[0]
+            argmax, draw, entropy, soft = predictor.row(
+                prefix, np.array(canvas), soft, temperature, key
+            )
+            random = np.array(noise.renoise([row], index, step, LENGTH, VOCAB))[0]
+            accepted, spent = [False] * LENGTH, 0.0
+            for place in sorted(range(LENGTH), key=lambda i: entropy[i]):
+                if spent > settings.entropy_bound:
+                    break
+                accepted[place] = True
+                spent += float(entropy[place])
+            canvas = [int(draw[i] if accepted[i] else random[i]) for i in range(LENGTH)]
+            drafts.append(argmax.tolist())
+            steps.append((drafts[-1], accepted, canvas))
+            needed = settings.stability_threshold
+            stable = len(drafts) > needed and all(
+                drafts[-1 - back] == drafts[-1] for back in range(1, needed + 1)
+            )
+            if stable and sum(map(float, entropy)) / LENGTH < settings.confidence_threshold:
+                break
+        history.append(steps)
+        for token in drafts[-1]:
+            if token in settings.eos_token_ids:
+                return tokens, "stop", history
+            tokens.append(token)
+            if len(tokens) == settings.max_tokens:
+                return tokens, "length", history
+        prefix += drafts[-1]
