@@ -20,7 +20,7 @@ def template_text(tokenizer: Any) -> str:
     if isinstance(template, Mapping):
         template = template.get("default")
     if not template:
-        where = tokenizer.name_or_path or "The tokenizer"
+        where = tokenizer.name_or_path or "the tokenizer"
         raise CheckpointError(
             f"{where} has no chat template; give one with --chat-template FILE, or send the "
             "prompt as it is with --raw."
@@ -51,19 +51,19 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **settings: An
         return str(rendered)
     except TemplateSyntaxError as error:
         raise CheckpointError(
-            f"The chat template is broken: line {error.lineno}: {error.message}; {_MEND}."
+            f"the chat template is broken: line {error.lineno}: {error.message}; {_MEND}."
         ) from error
     except TemplateError as error:
         if type(error) is TemplateError:  # raised by the template itself, with raise_exception()
             raise PromptError(
-                f"The chat template refuses these messages: {_one_line(error)}"
+                f"the chat template refuses these messages: {_one_line(error)}"
             ) from error
         failure: Exception = error
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         failure = error
     kind = "" if isinstance(failure, UndefinedError) else f"{type(failure).__name__}: "
     raise CheckpointError(
-        f"The chat template fails: {_line_of(failure)}{kind}{_one_line(failure)}; {_MEND}."
+        f"the chat template fails: {_line_of(failure)}{kind}{_one_line(failure)}; {_MEND}."
     ) from failure
 
 

@@ -94,12 +94,12 @@ class StreamingText:
         """How many of the `pending` tokens have a text that later ones cannot change.
 
         Byte tokens (`<0xF0>`) are decoded a run at a time: one byte too many makes the whole run
-        U+FFFD. In other vocabularies a token may end within a character.
+        U+FFFD. In other vocabularies a token may end within a character, which also shows as
+        U+FFFD until the rest is there.
         """
         for ready in range(len(pending), 0, -1):
             if _BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(pending[ready - 1]) or ""):
                 continue
-            # A few tokens decide whether the text ends within a character, unless they are broken.
             if not self._decode(pending[:ready]).endswith(_INCOMPLETE):
                 return ready
         return 0

@@ -13,7 +13,7 @@ from mlx_diffgemma.text.tokenizer import hf_tokenizer
 
 Prompt: TypeAlias = "str | Sequence[Mapping[str, Any]] | Sequence[int]"
 
-_EMPTY = "The prompt is empty; say what to write about."
+_EMPTY = "the prompt is empty; say what to write about."
 _READS_PARTS = re.compile(r"""['"]text['"]|\.text\b""")
 
 
@@ -59,7 +59,7 @@ def encode_prompt(
         _refuse(system_prompt, thinking, "a prompt of token ids")
         return [int(item) for item in items]  # type: ignore[call-overload]
     if raw:
-        raise UsageError("A raw prompt is a text; leave out raw to send messages.")
+        raise UsageError("a raw prompt is a text; leave out raw to send messages.")
     return _encode_messages(hf_tokenizer(tokenizer), items, system_prompt, thinking)
 
 
@@ -72,7 +72,7 @@ def _encode_messages(
         raise PromptError(_EMPTY)
     if system_prompt is not None:
         if messages[0]["role"] in ("system", "developer"):
-            raise UsageError("The messages have a system prompt already; leave out the other.")
+            raise UsageError("the messages have a system prompt already; leave out the other.")
         messages.insert(0, {"role": "system", "content": system_prompt})
     if not _READS_PARTS.search(template):
         messages = [_with_plain_content(message) for message in messages]
@@ -80,7 +80,7 @@ def _encode_messages(
     if thinking is not None:
         if "enable_thinking" not in template:
             raise UsageError(
-                "This checkpoint's chat template knows no thinking mode; leave out "
+                "this checkpoint's chat template knows no thinking mode; leave out "
                 f"--{'' if thinking else 'no-'}thinking."
             )
         settings["enable_thinking"] = thinking
@@ -102,7 +102,7 @@ def _checked(item: Any, number: int) -> dict[str, Any]:
     """A message that a template can read, or an error that names it by its number."""
     if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
         raise PromptError(
-            f'Message {number} must be an object like {{"role": "user", "content": "..."}}, '
+            f'message {number} must be an object like {{"role": "user", "content": "..."}}, '
             f"not {item!r:.60}."
         )
     content = item.get("content")
@@ -111,14 +111,14 @@ def _checked(item: Any, number: int) -> dict[str, Any]:
     if isinstance(content, str):
         return dict(item)
     if not isinstance(content, (list, tuple)):
-        raise PromptError(f"Message {number}: 'content' must be a text or a list of parts.")
+        raise PromptError(f"message {number}: 'content' must be a text or a list of parts.")
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind in ("image", "image_url", "audio", "video"):
-            raise PromptError(f"Message {number} holds {kind} data: only text is supported yet.")
+            raise PromptError(f"message {number} holds {kind} data: only text is supported yet.")
         if kind != "text" or not isinstance(part.get("text"), str):
             raise PromptError(
-                f'Message {number}: a part of its content must be {{"type": "text", "text": '
+                f'message {number}: a part of its content must be {{"type": "text", "text": '
                 f'"..."}}, not {part!r:.60}.'
             )
     return dict(item)
@@ -148,7 +148,7 @@ def _refuse(system_prompt: str | None, thinking: bool | None, what: str) -> None
     """Settings of the chat template mean nothing where none is used."""
     for name, value in (("system prompt", system_prompt), ("thinking mode", thinking)):
         if value is not None:
-            raise UsageError(f"A {name} needs the chat template; {what} uses none.")
+            raise UsageError(f"a {name} needs the chat template; {what} uses none.")
 
 
 def _check_unicode(text: str) -> None:
@@ -156,6 +156,6 @@ def _check_unicode(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise PromptError(
-            f"The prompt is not valid Unicode at character {error.start + 1}; "
+            f"the prompt is not valid Unicode at character {error.start + 1}; "
             "give it as text in UTF-8."
         ) from error

@@ -94,7 +94,7 @@ def _read_template(chat_template: str) -> str:
         why = "is not a text file in UTF-8"
     except OSError as error:
         why = f"cannot be read ({error.strerror})"
-    raise UsageError(f"Chat template {chat_template!r} {why}; give a Jinja file or its text.")
+    raise UsageError(f"chat template {chat_template!r} {why}; give a Jinja file or its text.")
 
 
 def _check_json(path: Path) -> None:

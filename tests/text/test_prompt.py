@@ -182,11 +182,11 @@ def error_of(kind: type[Exception], prompt: Any, tokenizer: Any = GEMMA, **setti
 
 @pytest.mark.parametrize("prompt", ["", " \n", [], [user("")], [user([])], [user("a"), user(" ")]])
 def test_an_empty_prompt_is_refused(prompt):
-    assert error_of(PromptError, prompt) == "The prompt is empty; say what to write about."
+    assert error_of(PromptError, prompt) == "the prompt is empty; say what to write about."
 
 
 def test_an_empty_raw_prompt_is_refused_and_white_space_is_not():
-    assert error_of(PromptError, "", raw=True) == "The prompt is empty; say what to write about."
+    assert error_of(PromptError, "", raw=True) == "the prompt is empty; say what to write about."
     assert encode_prompt(GEMMA, "\n\n", raw=True) == GEMMA.encode("\n\n")
 
 
@@ -194,14 +194,14 @@ def test_an_empty_raw_prompt_is_refused_and_white_space_is_not():
     ("prompt", "settings", "message"),
     [
         ("a", {"raw": True, "system_prompt": "b"},
-         "A system prompt needs the chat template; a raw prompt uses none."),
+         "a system prompt needs the chat template; a raw prompt uses none."),
         ("a", {"raw": True, "thinking": True},
-         "A thinking mode needs the chat template; a raw prompt uses none."),
+         "a thinking mode needs the chat template; a raw prompt uses none."),
         ([1, 2], {"system_prompt": "b"},
-         "A system prompt needs the chat template; a prompt of token ids uses none."),
-        ([user("a")], {"raw": True}, "A raw prompt is a text; leave out raw to send messages."),
+         "a system prompt needs the chat template; a prompt of token ids uses none."),
+        ([user("a")], {"raw": True}, "a raw prompt is a text; leave out raw to send messages."),
         ([{"role": "system", "content": "a"}, user("b")], {"system_prompt": "c"},
-         "The messages have a system prompt already; leave out the other."),
+         "the messages have a system prompt already; leave out the other."),
     ],
 )  # fmt: skip
 def test_settings_that_contradict_each_other(prompt, settings, message):
@@ -211,7 +211,7 @@ def test_settings_that_contradict_each_other(prompt, settings, message):
 @pytest.mark.parametrize(("thinking", "flag"), [(True, "--thinking"), (False, "--no-thinking")])
 def test_thinking_needs_a_template_that_knows_it(thinking, flag):
     assert error_of(UsageError, "a", TOKENIZERS["demo"], thinking=thinking) == (
-        f"This checkpoint's chat template knows no thinking mode; leave out {flag}."
+        f"this checkpoint's chat template knows no thinking mode; leave out {flag}."
     )
 
 
@@ -219,15 +219,15 @@ def test_thinking_needs_a_template_that_knows_it(thinking, flag):
     ("messages", "message"),
     [
         ([user("a"), "b"],
-         'Message 2 must be an object like {"role": "user", "content": "..."}, not \'b\'.'),
+         'message 2 must be an object like {"role": "user", "content": "..."}, not \'b\'.'),
         ([{"content": "a"}],
-         'Message 1 must be an object like {"role": "user", "content": "..."}, '
+         'message 1 must be an object like {"role": "user", "content": "..."}, '
          "not {'content': 'a'}."),
-        ([user(None)], "Message 1: 'content' must be a text or a list of parts."),
+        ([user(None)], "message 1: 'content' must be a text or a list of parts."),
         ([user([{"type": "image", "url": "x"}])],
-         "Message 1 holds image data: only text is supported yet."),
+         "message 1 holds image data: only text is supported yet."),
         ([user([{"type": "text"}])],
-         'Message 1: a part of its content must be {"type": "text", "text": "..."}, '
+         'message 1: a part of its content must be {"type": "text", "text": "..."}, '
          "not {'type': 'text'}."),
     ],
 )  # fmt: skip
@@ -238,19 +238,19 @@ def test_messages_that_cannot_be_read(messages, message):
 @pytest.mark.parametrize("raw", [True, False])
 def test_text_that_is_no_unicode(raw):
     assert error_of(PromptError, "ab\udce9", raw=raw) == (
-        "The prompt is not valid Unicode at character 3; give it as text in UTF-8."
+        "the prompt is not valid Unicode at character 3; give it as text in UTF-8."
     )
 
 
 BROKEN = [
     ("{% for x in y %}\nab", CheckpointError,
-     "The chat template is broken: line 2: Unexpected end of template."),
+     "the chat template is broken: line 2: Unexpected end of template."),
     ("{{ bos_token }}\n{{ messages[0].tools.name }}", CheckpointError,
-     "The chat template fails: line 2: 'dict object' has no attribute 'tools'; "
+     "the chat template fails: line 2: 'dict object' has no attribute 'tools'; "
      "mend it, or give another with --chat-template."),
-    ("\n\n{{ 1 + bos_token }}", CheckpointError, "The chat template fails: line 3: TypeError: "),
+    ("\n\n{{ 1 + bos_token }}", CheckpointError, "the chat template fails: line 3: TypeError: "),
     ("{{ raise_exception('No system\nrole') }}", PromptError,
-     "The chat template refuses these messages: No system role"),
+     "the chat template refuses these messages: No system role"),
 ]  # fmt: skip
 
 
@@ -262,8 +262,46 @@ def test_a_broken_template_is_named_with_its_line(template, kind, message):
 def test_a_missing_template_is_an_error_only_where_one_is_needed():
     tokenizer = gemma_like.build(template=None)
     assert error_of(CheckpointError, "ab", tokenizer) == (
-        "The tokenizer has no chat template; give one with --chat-template FILE, or send the "
+        "the tokenizer has no chat template; give one with --chat-template FILE, or send the "
         "prompt as it is with --raw."
     )
     assert encode_prompt(tokenizer, "ab", raw=True) == tokenizer.encode("ab")
     assert encode_prompt(tokenizer, [7]) == [7]
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_the_templates_tokens_keep_their_flags_beside_a_spelling(flag):
+    """What the tokenizer does around its own control tokens is the same on both paths."""
+    from tokenizers import AddedToken
+
+    tokenizer = gemma_like.build("{{ messages[0].content }}.  <|image|>  a b<|image|>b <|image|>")
+    tokenizer.backend_tokenizer.add_special_tokens(
+        [AddedToken("<|image|>", normalized=False, special=True, **{flag: True})]
+    )
+    whole = encode_prompt(tokenizer, "a")
+    assert whole == reference(tokenizer, [user("a")])
+    full_stop = tokenizer.convert_tokens_to_ids(".")
+    marked = encode_prompt(tokenizer, "<turn|>")
+    assert marked[marked.index(full_stop) :] == whole[whole.index(full_stop) :]
+
+
+def test_of_several_templates_the_default_one_is_used():
+    tokenizer = gemma_like.build()
+    tokenizer.chat_template = {"default": gemma_like.TEMPLATE, "other": "{{ no }}"}
+    assert encode_prompt(tokenizer, "ab") == reference(GEMMA, [user("ab")])
+    tokenizer.chat_template = {"other": "{{ no }}"}
+    assert error_of(CheckpointError, "a", tokenizer).startswith(
+        "the tokenizer has no chat template"
+    )
+
+
+def test_a_message_may_call_tools_instead_of_saying_something():
+    template = "{% for m in messages %}{{ m.content or m.tool_calls[0].name }};{% endfor %}"
+    messages = [
+        user("a"),
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "b<eos>"}]},
+    ]
+    tokenizer = gemma_like.build(template)
+    ids = encode_prompt(tokenizer, messages)
+    assert tokenizer.decode(ids) == "a;b<eos>;"
+    assert tokenizer.eos_token_id not in ids

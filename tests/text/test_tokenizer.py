@@ -72,13 +72,13 @@ def test_another_template_may_be_given_as_text_or_file(folder, tmp_path):
 
 def test_a_template_file_that_cannot_be_read(folder, tmp_path):
     assert error_of(UsageError, folder, chat_template="no/such.jinja") == (
-        "Chat template 'no/such.jinja' cannot be read (No such file or directory); give a Jinja "
+        "chat template 'no/such.jinja' cannot be read (No such file or directory); give a Jinja "
         "file or its text."
     )
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe")
     assert error_of(UsageError, folder, chat_template=str(binary)) == (
-        f"Chat template {str(binary)!r} is not a text file in UTF-8; give a Jinja file or its text."
+        f"chat template {str(binary)!r} is not a text file in UTF-8; give a Jinja file or its text."
     )
 
 
