@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 from mlx_diffgemma.text.tokenizer import hf_tokenizer
@@ -56,9 +57,7 @@ class StreamingText:
         of them, text held back so far to the first token, and special tokens have "" (but where
         there is no other token to bear what was held back)."""
         pieces = [""] * len(tokens)
-        draft = StreamingText.__new__(StreamingText)
-        draft._tokenizer, draft._special = self._tokenizer, self._special
-        draft._context, draft._held = self._context, self._held
+        draft = copy(self)  # its lists are replaced, never changed
         shown = [index for index, token in enumerate(tokens) if token not in self._special]
         last = shown[0] if shown else 0
         for index in shown:
