@@ -33,9 +33,12 @@ def of(events, kind):
 
 
 def settings(**changes) -> DiffusionConfig:
-    defaults = dict(
-        max_tokens=3 * LENGTH, max_denoising_steps=12, confidence_threshold=0.2, entropy_bound=0.5
-    )
+    defaults = {
+        "max_tokens": 3 * LENGTH,
+        "max_denoising_steps": 12,
+        "confidence_threshold": 0.2,
+        "entropy_bound": 0.5,
+    }
     return DiffusionConfig(**{**defaults, **changes})
 
 
