@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_diffgemma.errors import ConfigError, UsageError
 
+SAMPLERS = ("entropy-bound", "confidence-threshold", "block-refinement", "ddim")
 _SAMPLER = "EntropyBoundSamplerConfig"
 
 
@@ -25,6 +26,15 @@ class DiffusionConfig:
         canvas_length: tokens drafted at a time; None takes the model's own.
         eos_token_ids: ids that end a sequence.
         pad_token_id: what fills the canvases of a batch past the end of a sequence.
+        sampler: one of `SAMPLERS`.
+        accept_threshold: probability from which the confidence-threshold and block-refinement
+            samplers accept a draw.
+        stop_at_eos: look no further than the first certain eos when deciding whether a canvas is
+            done.
+        confident_after: step from which confidence alone ends a canvas; None for never.
+        shrink_canvas: draft no more tokens than `max_tokens` leaves.
+        soft_cutoff: leave tokens out of the self-conditioning that are e^-soft_cutoff times less
+            likely than the likeliest; None for none.
     """
 
     max_tokens: int = 256
@@ -37,6 +47,12 @@ class DiffusionConfig:
     canvas_length: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int = 0
+    sampler: str = "entropy-bound"
+    accept_threshold: float = 0.9
+    stop_at_eos: bool = False
+    confident_after: int | None = None
+    shrink_canvas: bool = False
+    soft_cutoff: float | None = None
 
     def __post_init__(self) -> None:
         _check_integer("max_tokens", self.max_tokens, 1)
@@ -44,6 +60,13 @@ class DiffusionConfig:
         _check_integer("stability_threshold", self.stability_threshold, 0)
         if self.canvas_length is not None:
             _check_integer("canvas_length", self.canvas_length, 1)
+        if self.confident_after is not None:
+            _check_integer("confident_after", self.confident_after, 1)
+        if self.soft_cutoff is not None:
+            _check_number("soft_cutoff", self.soft_cutoff, 0.0)
+        if self.sampler not in SAMPLERS:
+            raise UsageError(f"unknown sampler '{self.sampler}'; known are {', '.join(SAMPLERS)}.")
+        _check_number("accept_threshold", self.accept_threshold, 0.0)
         _check_number("t_min", self.t_min, 0.0, inclusive=True)
         _check_number("t_max", self.t_max, 0.0)
         _check_number("entropy_bound", self.entropy_bound, 0.0)

@@ -6,7 +6,7 @@ Letters: B sequences asked for, R rows still being written, C canvas.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -20,12 +20,12 @@ from mlx_diffgemma.diffusion.events import (
     Finished,
     FinishReason,
 )
-from mlx_diffgemma.diffusion.noise import Noise
+from mlx_diffgemma.diffusion.noise import Noise, StepNoise
 from mlx_diffgemma.diffusion.predict import MaterializedPredictor, Prediction, Predictor
 from mlx_diffgemma.diffusion.prefill import DEFAULT_STEP_SIZE, left_padded, prefill
-from mlx_diffgemma.diffusion.sampler import entropy_bound_accept, renoise
+from mlx_diffgemma.diffusion.sampler import Proposal, Sampler, make_sampler
 from mlx_diffgemma.diffusion.schedule import LinearTemperature
-from mlx_diffgemma.diffusion.stopping import StableAndConfident
+from mlx_diffgemma.diffusion.stopping import make_stop_rule
 from mlx_diffgemma.errors import NumericalError, UsageError
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
@@ -33,37 +33,26 @@ from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 Constrain = Callable[[int, Sequence[int]], CanvasConstraint | None]
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one denoising step computed, not yet evaluated; see `DenoisingStep` for the shapes."""
-
-    prediction: Prediction
-    accepted: mx.array
-    canvas: mx.array
-
-
 def denoising_step(
     predictor: Predictor,
+    sampler: Sampler,
     canvas: mx.array,
     cache: PrefixCache,
     soft_embeddings: mx.array | None,
     *,
     temperature: float,
-    entropy_bound: float,
-    keys: mx.array,
-    noise: mx.array,
+    noise: StepNoise,
     constraint: CanvasConstraint | None = None,
-) -> StepResult:
-    """One pass over `canvas` [R, C]: predict, accept the most certain draws, renoise the rest.
+) -> tuple[Prediction, Proposal]:
+    """One pass over `canvas` [R, C]: predict, then accept and renoise. Nothing is evaluated yet.
 
-    A fixed position has no entropy, so it is accepted and takes nothing of the bound.
+    A fixed position has no entropy, so it is accepted and takes nothing of the entropy bound.
     """
-    prediction = predictor(canvas, cache, soft_embeddings, temperature, keys, constraint)
-    accepted = entropy_bound_accept(prediction.entropy, entropy_bound)
-    canvas = renoise(prediction.draw, accepted, noise)
+    prediction = predictor(canvas, cache, soft_embeddings, temperature, noise.keys(), constraint)
+    proposal = sampler.advance(canvas, prediction, noise)
     if constraint is not None:
-        canvas = constraint.pin(canvas)
-    return StepResult(prediction, accepted, canvas)
+        proposal = replace(proposal, canvas=constraint.pin(proposal.canvas))
+    return prediction, proposal
 
 
 def denoise_canvas(
@@ -96,34 +85,32 @@ def denoise_canvas(
         canvas = constraint.pin(canvas)
     counted = None if constraint is None else constraint.open
     schedule = LinearTemperature(config.t_min, config.t_max, config.max_denoising_steps)
-    stop = StableAndConfident(config.stability_threshold, config.confidence_threshold)
+    sampler, stop = make_sampler(config, vocab_size), make_stop_rule(config)
     soft_embeddings, draft = None, None
     done = np.zeros(len(rows), bool)
     steps = np.zeros(len(rows), int)
 
     for step in range(1, config.max_denoising_steps + 1):
-        result = denoising_step(
+        prediction, proposal = denoising_step(
             predictor,
+            sampler,
             canvas,
             cache,
             soft_embeddings,
             temperature=schedule.at(step),
-            entropy_bound=config.entropy_bound,
-            keys=noise.draw_keys(rows, canvas_index, step),
-            noise=noise.renoise(rows, canvas_index, step, *shape),
+            noise=StepNoise(noise, rows, canvas_index, step, *shape),
             constraint=constraint,
         )
-        canvas, soft_embeddings = result.canvas, result.prediction.soft_embeddings
-        mx.eval(result.prediction.argmax, result.prediction.entropy, result.accepted, canvas,
-                soft_embeddings)  # fmt: skip
-        entropy = np.array(result.prediction.entropy)
+        canvas, soft_embeddings = proposal.canvas, prediction.soft_embeddings
+        mx.eval(canvas, soft_embeddings, proposal.draft, proposal.accepted, prediction.entropy)
+        entropy = np.array(prediction.entropy)
         if not np.isfinite(entropy).all():
             raise NumericalError(
                 f"canvas {canvas_index + 1}, step {step}: the model returned NaN or infinity; "
                 "its weights are damaged (check them with --check)."
             )
-        proposal = np.array(result.prediction.argmax)
-        draft = proposal if draft is None else np.where(done[:, None], draft, proposal)
+        new = np.array(proposal.draft)
+        draft = new if draft is None else np.where(done[:, None], draft, new)
         steps += ~done
         done |= stop.update(draft, entropy, counted)
         yield DenoisingStep(
@@ -135,7 +122,7 @@ def denoise_canvas(
             draft=draft,
             canvas=np.array(canvas),
             entropy=entropy,
-            accepted=np.array(result.accepted),
+            accepted=np.array(proposal.accepted),
             done=done.copy(),
         )
         if done.all():
@@ -171,12 +158,14 @@ def generate_canvases(
         in the end one `Finished`.
     """
     length = config.canvas_length or model.config.canvas_length
+    if config.shrink_canvas:
+        length = min(length, config.max_tokens)
     if initial_canvas is not None and initial_canvas.shape != (len(prompts), length):
         raise UsageError(
             f"initial_canvas has shape {initial_canvas.shape}; it must be "
             f"({len(prompts)}, {length}): prompts, canvas length."
         )
-    predictor = predictor or MaterializedPredictor(model)
+    predictor = predictor or MaterializedPredictor(model, config.soft_cutoff)
 
     # 1. Encode the prompts.
     ids, pads = left_padded(prompts, config.pad_token_id)
@@ -238,6 +227,8 @@ def generate_canvases(
         for held, draft in zip(cache.tokens, drafts[going], strict=True):
             held.extend(draft.tolist())
         canvas_index += 1
+        if config.shrink_canvas:
+            length = min(length, max(config.max_tokens - len(tokens[row]) for row in rows))
 
     yield Finished(
         tokens=tuple(map(tuple, tokens)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
@@ -20,6 +21,7 @@ class Purpose(IntEnum):
     INITIAL = 0
     DRAW = 1
     RENOISE = 2
+    UNIFORM = 3
 
 
 class Noise(Protocol):
@@ -35,6 +37,30 @@ class Noise(Protocol):
         self, rows: Sequence[int], canvas: int, step: int, length: int, vocab: int
     ) -> mx.array:
         """[R, C] uniform token ids for the positions that a step does not accept."""
+
+    def uniform(self, rows: Sequence[int], canvas: int, step: int, length: int) -> mx.array:
+        """[R, C] uniform numbers in [0, 1), for samplers that toss coins."""
+
+
+@dataclass(frozen=True)
+class StepNoise:
+    """The noise of one step of one canvas."""
+
+    noise: Noise
+    rows: Sequence[int]
+    canvas: int
+    step: int
+    length: int
+    vocab: int
+
+    def keys(self) -> mx.array:
+        return self.noise.draw_keys(self.rows, self.canvas, self.step)
+
+    def tokens(self) -> mx.array:
+        return self.noise.renoise(self.rows, self.canvas, self.step, self.length, self.vocab)
+
+    def uniform(self) -> mx.array:
+        return self.noise.uniform(self.rows, self.canvas, self.step, self.length)
 
 
 class SeededNoise:
@@ -53,6 +79,10 @@ class SeededNoise:
         self, rows: Sequence[int], canvas: int, step: int, length: int, vocab: int
     ) -> mx.array:
         return _uniform_tokens(self._keys(rows, canvas, step, Purpose.RENOISE), length, vocab)
+
+    def uniform(self, rows: Sequence[int], canvas: int, step: int, length: int) -> mx.array:
+        keys = self._keys(rows, canvas, step, Purpose.UNIFORM)
+        return mx.stack([mx.random.uniform(shape=(length,), key=key) for key in keys])
 
     def _keys(self, rows: Sequence[int], canvas: int, step: int, purpose: Purpose) -> mx.array:
         streams = (

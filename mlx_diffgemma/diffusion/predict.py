@@ -25,12 +25,14 @@ class Prediction:
         draw: [R, C] int32, one sample a position.
         entropy: [R, C] float32, in nats.
         soft_embeddings: [R, C, D], the expected embeddings, for the next step.
+        confidence: [R, C] float32, the probability of `draw`.
     """
 
     argmax: mx.array
     draw: mx.array
     entropy: mx.array
     soft_embeddings: mx.array
+    confidence: mx.array
 
 
 class Predictor(Protocol):
@@ -49,10 +51,11 @@ class Predictor(Protocol):
 
 
 class MaterializedPredictor:
-    """A prediction from the whole [R, C, V] logits in float32."""
+    """A prediction from the whole [R, C, V] logits in float32. Where `soft_cutoff` is given, only
+    tokens above e^-soft_cutoff of the likeliest enter the soft embeddings."""
 
-    def __init__(self, model: DiffusionGemma) -> None:
-        self.model = model
+    def __init__(self, model: DiffusionGemma, soft_cutoff: float | None = None) -> None:
+        self.model, self.soft_cutoff = model, soft_cutoff
 
     def __call__(
         self,
@@ -67,12 +70,21 @@ class MaterializedPredictor:
         processed = self.model.logits(hidden) / temperature
         if constraint is not None:
             processed = constraint.restrict(processed)
+        draw = draw_categorical(processed, keys)
+        drawn = mx.take_along_axis(processed, draw[..., None], axis=-1)[..., 0]
         return Prediction(
             argmax=mx.argmax(processed, axis=-1).astype(mx.int32),
-            draw=draw_categorical(processed, keys),
+            draw=draw,
             entropy=entropy(processed),
-            soft_embeddings=self.model.soft_embeddings(processed),
+            soft_embeddings=self.model.soft_embeddings(self._cut(processed)),
+            confidence=mx.exp(drawn - mx.logsumexp(processed, axis=-1)),
         )
+
+    def _cut(self, processed: mx.array) -> mx.array:
+        if self.soft_cutoff is None:
+            return processed
+        least = processed.max(axis=-1, keepdims=True) - self.soft_cutoff
+        return mx.where(processed >= least, processed, -mx.inf)
 
 
 def entropy(logits: mx.array) -> mx.array:

@@ -67,7 +67,8 @@ class MockPredictor:
         argmax, draw, entropy, soft = (np.stack(part) for part in zip(*rows, strict=True))
         if self.calls == self.nan_at:
             entropy[-1, 3] = np.nan
-        return Prediction(mx.array(argmax), mx.array(draw), mx.array(entropy), mx.array(soft))
+        confidence = np.exp(-np.array(entropy))
+        return Prediction(*map(mx.array, (argmax, draw, entropy, soft, confidence)))
 
     def row(self, prefix, canvas, soft, temperature, key):
         """argmax [C], draw [C], entropy [C], soft embeddings [C, D] of one row."""

@@ -84,7 +84,7 @@ def test_override_leaves_what_is_none():
 
 
 def test_unknown_setting():
-    with pytest.raises(UsageError, match=r"^unknown setting 'steps'; known are canvas_length, "):
+    with pytest.raises(UsageError, match=r"^unknown setting 'steps'; known are accept_threshold, "):
         DiffusionConfig().override(steps=3)
 
 

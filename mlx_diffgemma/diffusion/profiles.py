@@ -1,0 +1,34 @@
+"""Named trade-offs between speed and fidelity to the reference, as settings of `DiffusionConfig`.
+
+Each adds to the one before. What they cost and gain on the demo model is in the README, with the
+command that measures it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_diffgemma.errors import UsageError
+
+EXACT: dict[str, Any] = {}
+BALANCED: dict[str, Any] = {
+    **EXACT,
+    "stop_at_eos": True,
+    "shrink_canvas": True,
+    "soft_cutoff": 10.0,
+}
+FAST: dict[str, Any] = {**BALANCED, "max_denoising_steps": 24, "confident_after": 12}
+
+PROFILES: dict[str, dict[str, Any]] = {"exact": EXACT, "balanced": BALANCED, "fast": FAST}
+DEFAULT = "balanced"
+
+
+def profile_settings(name: str) -> dict[str, Any]:
+    """The settings of a profile.
+
+    Raises:
+        UsageError: there is no such profile.
+    """
+    if name not in PROFILES:
+        raise UsageError(f"unknown profile '{name}'; known are {', '.join(PROFILES)}.")
+    return dict(PROFILES[name])
