@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,7 +69,7 @@ def convert(
     max_shard_size: Annotated[str, typer.Option(help="Most bytes of an output file.")] = "5GB",
     upload_repo: Annotated[str | None, typer.Option(help="Upload to this repository.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what --upload-repo would do, and stop there.")
+        bool, typer.Option("--dry-run", help="Convert, but only say what would be uploaded.")
     ] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Show sizes and memory; fetch and write nothing.")
@@ -99,6 +98,7 @@ def convert(
 
 @app.command()
 def verify(
+    ctx: typer.Context,
     folder: Annotated[Path, typer.Argument(help="A folder that this converter wrote.")],
     source: Annotated[
         str | None, typer.Option(help="Compare every weight with this source as well.")
@@ -108,23 +108,34 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Check a converted folder: every file as it was written, every tensor sound."""
+    del debug  # read from the context, before the command's name or after it
 
     def body() -> None:
         from mlx_diffgemma_convert.command import run_verify
 
         run_verify(folder, source, revision, as_json)
 
-    errors.run(body, debug=debug or errors.debugging(_context()))
+    errors.run(body, debug=errors.debugging(ctx))
 
 
-def _context() -> typer.Context:
-    import click
+@app.command()
+def upload(
+    ctx: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="A folder that this converter wrote.")],
+    upload_repo: Annotated[str, typer.Option(help="Repository to upload to.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Upload a converted folder to the Hugging Face hub; the same command again goes on."""
+    del debug
 
-    return click.get_current_context()  # type: ignore[return-value]
+    def body() -> None:
+        from mlx_diffgemma_convert.command import run_upload
 
+        run_upload(folder, upload_repo, dry_run, as_json)
 
-def print_json(content: Any) -> None:
-    print(json.dumps(content, indent=2))
+    errors.run(body, debug=errors.debugging(ctx))
 
 
 def main() -> None:

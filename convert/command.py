@@ -19,6 +19,7 @@ from mlx_diffgemma_convert.journal import Journal
 from mlx_diffgemma_convert.plan import Plan, make_plan
 from mlx_diffgemma_convert.source import FolderSource, Source
 from mlx_diffgemma_convert.table import print_plan, size_text, summary
+from mlx_diffgemma_convert.upload import prepare, upload
 
 Settings = Mapping[str, Any]
 
@@ -30,6 +31,9 @@ def run_convert(settings: Settings) -> None:
         return
     target: Path = settings["mlx_path"].expanduser()
     recipe, rules = chosen_recipe(settings)
+    repository = settings["upload_repo"]
+    if settings["dry_run"] and not repository:
+        raise UsageError("--dry-run is about uploading; name the repository with --upload-repo.")
     journal = Journal(target)
     downloads = journal.downloads if settings["delete_source_shards"] else None
     source = open_source(settings["model"], settings["revision"], downloads)
@@ -37,6 +41,8 @@ def run_convert(settings: Settings) -> None:
     if settings["plan"]:
         print(json.dumps(summary(plan), indent=2)) if settings["json"] else print_plan(plan)
         return
+    if repository and not settings["dry_run"]:
+        prepare(repository)
     with journal:
         if not journal.interrupted_after_publishing():
             check_target(target, source.folder if isinstance(source, FolderSource) else None)
@@ -50,9 +56,8 @@ def run_convert(settings: Settings) -> None:
         "resumed_files": outcome.resumed_files,
         "seconds": round(seconds, 2),
     }
-    uploaded = _upload(target, settings)
-    if uploaded is not None:
-        found["upload"] = uploaded
+    if repository:
+        found["upload"] = upload(target, repository, dry_run=settings["dry_run"])
     if settings["json"]:
         print(json.dumps(found, indent=2))
     elif not settings["quiet"]:
@@ -60,6 +65,8 @@ def run_convert(settings: Settings) -> None:
             f"{target}: {size_text(plan.stored_bytes())} in {len(plan.shards)} file(s), "
             f"{recipe.name}, verified; {seconds:.1f} s."
         )
+        if repository:
+            _say(_upload_text(found["upload"]))
 
 
 def chosen_recipe(settings: Settings) -> tuple[Recipe, list[Rule]]:
@@ -164,13 +171,36 @@ def progress_bar(plan: Plan, quiet: bool) -> Iterator[Progress]:
 
 def run_verify(folder: Path, source: str | None, revision: str | None, as_json: bool) -> None:
     """Check a folder, and compare it with its source if that is given."""
+    from mlx_diffgemma_convert.verify import compare_with_source, verify
+
+    found = verify(folder)
+    report: dict[str, Any] = {"files": found.files, "tensors": found.tensors, "bytes": found.nbytes}
+    text = f"{folder}: {found.files} files as written, {found.tensors} tensors sound"
+    if source is not None:
+        loss = compare_with_source(folder, open_source(source, revision, None))
+        report["relative_error"] = loss.relative
+        text += f", all within {loss.worst:.0%} of what their formats allow"
+    print(json.dumps(report, indent=2) if as_json else f"{text}.")
+
+
+def run_upload(folder: Path, repository: str, dry_run: bool, as_json: bool) -> None:
+    """Upload a folder that is sound."""
     from mlx_diffgemma_convert.verify import verify
 
     verify(folder)
+    report = upload(folder, repository, dry_run=dry_run)
+    print(json.dumps(report, indent=2) if as_json else _upload_text(report))
 
 
-def _upload(target: Path, settings: Settings) -> dict[str, Any] | None:
-    return None
+def _upload_text(report: Mapping[str, Any]) -> str:
+    if not report["dry_run"]:
+        return f"Uploaded to https://huggingface.co/{report['repository']}."
+    files = "\n".join(f"  {name}  {size_text(size)}" for name, size in report["files"].items())
+    login = "logged in" if report["token"] else "not logged in: run `hf auth login` first"
+    return (
+        f"Would upload {size_text(report['bytes'])} to "
+        f"https://huggingface.co/{report['repository']} ({login}):\n{files}"
+    )
 
 
 def _say(text: str) -> None:

@@ -136,6 +136,9 @@ class HubSource:
             cache = cache.parent
         return [(cache, sum(missing))]
 
+    def card(self) -> Path | None:
+        return self._fetch("README.md") if "README.md" in self._sizes else None
+
     def side_files(self) -> Mapping[str, Path]:
         return {name: self._fetch(name) for name in sorted(self._sizes) if is_side_file(name)}
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_diffgemma.errors import CheckpointError, UsageError
+from mlx_diffgemma_convert.card import write_card
 from mlx_diffgemma_convert.journal import Journal
 from mlx_diffgemma_convert.plan import Plan, Target
 from mlx_diffgemma_convert.record import conversion_record, write_record
@@ -57,6 +58,7 @@ def convert(
     _check_room(plan, journal)
     try:
         _write_shards(plan, journal, progress)
+        write_card(plan, journal.recorded(), journal.result)
         files = write_side_files(plan, journal.result)
         write_record(journal.result, conversion_record(plan, journal.done, files))
         verify(journal.result)

@@ -58,14 +58,13 @@ def weight_index(plan: Plan) -> dict[str, Any]:
 
 
 def write_side_files(plan: Plan, folder: Path) -> dict[str, str]:
-    """Write config and index, copy the rest; returns the sha256 of each file."""
+    """Write config and index, copy the rest; returns the sha256 of each file, the card's too."""
     for name, content in (("config.json", converted_config(plan)), (INDEX, weight_index(plan))):
         write_atomically(folder / name, json_bytes(content))
-    names = ["config.json", INDEX]
+    names = ["README.md", "config.json", INDEX]
     for name, path in plan.source.side_files().items():
-        if name != "README.md":
-            shutil.copyfile(path, folder / name)
-            names.append(name)
+        shutil.copyfile(path, folder / name)
+        names.append(name)
     return {name: file_digest(folder / name) for name in names}
 
 

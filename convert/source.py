@@ -77,6 +77,9 @@ class Source(Protocol):
     def room_needed(self, shards: Collection[str]) -> list[tuple[Path, int]]:
         """Folders and how many bytes will be downloaded into them, to read `shards`."""
 
+    def card(self) -> Path | None:
+        """Its README, if it has one."""
+
     def side_files(self) -> Mapping[str, Path]:
         """Everything but weights, index and config that belongs to the checkpoint, by name."""
 
@@ -107,6 +110,10 @@ class FolderSource:
     def room_needed(self, shards: Collection[str]) -> list[tuple[Path, int]]:
         """Nothing is downloaded."""
         return []
+
+    def card(self) -> Path | None:
+        path = self.folder / "README.md"
+        return path if path.is_file() else None
 
     def side_files(self) -> Mapping[str, Path]:
         names = sorted(path.name for path in self.folder.iterdir() if path.is_file())

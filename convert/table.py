@@ -126,4 +126,7 @@ def fits_text(found: dict[str, Any]) -> str:
 
 
 def size_text(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit / 10:
+            return f"{size / unit:.2f} {name}"
+    return f"{size} B"
