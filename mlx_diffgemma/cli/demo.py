@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlx_diffgemma.cli.session import Opened
     from mlx_diffgemma.generation import GenerationResponse
 
-SECONDS_PER_STEP = 0.4  # for the eye: the model itself takes a few hundredths
+SECONDS_PER_STEP = 0.5  # for the eye: the model itself takes a few hundredths
 
 
 def demo(
@@ -52,7 +52,7 @@ def _show(seed: int | None, watch: bool) -> None:
     console = output.terminal()
     print(f"Fresh 6×6 sudokus for a DiffusionGemma of 2.2 million parameters (seed {seed}).")
     if watch:
-        console.print("Each character of the draft is ", display.legend(), ".", sep="")
+        console.print("The draft, by how sure the model is:", display.legend())
     print("\nOne puzzle:", flush=True)
     _solve(opened, console, 1, rng, seed, watch)
     print("\nTwo puzzles in one prompt; the answer is longer than a canvas:", flush=True)
@@ -62,8 +62,6 @@ def _show(seed: int | None, watch: bool) -> None:
 def _solve(
     opened: Opened, console: Console, count: int, rng: np.random.Generator, seed: int, watch: bool
 ) -> None:
-    from rich.table import Table
-
     from mlx_diffgemma.cli import display, grid, output, report, session
     from mlx_diffgemma.demo import sudoku
     from mlx_diffgemma.generation import stream_generate
@@ -71,9 +69,7 @@ def _solve(
     made = [sudoku.make_puzzle(rng) for _ in range(count)]
     prompt = sudoku.prompt(made)
     puzzles, solutions = grid.grids(prompt), grid.grids(sudoku.answer(made))
-    row = Table.grid(padding=(0, 3))
-    row.add_row(*(grid.puzzle(puzzle) for puzzle in puzzles))
-    console.print(row)
+    console.print(grid.beside([grid.puzzle(puzzle) for puzzle in puzzles]))
 
     def start(on_prefill: output.OnPrefill) -> Iterable[GenerationResponse]:
         return stream_generate(
@@ -94,9 +90,7 @@ def _solve(
         output.collect(start, outcome)
     answers = grid.grids(outcome.text)
     if len(answers) == count and all(map(grid.is_grid, answers)):
-        row = Table.grid(padding=(0, 3))
-        row.add_row(*map(grid.solved, answers, puzzles, solutions))
-        console.print(row)
+        console.print(grid.beside(list(map(grid.solved, answers, puzzles, solutions))))
     else:
         print(display.printable(outcome.text))
     print(_verdict(answers, solutions))

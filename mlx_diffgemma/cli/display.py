@@ -38,8 +38,10 @@ def tint(entropy: float) -> str:
 
 def legend() -> Text:
     """The scale in its own colours."""
-    parts = [Text(meaning, style) for _, style, meaning in LEVELS]
-    return Text(" · ", "dim").join(parts)
+    text = Text()
+    for _, style, meaning in LEVELS:
+        text.append(" · " if text else "", "dim").append(meaning, style)
+    return text
 
 
 def printable(text: str) -> str:

@@ -11,6 +11,7 @@ BOX_ROWS, BOX_COLUMNS = 2, 3
 
 _TOP, _MIDDLE, _BOTTOM = ("┌", "┬", "┐"), ("├", "┼", "┤"), ("└", "┴", "┘")
 _LINES = "dim"
+_GAP = "   "
 _GIVEN, _RIGHT, _WRONG = "bold", "green", "bold red"
 
 
@@ -68,7 +69,22 @@ def framed_text(text: Text) -> Text:
             blocks[-1].append(line)
         elif blocks[-1]:
             blocks.append([])
-    return Text("\n").join(framed(block) for block in blocks if block)
+    return beside([framed(block) for block in blocks if block])
+
+
+def beside(frames: Sequence[Text]) -> Text:
+    """Frames next to each other."""
+    columns = [frame.split("\n") for frame in frames]
+    widths = [max(line.cell_len for line in column) for column in columns]
+    lines = []
+    for number in range(max(map(len, columns), default=0)):
+        line = Text()
+        for column, width in zip(columns, widths, strict=True):
+            cell = column[number] if number < len(column) else Text()
+            gap = _GAP if line else ""
+            line.append(gap).append_text(cell).append(" " * (width - cell.cell_len))
+        lines.append(line)
+    return Text("\n").join(lines)
 
 
 def puzzle(rows: Sequence[str]) -> Text:

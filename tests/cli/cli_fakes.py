@@ -10,6 +10,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -140,7 +141,7 @@ class Terminal:
         code: the exit status, after `finish`.
     """
 
-    columns, rows = 80, 24
+    columns, rows, patience = 80, 24, 30.0
 
     def __init__(self, *arguments: str, **streams: Any) -> None:
         import fcntl
@@ -158,15 +159,14 @@ class Terminal:
         )
         os.close(theirs)
         self.written = ""
+        self._seen = 0
         self._bytes = b""
 
-    def until(self, wanted: str, timeout: float = 30.0) -> None:
-        """Read until `wanted` has been written."""
-        end = time.monotonic() + timeout
-        while wanted not in self.written:
-            assert time.monotonic() < end, f"{wanted!r} never came in {self.written!r}"
-            if not self._read():
-                raise AssertionError(f"ended without {wanted!r}: {self.written!r}")
+    def until(self, wanted: str) -> None:
+        """Read until `wanted` has been written after what was waited for last."""
+        while wanted not in self.written[self._seen :]:
+            assert self._read(), f"ended without {wanted!r}: {self.written!r}"
+        self._seen = self.written.index(wanted, self._seen) + len(wanted)
 
     def type(self, text: str) -> None:
         """Press keys."""
@@ -188,6 +188,9 @@ class Terminal:
         return rendered(self.written)
 
     def _read(self) -> bool:
+        if not select.select([self._ours], [], [], self.patience)[0]:
+            self.process.kill()
+            raise AssertionError(f"nothing more came after {self.written!r}")
         try:
             chunk = os.read(self._ours, 65536)
         except OSError:  # Linux reports the end of the other side so

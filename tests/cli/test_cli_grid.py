@@ -58,12 +58,9 @@ def test_what_is_a_grid():
 def test_a_draft_is_framed_as_far_as_it_goes():
     draft = Text("12\n123456789\n\n\n4", "red")
     assert grid.framed_text(draft).plain.splitlines() == [
-        "┌───────┬───────┐",
-        "│ 1 2   │       │",
-        "│ 1 2 3 │ 4 5 6 │789",
-        "└───────┴───────┘",
-        "┌───────┬───────┐",
-        "│ 4     │       │",
-        "└───────┴───────┘",
+        "┌───────┬───────┐      ┌───────┬───────┐",
+        "│ 1 2   │       │      │ 4     │       │",
+        "│ 1 2 3 │ 4 5 6 │789   └───────┴───────┘",
+        "└───────┴───────┘                       ",
     ]
     assert grid.framed_text(Text("")).plain == ""
