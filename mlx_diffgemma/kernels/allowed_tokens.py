@@ -1,0 +1,32 @@
+"""Sets of allowed tokens as packed bits: bit `v % 32` of word `v // 32` says that token v may be.
+
+Letters: V vocabulary, W words of 32 tokens.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+WORD = 32
+FORBIDDEN = -3e38  # a logit so low that its exponential is zero; finite, so that 0 · it is 0
+
+
+def pack_allowed(allowed: mx.array) -> mx.array:
+    """Booleans [..., V] -> uint32 [..., W]."""
+    *shape, vocab = allowed.shape
+    padding = [(0, 0)] * len(shape) + [(0, -vocab % WORD)]
+    bits = mx.pad(allowed.astype(mx.uint32), padding).reshape(*shape, -1, WORD)
+    return (bits << mx.arange(WORD, dtype=mx.uint32)).sum(axis=-1)
+
+
+def unpack_allowed(words: mx.array, count: int) -> mx.array:
+    """uint32 [..., W] -> the first `count` booleans [..., count]."""
+    bits = (words[..., None] >> mx.arange(WORD, dtype=mx.uint32)) & 1
+    return bits.reshape(*words.shape[:-1], -1)[..., :count].astype(mx.bool_)
+
+
+def forbid(logits: mx.array, words: mx.array | None) -> mx.array:
+    """Logits [..., v] with those of tokens outside `words` [..., W] made impossible."""
+    if words is None:
+        return logits
+    return mx.where(unpack_allowed(words, logits.shape[-1]), logits, FORBIDDEN)

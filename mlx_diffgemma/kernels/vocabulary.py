@@ -1,0 +1,211 @@
+"""The pass over the vocabulary that never holds the logits.
+
+Head, softcap, softmax statistics, argmax, categorical draw, entropy and the self-conditioning
+product are attention of each canvas position over the embedding table: queries are the hidden
+states, keys and values the embeddings. So they are computed as attention is, tile by tile with a
+running maximum. `materialized.py` has the same function in one piece. Letters: R rows, C canvas,
+N = R · C positions, D hidden, V vocabulary, v tokens of a tile, W words of 32 tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from mlx_diffgemma.kernels.allowed_tokens import WORD
+from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
+from mlx_diffgemma.kernels.tile_draw import Reservoir, Uniforms, choose_by_mass
+from mlx_diffgemma.kernels.tile_epilogue import (
+    BLOCK,
+    TileStatistics,
+    processed_logits,
+    tile_epilogue,
+)
+
+DEFAULT_TILE = 4096
+
+
+@dataclass(frozen=True)
+class VocabularyResult:
+    """What the model says of each position of a canvas.
+
+    Attributes:
+        argmax: [R, C] int32.
+        draw: [R, C] int32, or None if no keys were given.
+        entropy: [R, C] float32, in nats; NaN where nothing is allowed.
+        soft_embeddings: [R, C, D] in the type of the hidden states, or None if not asked for.
+        log_sum: [R, C] float32, the logarithm of the sum of the exponentials of the logits.
+        dropped_mass: [R, C] float32, the probability that `soft_embeddings` leaves out.
+    """
+
+    argmax: mx.array
+    draw: mx.array | None
+    entropy: mx.array
+    soft_embeddings: mx.array | None
+    log_sum: mx.array
+    dropped_mass: mx.array
+
+
+@dataclass(frozen=True)
+class _State:
+    """Running results of the tiles so far; `total` and `weighted` are Σe and Σe·(x − maximum) with
+    e = exp(x − maximum)."""
+
+    maximum: mx.array
+    argmax: mx.array
+    total: mx.array
+    weighted: mx.array
+    soft: mx.array | None
+    reservoir: Reservoir | None
+
+    def arrays(self) -> list[mx.array]:
+        arrays = [self.maximum, self.argmax, self.total, self.weighted]
+        if self.soft is not None:
+            arrays.append(self.soft)
+        if self.reservoir is not None:
+            arrays += [self.reservoir.start, self.reservoir.raw]
+            if self.reservoir.words is not None:
+                arrays.append(self.reservoir.words)
+        return arrays
+
+
+def vocabulary_pass(
+    hidden: mx.array,
+    table: EmbeddingTable,
+    *,
+    softcap: float,
+    temperature: float,
+    keys: mx.array | None = None,
+    allowed: mx.array | None = None,
+    fixed: mx.array | None = None,
+    need_soft: bool = True,
+    tile: int = DEFAULT_TILE,
+) -> VocabularyResult:
+    """Hidden states [R, C, D] -> argmax, draw, entropy and soft embeddings of each position.
+
+    p = softmax(softcap · tanh(hidden @ table.T / softcap) / temperature), in float32.
+
+    Args:
+        keys: [R, 2] uint32, one a row, from which alone the row draws; None draws nothing.
+        allowed: [R, C, W] uint32, the tokens that a position may take (see `pack_allowed`).
+        fixed: [R, C] int32, a token that a position is bound to, or −1: its argmax and draw, with
+            entropy 0.
+        need_soft: whether to compute the soft embeddings, √D · (p @ table).
+        tile: tokens at a time, a multiple of 128. Memory grows with R · C · tile.
+    """
+    if tile % BLOCK:
+        raise ValueError(f"tile is {tile}; it must be a multiple of {BLOCK}.")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be above 0.")
+    rows, canvas, width = hidden.shape
+    dtype = table.product_dtype
+    queries = hidden.reshape(-1, width).astype(dtype)
+    words = None if allowed is None else allowed.reshape(rows * canvas, -1)
+    starts = range(0, table.vocab_size, tile)
+    uniforms = None if keys is None else Uniforms.of(keys, canvas, len(starts))
+
+    state = _start(rows * canvas, width, dtype, softcap / temperature, need_soft, uniforms, words)
+    for place, start in enumerate(starts):
+        stop = min(start + tile, table.vocab_size)
+        embeddings = table.rows(start, stop, dtype)
+        raw = queries @ embeddings.T
+        tile_words = None if words is None else words[:, start // WORD : -(-stop // WORD)]
+        seen = tile_epilogue(
+            raw, state.maximum, tile_words, softcap=softcap, temperature=temperature, dtype=dtype
+        )
+        before, state = state, _merge(state, seen, start, embeddings)
+        if uniforms is not None and state.reservoir is not None:
+            draws = uniforms.tile[place], uniforms.block[place]
+            kept = state.reservoir.offer(raw, tile_words, seen.masses, state.total, start, *draws)
+            state = replace(state, reservoir=kept)
+        # One tile is computed while the next is being described: memory holds two at most.
+        mx.async_eval(state.arrays())
+        mx.eval(before.arrays())
+
+    entropy = mx.log(state.total) - state.weighted / state.total
+    draw = None
+    if uniforms is not None and state.reservoir is not None:
+        draw = _draw(state, uniforms.token, softcap, temperature, table.vocab_size)
+    soft = None
+    if state.soft is not None:
+        soft = (state.soft / state.total[:, None] * table.scale).astype(hidden.dtype)
+    result = VocabularyResult(
+        argmax=state.argmax.reshape(rows, canvas),
+        draw=None if draw is None else draw.reshape(rows, canvas),
+        # Rounding may leave a certain position a hair below zero.
+        entropy=mx.maximum(entropy, 0.0).reshape(rows, canvas),
+        soft_embeddings=None if soft is None else soft.reshape(hidden.shape),
+        log_sum=(state.maximum + mx.log(state.total)).reshape(rows, canvas),
+        dropped_mass=mx.zeros((rows, canvas)),
+    )
+    return result if fixed is None else bind(result, fixed, table)
+
+
+def bind(result: VocabularyResult, fixed: mx.array, table: EmbeddingTable) -> VocabularyResult:
+    """`result` with the positions where `fixed` [R, C] is not −1 certain of that token."""
+    bound = fixed >= 0
+    soft = result.soft_embeddings
+    if soft is not None:
+        exact = table.take(mx.maximum(fixed, 0), mx.float32) * table.scale
+        soft = mx.where(bound[..., None], exact.astype(soft.dtype), soft)
+    return VocabularyResult(
+        argmax=mx.where(bound, fixed, result.argmax),
+        draw=None if result.draw is None else mx.where(bound, fixed, result.draw),
+        entropy=mx.where(bound, 0.0, result.entropy),
+        soft_embeddings=soft,
+        log_sum=result.log_sum,
+        dropped_mass=mx.where(bound, 0.0, result.dropped_mass),
+    )
+
+
+def _start(
+    positions: int,
+    width: int,
+    dtype: mx.Dtype,
+    largest: float,
+    need_soft: bool,
+    uniforms: Uniforms | None,
+    words: mx.array | None,
+) -> _State:
+    empty = None
+    if uniforms is not None:
+        empty = Reservoir.empty(positions, dtype, constrained=words is not None)
+    return _State(
+        # Just below the smallest logit there is, so that the first tile always exceeds it.
+        maximum=mx.full((positions,), -largest * (1 + 1e-6)),
+        argmax=mx.zeros((positions,), mx.int32),
+        total=mx.zeros((positions,)),
+        weighted=mx.zeros((positions,)),
+        soft=mx.zeros((positions, width)) if need_soft else None,
+        reservoir=empty,
+    )
+
+
+def _merge(state: _State, seen: TileStatistics, start: int, embeddings: mx.array) -> _State:
+    """The state after a tile that starts at token `start`."""
+    shift = state.maximum - seen.maximum
+    shrink = mx.exp(shift)
+    soft = state.soft
+    if soft is not None:
+        soft = soft * shrink[:, None] + (seen.exponentials @ embeddings).astype(mx.float32)
+    return _State(
+        maximum=seen.maximum,
+        argmax=mx.where(seen.exceeds, start + seen.argmax, state.argmax),
+        total=state.total * shrink + seen.masses.sum(axis=-1),
+        weighted=(state.weighted + state.total * shift) * shrink + seen.weighted,
+        soft=soft,
+        reservoir=state.reservoir,
+    )
+
+
+def _draw(
+    state: _State, uniform: mx.array, softcap: float, temperature: float, vocab: int
+) -> mx.array:
+    """The token of the block that remained in the reservoir: [N] int32."""
+    assert state.reservoir is not None
+    kept = state.reservoir
+    x = processed_logits(kept.raw, kept.words, softcap, temperature)
+    exists = kept.start[:, None] + mx.arange(BLOCK) < vocab
+    masses = mx.where(exists, mx.exp(x - state.maximum[:, None]), 0.0)
+    return kept.start + choose_by_mass(masses, uniform)
