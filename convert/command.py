@@ -44,7 +44,7 @@ def run_convert(settings: Settings) -> None:
     if repository and not settings["dry_run"]:
         prepare(repository)
     with journal:
-        if not journal.interrupted_after_publishing():
+        if not journal.published(plan):
             check_target(target, source.folder if isinstance(source, FolderSource) else None)
         started = time.monotonic()
         with progress_bar(plan, settings["quiet"]) as progress:

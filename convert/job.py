@@ -53,6 +53,9 @@ def convert(
     Raises:
         CheckpointError, UsageError: the source is broken or has changed, there is no room, ...
     """
+    if journal.published(plan):
+        journal.discard()
+        return Outcome(journal.target, plan.source_bytes, plan.stored_bytes(), len(plan.shards))
     journal.open(plan, restart)
     resumed = len(journal.done)
     _check_room(plan, journal)

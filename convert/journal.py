@@ -65,10 +65,12 @@ class Journal:
     def begun(self) -> bool:
         return self._file.exists()
 
-    def interrupted_after_publishing(self) -> bool:
-        """Whether an earlier run was stopped between the last two steps: the target is complete,
-        only this folder was not removed."""
-        return self.target.exists() and self.begun and not self.result.exists()
+    def published(self, plan: Plan) -> bool:
+        """Whether an earlier run of the plan was stopped between its last two steps: the target is
+        complete, only this folder was not removed."""
+        if not (self.target.exists() and self.begun) or self.result.exists():
+            return False
+        return json.loads(self._file.read_text())["fingerprint"] == plan.fingerprint
 
     def open(self, plan: Plan, restart: bool) -> None:
         """Begin, or go on where an earlier run of the same plan stopped.
@@ -82,7 +84,8 @@ class Journal:
         if self.begun:
             self._state = json.loads(self._file.read_text())
             self._compare(plan)
-            self.done, self.current = self._state["done"], self._state["current"]
+            self.done = {f: d for f, d in self._state["done"].items() if self._is_there(f, d)}
+            self.current = self._state["current"]
             self._compare_content(plan)
         else:
             self._state = {
@@ -93,6 +96,10 @@ class Journal:
             }
         self.result.mkdir(parents=True, exist_ok=True)
         self._save()
+
+    def _is_there(self, file: str, entry: dict[str, Any]) -> bool:
+        path = self.result / file
+        return path.is_file() and path.stat().st_size == entry["size"]
 
     def recorded(self) -> dict[str, dict[str, Any]]:
         """The record of every target that is on the disk."""
@@ -166,8 +173,8 @@ class Journal:
         self.discard()
 
     def discard(self) -> None:
-        """Remove everything in the partial folder."""
-        for path in self.folder.iterdir():
+        """Remove everything in the partial folder, the journal last."""
+        for path in sorted(self.folder.iterdir(), key=lambda path: path == self._file):
             if path.is_dir():
                 shutil.rmtree(path)
             else:

@@ -36,6 +36,7 @@ def converted_config(plan: Plan) -> dict[str, Any]:
     )
     if block is not None:
         config["quantization"] = config["quantization_config"] = block
+    config["text_config"] = dict(sorted(config["text_config"].items()))
     return dict(sorted(config.items()))
 
 

@@ -45,7 +45,7 @@ REAL_VISION = {
     "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 72, "patch_size": 16,
     "position_embedding_size": 10240,
 }  # fmt: skip
-_POOL = 1 << 24
+_POOL = 1 << 20
 
 
 def make_config(text: Mapping[str, int], vision: Mapping[str, int], layers: int) -> dict[str, Any]:
