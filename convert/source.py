@@ -136,29 +136,33 @@ def read_header(path: Path) -> dict[str, SourceTensor]:
     """The tensors of a safetensors file.
 
     Raises:
-        CheckpointError: the file is truncated, or holds a type of number that is not known.
+        CheckpointError: the file is damaged or truncated, or holds a type that is not known.
     """
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
             size = os.fstat(file.fileno()).st_size - 8 - length
-    except (ValueError, OverflowError, MemoryError) as error:
-        raise CheckpointError(f"shard {path} is damaged ({error}); fetch the file again.") from None
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in ITEM_BYTES:
+            header = json.loads(file.read(length)) if size >= 0 else {}
+        header.pop("__metadata__", None)
+        tensors = {
+            name: SourceTensor(name, path.name, e["dtype"], tuple(e["shape"]), e["data_offsets"][0])
+            for name, e in header.items()
+        }
+        ends = {name: entry["data_offsets"][1] for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"shard {path} has a damaged header ({error!r}); fetch the file again."
+        ) from None
+    for name, tensor in tensors.items():
+        if tensor.dtype not in ITEM_BYTES:
             raise CheckpointError(
-                f"tensor {name} in {path.name} is of type {entry['dtype']}; convert from weights "
-                "in bf16, fp16 or fp32."
+                f"tensor {name} in {path.name} is of type {tensor.dtype}; convert from weights in "
+                "bf16, fp16 or fp32."
             )
-        start, end = entry["data_offsets"]
-        tensor = SourceTensor(name, path.name, entry["dtype"], tuple(entry["shape"]), start)
-        if end > size or tensor.nbytes != end - start:
+        if ends[name] > size or tensor.start + tensor.nbytes != ends[name]:
             raise CheckpointError(f"shard {path} is truncated at {name}; fetch the file again.")
-        tensors[name] = tensor
+    if size < 0:
+        raise CheckpointError(f"shard {path} is truncated; fetch the file again.")
     return tensors
 
 
