@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -16,11 +17,11 @@ from mlx_diffgemma.errors import DiffGemmaError, PromptError
 if TYPE_CHECKING:
     from mlx_diffgemma.cli.session import Opened, Outcome
 
-PROMPT = "> "
+PROMPT, CONTINUED = "> ", ". "
 HELP = """\
 /help           this list
 /reset          forget the conversation, keep the system prompt
-/system TEXT    put TEXT first from now on; without TEXT, show what is first; 'off' for nothing
+/system TEXT    set the system prompt; 'off' for none; without TEXT, show it
 /quit           end (so does Ctrl-D)
 Ctrl-C          stop the answer; at the prompt, end
 A line that ends in a backslash goes on in the next one."""
@@ -201,12 +202,11 @@ def _questions(interactive: bool) -> Iterator[str]:
     """The user's lines, those joined that end in a backslash."""
     from mlx_diffgemma.cli.session import read_text
 
-    read = _ask if interactive else sys.stdin.readline
     if interactive:
         with suppress(ImportError):  # not in every build of Python; gives editing and history
             import readline  # noqa: F401
     pending = ""
-    while line := read_text(read):
+    while line := read_text(partial(_ask, CONTINUED if pending else PROMPT, interactive)):
         line = line.removesuffix("\n").removesuffix("\r")
         if line.endswith("\\"):
             pending += line[:-1] + "\n"
@@ -217,13 +217,15 @@ def _questions(interactive: bool) -> Iterator[str]:
         yield pending
 
 
-def _ask() -> str:
-    """A line from the terminal with its newline, or "" at the end. stdout is not for the prompt
-    where it is not the terminal."""
+def _ask(prompt: str, interactive: bool) -> str:
+    """A line with its newline, or "" at the end. stdout is not for the prompt where it is not
+    the terminal."""
+    if not interactive:
+        return sys.stdin.readline()
     try:
         if sys.stdout.isatty():
-            return input(PROMPT) + "\n"
-        print(PROMPT, end="", file=sys.stderr, flush=True)
+            return input(prompt) + "\n"
+        print(prompt, end="", file=sys.stderr, flush=True)
         return sys.stdin.readline()
     except (EOFError, KeyboardInterrupt) as end:
         print(file=sys.stderr)  # leave the line of the prompt

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 from cli_fakes import Terminal, command
 
@@ -124,6 +126,20 @@ def test_a_conversation_on_a_terminal():
     text = terminal.written.replace("\x1b[?2004h", "").replace("\x1b[?2004l", "")
     assert "hello\r\n" in text
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l")
+
+
+def test_lines_are_joined_on_a_terminal_and_piped_stdout_has_the_answers_alone():
+    terminal = Terminal(*command({}, "chat", "--model", "m"), stdout=subprocess.PIPE)
+    terminal.until("> ")
+    terminal.type("one\\\n")
+    terminal.until("\n. ")
+    terminal.type("two\n")
+    terminal.until("tokens per forward")
+    terminal.until("> ")
+    terminal.type("/quit\n")
+    terminal.finish()
+    assert terminal.process.stdout.read() == b"hello\n"
+    assert terminal.code == 0
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_session():
