@@ -116,7 +116,6 @@ class TextConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     attention: tuple[AttentionConfig, ...]
-    attention_bias: bool = False
     final_logit_softcapping: float = 30.0
     pad_token_id: int = 0
     bos_token_id: int | None = None
@@ -133,6 +132,8 @@ class TextConfig:
             raise section.fail("use_bidirectional_attention", "must be 'vision' or absent")
         if not section.get("tie_word_embeddings", True):
             raise section.fail("tie_word_embeddings", "must be true: DiffusionGemma ties its head")
+        if section.get("attention_bias", False):
+            raise section.fail("attention_bias", "must be false: its encoder biases are not tied")
         num_experts, top_k = section.size("num_experts"), section.size("top_k_experts")
         if top_k > num_experts:
             raise section.fail("top_k_experts", f"is {top_k}, more than num_experts {num_experts}")
@@ -147,7 +148,6 @@ class TextConfig:
             max_position_embeddings=section.size("max_position_embeddings"),
             rms_norm_eps=section.number("rms_norm_eps"),
             attention=_read_attention(section),
-            attention_bias=bool(section.get("attention_bias", False)),
             final_logit_softcapping=section.number("final_logit_softcapping", 30.0),
             pad_token_id=section.get("pad_token_id", 0),
             bos_token_id=section.get("bos_token_id", None),

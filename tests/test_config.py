@@ -119,6 +119,7 @@ WRONG = [
             "rope_parameters",
         )
     ],
+    ("text_config.attention_bias", True, "config.json: 'text_config.attention_bias' must be false"),
     ("text_config.head_dim", REMOVE, "config.json: 'text_config (layer 0).head_dim' is missing"),
     (
         "text_config.num_key_value_heads",

@@ -151,9 +151,6 @@ def _layer_shapes(text: TextConfig, attention: AttentionConfig) -> dict[str, tup
         f"self_attn.{p}_proj.weight": (rows, dim) for p, rows in out.items()
     }
     shapes["self_attn.o_proj.weight"] = (dim, out["q"])
-    if text.attention_bias:
-        shapes |= {f"self_attn.{p}_proj.bias": (rows,) for p, rows in out.items()}
-        shapes["self_attn.o_proj.bias"] = (dim,)
     shapes |= {"self_attn.q_norm.weight": (size,), "self_attn.k_norm.weight": (size,)}
     shapes |= _gated("mlp.", dim, text.intermediate_size)
     shapes["router.proj.weight"] = (experts, dim)

@@ -67,6 +67,8 @@ class DiffusionConfig:
         if self.sampler not in SAMPLERS:
             raise UsageError(f"unknown sampler '{self.sampler}'; known are {', '.join(SAMPLERS)}.")
         _check_number("accept_threshold", self.accept_threshold, 0.0)
+        for token in (*self.eos_token_ids, self.pad_token_id):
+            _check_integer("a token id", token, 0)
         _check_number("t_min", self.t_min, 0.0, inclusive=True)
         _check_number("t_max", self.t_max, 0.0)
         _check_number("entropy_bound", self.entropy_bound, 0.0)
@@ -93,8 +95,10 @@ class DiffusionConfig:
         Raises:
             ConfigError: the sampler is unknown or a value is out of range.
         """
-        sampler = dict(data.get("sampler_config") or {})
-        name = sampler.pop("_cls_name", _SAMPLER)
+        sampler = data.get("sampler_config") or {}
+        if not isinstance(sampler, Mapping):
+            raise ConfigError("generation_config.json: 'sampler_config' must be an object.")
+        name = sampler.get("_cls_name", _SAMPLER)
         if name != _SAMPLER:
             raise ConfigError(
                 f"generation_config.json: sampler '{name}' is unknown; known is '{_SAMPLER}'."

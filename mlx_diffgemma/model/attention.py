@@ -118,13 +118,13 @@ class Attention(nn.Module):
     def __init__(self, config: TextConfig, sizes: AttentionConfig) -> None:
         super().__init__()
         self.sizes = sizes
-        dim, bias, eps = config.hidden_size, config.attention_bias, config.rms_norm_eps
+        dim, eps = config.hidden_size, config.rms_norm_eps
         kv_dim = sizes.num_kv_heads * sizes.head_dim
-        self.q_proj = nn.Linear(dim, sizes.num_heads * sizes.head_dim, bias=bias)
-        self.k_proj = nn.Linear(dim, kv_dim, bias=bias)
+        self.q_proj = nn.Linear(dim, sizes.num_heads * sizes.head_dim, bias=False)
+        self.k_proj = nn.Linear(dim, kv_dim, bias=False)
         if sizes.is_sliding:
-            self.v_proj = nn.Linear(dim, kv_dim, bias=bias)
-        self.o_proj = nn.Linear(sizes.num_heads * sizes.head_dim, dim, bias=bias)
+            self.v_proj = nn.Linear(dim, kv_dim, bias=False)
+        self.o_proj = nn.Linear(sizes.num_heads * sizes.head_dim, dim, bias=False)
         self.q_norm = nn.RMSNorm(sizes.head_dim, eps=eps)
         self.k_norm = nn.RMSNorm(sizes.head_dim, eps=eps)
         self._eps = eps

@@ -37,9 +37,8 @@ def small_config(**text) -> ModelConfig:
     )
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_expected_shapes_are_those_of_the_model(bias):
-    config = small_config(attention_bias=bias)
+def test_expected_shapes_are_those_of_the_model():
+    config = small_config()
     model = DiffusionGemma(config)
     shapes = {name: value.shape for name, value in tree_flatten(model.parameters())}
     assert expected_shapes(config) == shapes

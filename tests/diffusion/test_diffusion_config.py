@@ -101,3 +101,17 @@ def test_a_bad_file_names_the_file():
     with pytest.raises(ConfigError) as error:
         DiffusionConfig.from_dict({"t_max": -1})
     assert str(error.value) == ("generation_config.json: t_max must be a number above 0, not -1.")
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ({"sampler_config": "entropy"}, "'sampler_config' must be an object"),
+        ({"eos_token_id": "1"}, "a token id must be an integer of at least 0, not '1'"),
+        ({"eos_token_id": [1, -1]}, "a token id must be an integer of at least 0, not -1"),
+        ({"pad_token_id": 1.5}, "a token id must be an integer of at least 0, not 1.5"),
+    ],
+)
+def test_values_of_another_kind(data, message):
+    with pytest.raises(ConfigError, match=message):
+        DiffusionConfig.from_dict(data)
