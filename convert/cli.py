@@ -138,6 +138,44 @@ def upload(
     errors.run(body, debug=errors.debugging(ctx))
 
 
+@app.command()
+def measure(
+    ctx: typer.Context,
+    source: Annotated[str, typer.Argument(help="The original weights: folder or repository.")],
+    converted: Annotated[
+        list[str] | None, typer.Argument(help="Converted models to compare with it.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines with 'prompt', perhaps 'answer'; else a built-in list."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Prompts whose logits are compared.")] = 8,
+    generate: Annotated[int, typer.Option(min=1, help="Prompts that are answered.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
+    budget: Annotated[
+        str | None, typer.Option(help="Find a mixed recipe of this size, as 14GB or 1.4MB.")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Where the mixed recipe goes, for --recipe.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw divergence over size into this SVG file.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare converted models with their source: divergence, flipped tokens, denoising steps."""
+    del debug
+    settings = {**ctx.params, "json": as_json}
+
+    def body() -> None:
+        from mlx_diffgemma_convert.report import run_measure
+
+        run_measure(settings)
+
+    errors.run(body, debug=errors.debugging(ctx))
+
+
 def main() -> None:
     """Entry point of the console script."""
     app(prog_name=Path(sys.argv[0]).name)

@@ -1,0 +1,138 @@
+"""`measure` on the terminal: the table, the mixed recipe, the plot."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_diffgemma.checkpoint.quantization import Format
+from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma_convert.budget import (
+    Choice,
+    choose,
+    groups_of,
+    rules_of,
+    save_recipe,
+    sensitivities,
+)
+from mlx_diffgemma_convert.measure import Measured, measure, reference_of
+from mlx_diffgemma_convert.plot import Point, write_plot
+from mlx_diffgemma_convert.probes import LEVELS, Task, read_tasks
+from mlx_diffgemma_convert.table import size_text
+
+_UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def run_measure(settings: Mapping[str, Any]) -> None:
+    """Measure what was named; find a mixed recipe if a budget is given."""
+    converted = settings["converted"] or []
+    if not converted and settings["budget"] is None:
+        raise UsageError("name converted models to compare with the source, or give --budget.")
+    if settings["plot"] and not converted:
+        raise UsageError("--plot draws converted models; name some.")
+    if settings["save"] and settings["budget"] is None:
+        raise UsageError("--save is about the recipe that --budget finds; give --budget.")
+    budget = None if settings["budget"] is None else parse_size(settings["budget"])
+    seed, count = settings["seed"], settings["count"]
+    most = max(count, settings["generate"])
+    tasks = read_tasks(settings["prompts"], most)
+    report: dict[str, Any] = {}
+    if converted:
+        lines = []
+        to_generate = tasks[: settings["generate"]]
+        for line in measure(settings["source"], converted, tasks[:count], to_generate, seed):
+            _say(f"measured {line.name}")
+            lines.append(line)
+        report["models"] = [line.as_dict() for line in lines]
+        if settings["plot"]:
+            _plot(settings["plot"], lines)
+    if budget is not None:
+        choice, rules = find_recipe(settings["source"], tasks[:count], budget, seed)
+        name = f"mixed-{settings['budget']}"
+        if settings["save"]:
+            save_recipe(settings["save"], name, rules)
+        report["recipe"] = {
+            "name": name, "rules": rules, "bytes": choice.nbytes,
+            "expected_kl": choice.expected_kl,
+        }  # fmt: skip
+    if settings["json"]:
+        print(json.dumps(report, indent=2))
+        return
+    if converted:
+        print(table(lines))
+    if budget is not None:
+        print(
+            f"{report['recipe']['name']}: {size_text(choice.nbytes)}, expected divergence "
+            f"{choice.expected_kl:.2e}"
+        )
+        print("\n".join(f"  {rule}" for rule in rules))
+
+
+def find_recipe(
+    source: str, tasks: Sequence[Task], budget: int, seed: int
+) -> tuple[Choice, list[str]]:
+    """The mixed recipe that diverges least within `budget` bytes."""
+    from mlx_diffgemma.checkpoint.locate import locate
+    from mlx_diffgemma.generation import load
+    from mlx_diffgemma_convert.source import FolderSource
+
+    model, tokenizer = load(source)
+    groups = groups_of(model)
+    stored = FolderSource(locate(source)).tensors.values()
+    whole = sum(tensor.nbytes for tensor in stored)
+    fixed = int(whole - sum(group.nbytes(Format("none")) for group in groups))
+    with reference_of(model, tokenizer, tasks, seed) as reference:
+        costs = sensitivities(model, groups, reference, _say)
+    choice = choose(groups, costs, fixed, budget)
+    return choice, rules_of(choice)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `14GB` or `1.4MB`."""
+    for unit, factor in _UNITS.items():
+        if text.endswith(unit):
+            try:
+                return int(float(text.removesuffix(unit)) * factor)
+            except ValueError:
+                break
+    raise UsageError(f"'{text}' is no size; write it as 14GB or 1.4MB.")
+
+
+def table(lines: Sequence[Measured]) -> str:
+    """The report as a table in Markdown, for a terminal and for a README alike."""
+    levels = " | ".join(f"KL {level}" for level in LEVELS)
+    head = (
+        f"| model | size | bits per weight | {levels} | with self-conditioning | flips | "
+        "steps per canvas | exact |"
+    )
+    rows = [head, "|" + "---|" * head.count(" |")]
+    for line in lines:
+        name = Path(line.name).name
+        cells = [name, size_text(line.nbytes), f"{line.bits_per_weight:.2f}"]
+        if line.divergence is None:
+            cells += ["0"] * (len(LEVELS) + 2)
+        else:
+            cells += [f"{kl:.2e}" for kl in line.divergence.kl]
+            conditioned = line.divergence.kl_conditioned
+            cells.append(f"{sum(conditioned) / len(conditioned):.2e}")
+            cells.append(f"{line.divergence.flips:.2%}")
+        cells.append(f"{line.steps_per_canvas:.2f}")
+        cells.append("" if line.exact is None else f"{line.exact:.1%}")
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def _plot(path: Path, lines: Sequence[Measured]) -> None:
+    points = [
+        Point(Path(line.name).name, line.bits_per_weight, line.divergence.mean)
+        for line in lines
+        if line.divergence is not None and line.divergence.mean > 0
+    ]
+    write_plot(path, points)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
