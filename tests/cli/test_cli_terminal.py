@@ -18,7 +18,6 @@ def test_the_answer_stands_once_when_the_canvas_is_gone():
     terminal.finish()
     assert terminal.code == 0
     assert "\x1b[?25l" in terminal.written, "the canvas was never drawn"
-    assert "dim" not in terminal.written
     assert shown_cursor(terminal.written)
     screen = terminal.screen()
     assert screen[:3] == ["loading m", "first line", "[b]漢字 🙂␛[2J␇"]
