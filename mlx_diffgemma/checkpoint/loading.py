@@ -17,6 +17,7 @@ from mlx_diffgemma.checkpoint.quantization import formats_from_config
 from mlx_diffgemma.checkpoint.shards import StoredTensor, read_json, stored_tensors
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import CheckpointError
+from mlx_diffgemma.kernels.cpu_layers import use_cpu_layers
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -67,6 +68,8 @@ def load_model(
     model = DiffusionGemma(config)
     _quantize_modules(model, config, stored)
     _compare(model, stored)
+    if mx.default_device() == mx.cpu:
+        use_cpu_layers(model)
     model.load_weights(list(_read(stored, dtype).items()))
     model.eval()
     if check:

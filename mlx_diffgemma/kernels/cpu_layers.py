@@ -1,0 +1,83 @@
+"""Layers for the CPU, where MLX multiplies quickly in float32 matrices alone.
+
+There a quantized product runs at a few GFLOP/s, and a gathered one goes token by token. These
+layers dequantize, and multiply once an expert. They hold the same weights as the layers whose
+place they take, so a checkpoint loads into either. A GPU never sees them.
+Letters: P token-expert pairs, D input, O output, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+
+class DequantizedLinear(nn.QuantizedLinear):
+    """A quantized layer that multiplies by its dequantized weight."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = x @ _dequantized(self, slice(None)).astype(x.dtype).T
+        return y + self.bias if "bias" in self else y
+
+
+class GroupedSwitchLinear(SwitchLinear):
+    """Experts that each multiply all of their tokens at once."""
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        if self.training:  # grouping reads the indices, which a gradient cannot trace
+            return super().__call__(x, indices, sorted_indices)
+        return _by_expert(x, indices, lambda expert: self.weight[expert])
+
+
+class DequantizedSwitchLinear(QuantizedSwitchLinear):
+    """Quantized experts, dequantized one by one as they are used."""
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        if self.training:
+            return super().__call__(x, indices, sorted_indices)
+        return _by_expert(x, indices, lambda expert: _dequantized(self, expert))
+
+
+def use_cpu_layers(model: nn.Module) -> None:
+    """Replace the layers of `model` that have a faster form on the CPU, weights unchanged."""
+    forms = {
+        nn.QuantizedLinear: DequantizedLinear,
+        SwitchLinear: GroupedSwitchLinear,
+        QuantizedSwitchLinear: DequantizedSwitchLinear,
+    }
+    for module in model.modules():
+        if type(module) in forms:
+            module.__class__ = forms[type(module)]
+
+
+def _dequantized(layer: nn.Module, where: int | slice) -> mx.array:
+    biases = layer.get("biases")
+    return mx.dequantize(
+        layer.weight[where],
+        layer.scales[where],
+        None if biases is None else biases[where],
+        layer.group_size,
+        layer.bits,
+        layer.mode,
+    )
+
+
+def _by_expert(x: mx.array, indices: mx.array, weight: Callable[[int], mx.array]) -> mx.array:
+    """[P, 1, D] through the expert of each pair -> [P, 1, O]; `weight(e)` is [O, D]."""
+    experts = np.array(indices)
+    order = np.argsort(experts, kind="stable")
+    sorted_already = bool((order == np.arange(len(order))).all())
+    if not sorted_already:
+        x = x[mx.array(order)]
+    used, starts = np.unique(experts[order], return_index=True)
+    ends = [*starts[1:].tolist(), len(order)]
+    outputs = [
+        x[start:end, 0] @ weight(expert).astype(x.dtype).T
+        for expert, start, end in zip(used.tolist(), starts.tolist(), ends, strict=True)
+    ]
+    y = mx.concatenate(outputs)[:, None]
+    return y if sorted_already else y[mx.array(np.argsort(order))]
