@@ -7,8 +7,9 @@ obey it. Letters: R rows, C canvas, V vocabulary, W = ⌈V / 32⌉ words of a bi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
@@ -32,6 +33,19 @@ class CanvasConstraint:
     @classmethod
     def free(cls, rows: int, length: int) -> CanvasConstraint:
         return cls(np.full((rows, length), FREE, np.int32))
+
+    @classmethod
+    def of(cls, layouts: Sequence[Layout], vocab: int) -> CanvasConstraint:
+        """The constraint of a batch: one layout a row, all of one length."""
+        fixed = np.array([layout.tokens for layout in layouts], np.int32)
+        if not any(layout.allowed for layout in layouts):
+            return cls(fixed)
+        allowed = np.empty((*fixed.shape, -(-vocab // 32)), np.uint32)
+        allowed[:] = token_mask(range(vocab), vocab)
+        for row, layout in enumerate(layouts):
+            for place, mask in layout.allowed.items():
+                allowed[row, place] = mask
+        return cls(fixed, allowed)
 
     @property
     def open(self) -> np.ndarray:
@@ -67,18 +81,45 @@ class CanvasConstraint:
 
     def pin(self, canvas: mx.array) -> mx.array:
         """The canvas [R, C] with every fixed position set."""
-        fixed = mx.array(self.fixed)
-        return mx.where(fixed == FREE, canvas, fixed)
+        return mx.where(self.is_open, canvas, self.fixed_tokens)
 
     def restrict(self, logits: mx.array) -> mx.array:
         """Logits [R, C, V] with -inf for every token that a position must not hold."""
-        vocab = mx.arange(logits.shape[-1])
-        fixed = mx.array(self.fixed)[..., None]
-        keep = (fixed == FREE) | (fixed == vocab)
-        if self.allowed is not None:
-            bits = (mx.array(self.allowed)[..., vocab // 32] >> (vocab % 32)) & 1
-            keep &= (fixed != FREE) | bits.astype(mx.bool_)
-        return mx.where(keep, logits, -mx.inf)
+        vocab = logits.shape[-1]
+        if self.allowed_words is not None:
+            bits = (self.allowed_words[..., None] >> mx.arange(32, dtype=mx.uint32)) & 1
+            keep = bits.astype(mx.bool_).reshape(*self.fixed.shape, -1)[..., :vocab]
+            logits = mx.where(keep | (self.fixed_tokens != FREE)[..., None], logits, -mx.inf)
+        fixed = self.fixed_tokens[..., None]
+        return mx.where((fixed == FREE) | (fixed == mx.arange(vocab)), logits, -mx.inf)
+
+    @cached_property
+    def is_open(self) -> mx.array:
+        """[R, C] which positions are not fixed, for the device."""
+        return self.fixed_tokens == FREE
+
+    @cached_property
+    def fixed_tokens(self) -> mx.array:
+        """`fixed`, for the device."""
+        return mx.array(self.fixed)
+
+    @cached_property
+    def allowed_words(self) -> mx.array | None:
+        """`allowed`, for the device."""
+        return None if self.allowed is None else mx.array(self.allowed)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One row of a constraint.
+
+    Attributes:
+        tokens: [C] the token of each position, or `FREE`.
+        allowed: the bit mask [W] of the free positions that may not hold anything.
+    """
+
+    tokens: tuple[int, ...]
+    allowed: Mapping[int, np.ndarray] = field(default_factory=dict)
 
 
 def token_mask(tokens: Iterable[int], vocab: int) -> np.ndarray:

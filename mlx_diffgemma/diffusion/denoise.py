@@ -21,7 +21,7 @@ from mlx_diffgemma.diffusion.events import (
     FinishReason,
 )
 from mlx_diffgemma.diffusion.noise import Noise, StepNoise
-from mlx_diffgemma.diffusion.predict import MaterializedPredictor, Prediction, Predictor
+from mlx_diffgemma.diffusion.predict import Prediction, Predictor, make_predictor
 from mlx_diffgemma.diffusion.prefill import DEFAULT_STEP_SIZE, left_padded, prefill
 from mlx_diffgemma.diffusion.sampler import Proposal, Sampler, make_sampler
 from mlx_diffgemma.diffusion.schedule import LinearTemperature
@@ -46,13 +46,19 @@ def denoising_step(
 ) -> tuple[Prediction, Proposal]:
     """One pass over `canvas` [R, C]: predict, then accept and renoise. Nothing is evaluated yet.
 
-    A fixed position has no entropy, so it is accepted and takes nothing of the entropy bound.
+    A fixed position has no entropy, so it takes nothing of the entropy bound; where a sampler goes
+    by confidence, it takes no share of what is accepted either.
     """
     prediction = predictor(canvas, cache, soft_embeddings, temperature, noise.keys(), constraint)
-    proposal = sampler.advance(canvas, prediction, noise)
-    if constraint is not None:
-        proposal = replace(proposal, canvas=constraint.pin(proposal.canvas))
-    return prediction, proposal
+    if constraint is None:
+        return prediction, sampler.advance(canvas, prediction, noise)
+    confidence = mx.where(constraint.is_open, prediction.confidence, 0.0)
+    proposal = sampler.advance(canvas, replace(prediction, confidence=confidence), noise)
+    return prediction, replace(
+        proposal,
+        canvas=constraint.pin(proposal.canvas),
+        accepted=proposal.accepted | ~constraint.is_open,
+    )
 
 
 def denoise_canvas(
@@ -67,11 +73,13 @@ def denoise_canvas(
     vocab_size: int,
     initial_canvas: mx.array | None = None,
     constraint: CanvasConstraint | None = None,
+    first_step: int = 1,
 ) -> Generator[DenoisingStep, None, tuple[np.ndarray, np.ndarray]]:
     """Denoise one canvas for every row until each is done or the steps are used up.
 
-    A row that is done keeps its draft while the others go on. Returns the drafts [R, C] of the
-    last step that each row ran, which are what is committed, and the number of those steps [R].
+    A row that is done keeps its draft while the others go on. A `first_step` above 1 enters the
+    schedule late, for a canvas that is partly right already. Returns the drafts [R, C] of the last
+    step that each row ran, which are what is committed, and the number of those steps [R].
 
     Raises:
         NumericalError: the model returned values that are not finite.
@@ -90,7 +98,7 @@ def denoise_canvas(
     done = np.zeros(len(rows), bool)
     steps = np.zeros(len(rows), int)
 
-    for step in range(1, config.max_denoising_steps + 1):
+    for step in range(first_step, config.max_denoising_steps + 1):
         prediction, proposal = denoising_step(
             predictor,
             sampler,
@@ -115,7 +123,7 @@ def denoise_canvas(
         done |= stop.update(draft, entropy, counted)
         yield DenoisingStep(
             canvas_index=canvas_index,
-            step=step,
+            step=step - first_step + 1,
             max_steps=config.max_denoising_steps,
             temperature=schedule.at(step),
             rows=tuple(rows),
@@ -148,7 +156,7 @@ def generate_canvases(
     Args:
         cache: a prefix to continue (its `tokens` say what it holds); the prompts are then only
             what comes after it. None starts from nothing.
-        predictor: how predictions are made; None takes the model's materialized logits.
+        predictor: how predictions are made; None lets `make_predictor` choose.
         initial_canvas: [B, C] token ids that the first canvas starts from instead of noise.
         constrain: what each canvas must hold: called with its index and the rows still being
             written, returns a constraint on them or None.
@@ -165,7 +173,7 @@ def generate_canvases(
             f"initial_canvas has shape {initial_canvas.shape}; it must be "
             f"({len(prompts)}, {length}): prompts, canvas length."
         )
-    predictor = predictor or MaterializedPredictor(model, config.soft_cutoff)
+    predictor = predictor or make_predictor(model, config.soft_cutoff)
 
     # 1. Encode the prompts.
     ids, pads = left_padded(prompts, config.pad_token_id)

@@ -12,8 +12,12 @@ import mlx.core as mx
 
 from mlx_diffgemma.diffusion.constraints import CanvasConstraint
 from mlx_diffgemma.diffusion.noise import draw_categorical
+from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
+from mlx_diffgemma.kernels.vocabulary import vocabulary_pass
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+
+_TILE_FROM = 8192  # vocabulary from which the logits are not held
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,52 @@ class MaterializedPredictor:
             return processed
         least = processed.max(axis=-1, keepdims=True) - self.soft_cutoff
         return mx.where(processed >= least, processed, -mx.inf)
+
+
+class TiledPredictor:
+    """The same prediction without the logits: a pass over the vocabulary in tiles."""
+
+    def __init__(self, model: DiffusionGemma) -> None:
+        self.model = model
+
+    def __call__(
+        self,
+        canvas: mx.array,
+        cache: PrefixCache,
+        soft_embeddings: mx.array | None,
+        temperature: float,
+        keys: mx.array,
+        constraint: CanvasConstraint | None = None,
+    ) -> Prediction:
+        hidden = self.model.decode(canvas, cache, soft_embeddings)
+        table = EmbeddingTable.of(self.model.model.decoder.embed_tokens, self.model.dtype)
+        softcap = self.model.config.text.final_logit_softcapping
+        seen = vocabulary_pass(
+            hidden,
+            table,
+            softcap=softcap,
+            temperature=temperature,
+            keys=keys,
+            allowed=None if constraint is None else constraint.allowed_words,
+            fixed=None if constraint is None else constraint.fixed_tokens,
+        )
+        assert seen.draw is not None and seen.soft_embeddings is not None
+        raw = (hidden * table.take(seen.draw, hidden.dtype)).sum(axis=-1).astype(mx.float32)
+        drawn = mx.tanh(raw / softcap) * (softcap / temperature)
+        return Prediction(
+            argmax=seen.argmax,
+            draw=seen.draw,
+            entropy=seen.entropy,
+            soft_embeddings=seen.soft_embeddings,
+            confidence=mx.exp(mx.minimum(drawn - seen.log_sum, 0.0)),
+        )
+
+
+def make_predictor(model: DiffusionGemma, soft_cutoff: float | None = None) -> Predictor:
+    """Tiles where the vocabulary is large, whole logits where they are small."""
+    if soft_cutoff is None and model.config.text.vocab_size > _TILE_FROM:
+        return TiledPredictor(model)
+    return MaterializedPredictor(model, soft_cutoff)
 
 
 def entropy(logits: mx.array) -> mx.array:

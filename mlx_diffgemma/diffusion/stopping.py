@@ -82,7 +82,7 @@ class UpToEos:
         # An eos that follows an earlier, uncertain one would be cut off with it.
         first = np.isin(draft, self.eos).cumsum(axis=-1) == 1
         behind = np.cumsum(ends & first, axis=-1) - (ends & first) > 0
-        # What lies behind counts as settled; leaving it out of the mean would stop later, not sooner.
+        # What lies behind counts as settled: left out of the mean, it would delay the stop.
         settled = np.where(behind, self.eos[0], draft)
         return self.rule.update(settled, np.where(behind, 0.0, entropy), counted)
 
