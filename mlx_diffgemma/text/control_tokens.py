@@ -37,6 +37,11 @@ class ControlTokens:
         patterns = (_pattern(name, added.get(name)) for name in spellings)
         self._whole = re.compile("|".join(patterns) or "(?!)")
 
+    @property
+    def ids(self) -> frozenset[int]:
+        """The ids of all control tokens."""
+        return frozenset(self._ids.values())
+
     def breaks(self, text: str) -> list[int]:
         """Where to break `text` so that it spells no control token, alone or joined to what may
         follow it: behind the first character of every spelling, and of the beginning of one at

@@ -1,0 +1,187 @@
+"""Filling the gaps of a text: how long each becomes, then what stands there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from math import prod
+
+import numpy as np
+
+from mlx_diffgemma.diffusion.constraints import FREE, Layout
+from mlx_diffgemma.editing.session import Session
+from mlx_diffgemma.editing.window import Gap, Span, Window, lay_out
+from mlx_diffgemma.errors import UsageError
+
+_COMBINATIONS = 64  # most lengths of several gaps that are compared with each other
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What became of a gap.
+
+    Attributes:
+        text: what stands there now.
+        tokens: its tokens in the canvas; the first and the last may also hold text around it.
+        entropy: nats of uncertainty of each of them.
+        steps: denoising steps of the canvas in which it was filled.
+        scores: by candidate length, the model's confidence in it; empty where there was no choice.
+    """
+
+    text: str
+    tokens: tuple[int, ...] = ()
+    entropy: tuple[float, ...] = ()
+    steps: int = 0
+    scores: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FilledText:
+    """A text without gaps: `literals` as they were, with `gaps` between them.
+
+    Attributes:
+        cut: most tokens of the text behind a gap that the model did not see.
+    """
+
+    literals: tuple[str, ...]
+    gaps: tuple[Filled, ...]
+    cut: int = 0
+
+    @property
+    def text(self) -> str:
+        pieces = [self.literals[0]]
+        for gap, literal in zip(self.gaps, self.literals[1:], strict=True):
+            pieces += [gap.text, literal]
+        return "".join(pieces)
+
+
+def fill_gaps(session: Session, literals: Sequence[str], gaps: Sequence[Gap]) -> FilledText:
+    """Fill every gap between the `literals`, from left to right, several in one canvas where their
+    lengths are known.
+
+    Raises:
+        UsageError: a gap is longer than a canvas.
+    """
+    left, rest, waiting = literals[0], list(literals[1:]), list(gaps)
+    filled: list[Filled] = []
+    scores: list[dict[int, float]] = [{}] * len(waiting)
+    cut = 0
+    while waiting:
+        if len(waiting[0].lengths) > 1:
+            scores[len(filled) :] = choose_lengths(session, [left, *rest], waiting)
+        window = _window(session, [left, *rest], waiting)
+        done = session.denoise(session.prefix(window.prefix), window.layout)
+        cut = max(cut, window.cut)
+        for span in window.spans:
+            if len(waiting[0].lengths) > 1:
+                break
+            gap = read(session, span, done.tokens, done.entropy, done.steps)
+            filled.append(replace(gap, scores=scores[len(filled)]))
+            left += gap.text + rest.pop(0)
+            del waiting[0]
+    return FilledText(tuple(literals), tuple(filled), cut)
+
+
+def choose_lengths(
+    session: Session, literals: Sequence[str], gaps: list[Gap]
+) -> list[dict[int, float]]:
+    """Fix the length of the first gap, and of those behind it as far as all their combinations can
+    be compared, in place. Returns for each gap the score of its candidates.
+
+    Raises:
+        UsageError: none of the candidates fits in the canvas.
+    """
+    found = score_lengths(session, literals, gaps)
+    best = max(found, key=lambda lengths: found[lengths])
+    scores: list[dict[int, float]] = [{} for _ in gaps]
+    for place, length in enumerate(best):
+        for lengths, score in found.items():
+            known = scores[place].get(lengths[place], score)
+            scores[place][lengths[place]] = max(known, score)
+        gaps[place] = replace(gaps[place], lengths=(length,))
+    return scores
+
+
+def read(
+    session: Session, span: Span, tokens: Sequence[int], entropy: Sequence[float], steps: int
+) -> Filled:
+    """What a canvas holds in a gap."""
+    return Filled(
+        text=span.bytes_in(session.vocabulary, tokens).decode(errors="replace"),
+        tokens=tuple(tokens[span.start : span.stop]),
+        entropy=tuple(entropy[span.start : span.stop]),
+        steps=steps,
+    )
+
+
+def score_lengths(
+    session: Session, literals: Sequence[str], gaps: Sequence[Gap]
+) -> dict[tuple[int, ...], float]:
+    """How much the model believes in lengths of the first gaps, at first sight: the
+    log-probability of all that stands around them, and its mean confidence in what fills them,
+    less the confidence that it has at these lengths whatever surrounds them.
+
+    That one pass shows how well a length fits, once the bias that lengths bring by themselves is
+    taken off, is the idea of "Diffusion LMs Can Approximate Optimal Infilling Lengths Implicitly"
+    (https://arxiv.org/abs/2602.00476). A model that replaces tokens, rather than masks, also says
+    how well what is around a gap stands where this length puts it.
+
+    Raises:
+        UsageError: none of them fits in the canvas.
+    """
+    first = [n for n in sorted(set(gaps[0].lengths)) if n + 2 <= session.length]
+    if not first:
+        raise UsageError(
+            f"a gap of {min(gaps[0].lengths)} tokens does not fit in the canvas of "
+            f"{session.length}; make it shorter, or take a longer --canvas-length."
+        )
+    candidates = [tuple(first), *(tuple(sorted(set(gap.lengths))) for gap in gaps[1:])]
+    together = len(gaps)
+    while True:
+        while together > 1 and prod(map(len, candidates[:together])) > _COMBINATIONS:
+            together -= 1
+        others = [gap.middle for gap in gaps[together:]]
+        combinations = list(product(*candidates[:together]))
+        windows = lay_out(
+            session.vocabulary,
+            literals,
+            gaps,
+            [[*lengths, *others] for lengths in combinations],
+            session.length,
+        )
+        visible = min(len(window.spans) for window in windows)
+        if visible >= together:
+            break
+        together = max(1, visible)
+    cache = session.prefix(windows[0].prefix)
+    seen = session.first_look(cache, [window.layout for window in windows])
+    alone = session.first_look(cache, [_alone(window, together) for window in windows])
+    scores = {}
+    for row, (lengths, window) in enumerate(zip(combinations, windows, strict=True)):
+        inside = _inside(window, together)
+        fixed = np.array(window.layout.tokens) != FREE
+        gain = np.mean(seen[row, inside]) - np.mean(alone[row, inside])
+        scores[lengths] = float(seen[row, fixed].sum() + gain)
+    return scores
+
+
+def _inside(window: Window, count: int) -> list[int]:
+    """The positions of the first `count` gaps."""
+    return [place for span in window.spans[:count] for place in range(span.start, span.stop)]
+
+
+def _alone(window: Window, count: int) -> Layout:
+    """The same gaps with nothing but noise around them."""
+    inside = set(_inside(window, count))
+    return Layout(
+        tuple(
+            token if place in inside else FREE for place, token in enumerate(window.layout.tokens)
+        ),
+        {place: mask for place, mask in window.layout.allowed.items() if place in inside},
+    )
+
+
+def _window(session: Session, literals: Sequence[str], gaps: Sequence[Gap]) -> Window:
+    lengths = [gap.middle for gap in gaps]
+    return lay_out(session.vocabulary, literals, gaps, [lengths], session.length)[0]

@@ -1,0 +1,234 @@
+"""What a constrained canvas gains and costs on the demo model, choice by choice.
+
+    python scripts/bench_constraints.py --count 200            # every variant of the mechanism
+    python scripts/bench_constraints.py --count 500 --only "as shipped"
+    python scripts/bench_constraints.py --cost                 # seconds a step, with and without
+
+Each puzzle's givens are pinned in the canvas; the prompt is the bare word `sudoku`. Puzzles are
+fresh: made from `--seed`, the same for every variant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_diffgemma import load
+from mlx_diffgemma.demo import sudoku
+from mlx_diffgemma.diffusion.config import SAMPLERS
+from mlx_diffgemma.diffusion.constraints import FREE, CanvasConstraint, token_mask
+from mlx_diffgemma.diffusion.denoise import generate_canvases
+from mlx_diffgemma.diffusion.events import DenoisingStep, Finished
+from mlx_diffgemma.diffusion.noise import SeededNoise
+from mlx_diffgemma.diffusion.profiles import PROFILES, profile_settings
+from mlx_diffgemma.generation import diffusion_config
+from mlx_diffgemma.text.prompt import encode_prompt
+
+
+class PinnedAtFirst(CanvasConstraint):
+    """Fixed tokens enter the first canvas and the draft; renoising may overwrite them."""
+
+    def pin(self, canvas: mx.array) -> mx.array:
+        first = not hasattr(self, "_pinned")
+        object.__setattr__(self, "_pinned", True)
+        return super().pin(canvas) if first else canvas
+
+
+class FreeDistribution(CanvasConstraint):
+    """Fixed tokens enter every canvas, but not what the model predicts."""
+
+    def restrict(self, logits: mx.array) -> mx.array:
+        return logits
+
+
+class EveryPositionCounts(CanvasConstraint):
+    """Fixed positions count in the stop rule."""
+
+    @property
+    def open(self) -> np.ndarray:
+        return np.ones(self.fixed.shape, bool)
+
+
+class NoiseAnywhere(CanvasConstraint):
+    """Restricted positions are renoised from the whole vocabulary."""
+
+    def pin(self, canvas: mx.array) -> mx.array:
+        fixed = mx.array(self.fixed)
+        return mx.where(fixed == FREE, canvas, fixed)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is pinned, and how."""
+
+    kind: type[CanvasConstraint] = CanvasConstraint
+    tail: str = "eos"  # what holds behind the answer: "eos", "pad" or "free"
+    newlines: bool = True  # whether the line ends are pinned as well
+    digits: bool = False  # whether blanks are restricted to digits
+    settings: tuple[tuple[str, Any], ...] = ()
+
+
+VARIANTS: dict[str, Variant] = {
+    "as shipped": Variant(),
+    "tail of pads": Variant(tail="pad"),
+    "tail free": Variant(tail="free"),
+    "givens only": Variant(tail="free", newlines=False),
+    "pinned in the first canvas only": Variant(PinnedAtFirst),
+    "distribution not one-hot": Variant(FreeDistribution),
+    "pinned positions count in the stop": Variant(EveryPositionCounts),
+    "blanks restricted to digits": Variant(digits=True),
+    "  and noise from anywhere": Variant(NoiseAnywhere, digits=True),
+}
+VARIANTS |= {f"sampler {name}": Variant(settings=(("sampler", name),)) for name in SAMPLERS[1:]}
+VARIANTS |= {
+    f"profile {name}": Variant(settings=tuple(profile_settings(name).items()))
+    for name in PROFILES
+    if profile_settings(name)
+}
+
+
+def constraint(
+    puzzles: list[sudoku.Puzzle],
+    variant: Variant,
+    encode: Callable,
+    length: int,
+    vocab: int,
+    eos: int,
+) -> CanvasConstraint:
+    """The givens of each puzzle as a row [R, C]."""
+    tails = {"eos": eos, "pad": 0, "free": FREE}
+    fixed = np.full((len(puzzles), length), tails[variant.tail], np.int32)
+    allowed = None
+    if variant.digits:
+        anything, digits = token_mask(range(vocab), vocab), token_mask(encode("123456"), vocab)
+        allowed = np.broadcast_to(anything, (*fixed.shape, len(anything))).copy()
+    for row, puzzle in enumerate(puzzles):
+        ids = encode(puzzle.givens)
+        for place, (character, token) in enumerate(zip(puzzle.givens, ids, strict=True)):
+            blank = character == sudoku.BLANK or (character == "\n" and not variant.newlines)
+            fixed[row, place] = FREE if blank else token
+            if allowed is not None and blank:
+                allowed[row, place] = digits
+    return variant.kind(fixed, allowed)
+
+
+def measure(
+    model: Any, tokenizer: Any, puzzles: list[sudoku.Puzzle], variant: Variant, batch: int
+) -> dict[str, float]:
+    """Share of puzzles solved exactly, and steps a canvas."""
+    config = diffusion_config(
+        model, max_tokens=model.config.canvas_length, **dict(variant.settings)
+    )
+    prompt = encode_prompt(tokenizer, sudoku.BARE_PROMPT)
+    length, vocab = model.config.canvas_length, model.config.text.vocab_size
+    exact, valid, steps, kept = 0, 0, [], 0
+    start = time.perf_counter()
+    for first in range(0, len(puzzles), batch):
+        some = puzzles[first : first + batch]
+        pinned = constraint(
+            some,
+            variant,
+            lambda text: tokenizer.encode(text, add_special_tokens=False),
+            length,
+            vocab,
+            config.eos_token_ids[-1],
+        )
+        finished = None
+        for event in generate_canvases(
+            model,
+            [prompt] * len(some),
+            config,
+            SeededNoise(first),
+            constrain=lambda index, rows, pinned=pinned: pinned.rows(rows),
+        ):
+            finished = event
+        assert isinstance(finished, Finished)
+        for puzzle, tokens, count in zip(some, finished.tokens, finished.steps, strict=True):
+            text = tokenizer.decode([token for token in tokens if token])
+            exact += text == puzzle.solution
+            valid += sudoku.is_valid_grid(text)
+            kept += all(
+                a == b for a, b in zip(puzzle.givens, text, strict=False) if a != sudoku.BLANK
+            ) and len(text) >= len(puzzle.givens)
+            steps.append(count[0])
+    total = len(puzzles)
+    return {
+        "exact": exact / total,
+        "error": math.sqrt(max(exact / total * (1 - exact / total), 1e-9) / total),
+        "valid": valid / total,
+        "kept": kept / total,
+        "steps": float(np.mean(steps)),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def cost(model: Any, tokenizer: Any, repeats: int) -> None:
+    """Seconds a denoising step without a constraint, with pins, and with allowed sets."""
+    config = diffusion_config(
+        model, max_tokens=model.config.canvas_length, max_denoising_steps=20, stability_threshold=20
+    )
+    prompt = encode_prompt(tokenizer, sudoku.BARE_PROMPT)
+    length, vocab = model.config.canvas_length, model.config.text.vocab_size
+    puzzle = [sudoku.make_puzzle(np.random.default_rng(0))]
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    cases = {
+        "free": None,
+        "pinned": constraint(puzzle, Variant(), encode, length, vocab, 5),
+        "pinned and restricted": constraint(puzzle, Variant(digits=True), encode, length, vocab, 5),
+    }
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(repeats):
+        for name, pinned in cases.items():
+            start, count = time.perf_counter(), 0
+            for event in generate_canvases(
+                model,
+                [prompt],
+                config,
+                SeededNoise(0),
+                constrain=lambda index, rows, pinned=pinned: pinned,
+            ):
+                count += isinstance(event, DenoisingStep)
+            times[name].append((time.perf_counter() - start) / count)
+    base = float(np.median(times["free"]))
+    for name, seconds in times.items():
+        middle = float(np.median(seconds))
+        print(f"{name:24} {middle * 1e3:7.2f} ms a step  {middle / base:5.2f}×")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--only", action="append", choices=list(VARIANTS))
+    parser.add_argument("--cost", action="store_true")
+    arguments = parser.parse_args()
+    model, tokenizer = load(arguments.model)
+    if arguments.cost:
+        cost(model, tokenizer, repeats=9)
+        return
+    rng = np.random.default_rng(arguments.seed)
+    puzzles = [sudoku.make_puzzle(rng) for _ in range(arguments.count)]
+    print(f"{'variant':36} {'exact':>6} {'±':>6} {'valid':>6} {'kept':>6} {'steps':>6} {'s':>6}")
+    for name in arguments.only or VARIANTS:
+        found = measure(model, tokenizer, puzzles, VARIANTS[name], arguments.batch)
+        print(
+            f"{name:36} {found['exact']:6.3f} {found['error']:6.3f} {found['valid']:6.3f} "
+            f"{found['kept']:6.3f} {found['steps']:6.2f} {found['seconds']:6.1f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
