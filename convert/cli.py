@@ -66,6 +66,7 @@ def convert(
         bool,
         typer.Option("--delete-source-shards", help="Delete each downloaded shard after use."),
     ] = False,
+    retries: Annotated[int, typer.Option(min=0, help="New attempts when the network is lost.")] = 5,
     max_shard_size: Annotated[str, typer.Option(help="Most bytes of an output file.")] = "5GB",
     upload_repo: Annotated[str | None, typer.Option(help="Upload to this repository.")] = None,
     dry_run: Annotated[

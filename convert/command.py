@@ -13,7 +13,7 @@ from typing import Any
 from mlx_diffgemma.checkpoint.names import is_quantizable, module_path
 from mlx_diffgemma.checkpoint.quantization import FLOATS, RECIPES, Format, Recipe, Rule
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma_convert.hub import open_source
+from mlx_diffgemma_convert.hub import HubSource, open_source
 from mlx_diffgemma_convert.job import Progress, check_target, convert
 from mlx_diffgemma_convert.journal import Journal
 from mlx_diffgemma_convert.plan import Plan, make_plan
@@ -36,7 +36,7 @@ def run_convert(settings: Settings) -> None:
         raise UsageError("--dry-run is about uploading; name the repository with --upload-repo.")
     journal = Journal(target)
     downloads = journal.downloads if settings["delete_source_shards"] else None
-    source = open_source(settings["model"], settings["revision"], downloads)
+    source = open_source(settings["model"], settings["revision"], downloads, settings["retries"])
     plan = _plan(source, recipe, rules, settings)
     if settings["plan"]:
         print(json.dumps(summary(plan), indent=2)) if settings["json"] else print_plan(plan)
@@ -164,6 +164,8 @@ def progress_bar(plan: Plan, quiet: bool) -> Iterator[Progress]:
     )  # fmt: skip
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=plan.source_bytes)
+        if isinstance(plan.source, HubSource):
+            plan.source.announce = lambda text: bar.update(task, description=text)
         yield lambda target, size: bar.update(
             task, advance=size, description=target.name.removeprefix("model.")
         )
@@ -177,7 +179,7 @@ def run_verify(folder: Path, source: str | None, revision: str | None, as_json: 
     report: dict[str, Any] = {"files": found.files, "tensors": found.tensors, "bytes": found.nbytes}
     text = f"{folder}: {found.files} files as written, {found.tensors} tensors sound"
     if source is not None:
-        loss = compare_with_source(folder, open_source(source, revision, None))
+        loss = compare_with_source(folder, open_source(source, revision))
         report["relative_error"] = loss.relative
         text += f", all within {loss.worst:.0%} of what their formats allow"
     print(json.dumps(report, indent=2) if as_json else f"{text}.")

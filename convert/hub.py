@@ -19,13 +19,13 @@ from mlx_diffgemma_convert.source import (
     is_side_file,
 )
 
-PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each new attempt
+RETRIES = 5  # after pauses of 1, 2, 4, ... seconds
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _T = TypeVar("_T")
 
 
 def open_source(
-    model: str, revision: str | None, downloads: Path | None, pauses: tuple[float, ...] = PAUSES
+    model: str, revision: str | None = None, downloads: Path | None = None, retries: int = RETRIES
 ) -> Source:
     """The checkpoint that a user names: a folder or a repository.
 
@@ -56,7 +56,7 @@ def open_source(
 
     if constants.HF_HUB_OFFLINE:
         return _cached(model, revision)
-    return HubSource(model, revision, downloads, pauses)
+    return HubSource(model, revision, downloads, retries)
 
 
 def _cached(repository: str, revision: str | None) -> Source:
@@ -80,12 +80,14 @@ class HubSource:
         repository: str,
         revision: str | None,
         downloads: Path | None,
-        pauses: tuple[float, ...] = PAUSES,
+        retries: int = RETRIES,
     ) -> None:
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, utils
 
+        utils.disable_progress_bars()  # there is one bar for the whole
         self.name = repository
-        self._downloads, self._pauses = downloads, pauses
+        self.announce: Callable[[str], None] = lambda text: None
+        self._downloads, self._retries = downloads, retries
         self._ahead: dict[str, Future[Path]] = {}
         self._fetcher = ThreadPoolExecutor(1, "fetch")
         api = HfApi()
@@ -97,12 +99,14 @@ class HubSource:
         self._sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         if "config.json" not in self._sizes:
             raise CheckpointError(f"{repository} has no config.json; name another repository.")
+        self._fetch("config.json", revision)  # notes in the cache what the revision's name means
         self.config: Mapping[str, Any] = read_json(self._fetch("config.json"))
         self.tensors = self._headers(api)
 
     def shard_path(self, shard: str) -> Path:
         """The shard as a file. The one after it is fetched meanwhile, unless room is short."""
         ahead = self._ahead.pop(shard, None)
+        self.announce(f"fetching {shard}")
         path = ahead.result() if ahead is not None else self._fetch(shard)
         if self._downloads is None:
             later = sorted({t.shard for t in self.tensors.values() if t.shard > shard})
@@ -166,7 +170,7 @@ class HubSource:
                 tensors[name] = SourceTensor(name, shard, info.dtype, shape, start)
         return tensors
 
-    def _fetch(self, file: str) -> Path:
+    def _fetch(self, file: str, revision: str | None = "") -> Path:
         from huggingface_hub import hf_hub_download
 
         to_delete = self._downloads is not None and file.endswith(".safetensors")
@@ -176,13 +180,13 @@ class HubSource:
                 lambda: hf_hub_download(
                     self.name,
                     file,
-                    revision=self.revision,
+                    revision=self.revision if revision == "" else revision,
                     local_dir=self._downloads if to_delete else None,
                 ),
             )
         )
 
-    def _insist(self, what: str, attempt: Callable[[], _T]) -> _T:
+    def _insist(self, what: str, call: Callable[[], _T]) -> _T:
         """Try again where the network is at fault (a download goes on where it stopped)."""
         from huggingface_hub import errors
 
@@ -190,9 +194,9 @@ class HubSource:
             errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError, TimeoutError,
             getattr(errors, "XetDownloadError", ConnectionError),
         )  # fmt: skip
-        for pause in (*self._pauses, None):
+        for attempt in range(self._retries + 1):
             try:
-                return attempt()
+                return call()
             except errors.GatedRepoError:
                 why = "is gated; accept its terms on its page, then log in with `hf auth login`"
                 raise CheckpointError(f"{self.name} {why}.") from None
@@ -203,13 +207,13 @@ class HubSource:
                 why = "has no such revision; see its branches and tags"
                 raise CheckpointError(f"{self.name} {why}.") from None
             except lost as error:
-                if pause is None or _refused(error):
+                if attempt == self._retries or _refused(error):
                     reason = (str(error).splitlines() or [type(error).__name__])[0]
                     raise CheckpointError(
                         f"{self.name}: {what} cannot be fetched ({reason}); check the network, "
                         "then run the same command again: it goes on where it stopped."
                     ) from None
-                time.sleep(pause)
+                time.sleep(2.0**attempt)
         raise AssertionError("the last attempt returns or raises")
 
 
