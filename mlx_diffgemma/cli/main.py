@@ -9,6 +9,7 @@ import typer
 
 from mlx_diffgemma import __version__
 from mlx_diffgemma.cli import options
+from mlx_diffgemma.cli.bench import bench
 from mlx_diffgemma.cli.chat import chat
 from mlx_diffgemma.cli.convert import convert
 from mlx_diffgemma.cli.demo import demo
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(chat)
 app.command()(demo)
+app.command()(bench)
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,

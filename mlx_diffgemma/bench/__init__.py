@@ -1,0 +1,1 @@
+"""How fast is it, where does the time go, and how far is that from the floor?"""

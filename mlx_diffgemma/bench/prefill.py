@@ -1,0 +1,59 @@
+"""How long prompts take to encode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mlx_diffgemma.bench.counting import Weights, prefill_cost
+from mlx_diffgemma.bench.device import Device
+from mlx_diffgemma.bench.random_model import weight_bytes
+from mlx_diffgemma.bench.steps import encoded
+from mlx_diffgemma.bench.timing import median_seconds, peak_bytes
+from mlx_diffgemma.diffusion.prefill import DEFAULT_STEP_SIZE
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+
+
+@dataclass(frozen=True)
+class PrefillReport:
+    """Attributes:
+    length: tokens of the prompt.
+    tokens_per_second: of all sequences together.
+    floor_seconds: what its operations and bytes take at the device's peaks.
+    beyond_weights: most bytes held beside the weights, the cache included.
+    """
+
+    length: int
+    seconds: float
+    tokens_per_second: float
+    floor_seconds: float
+    beyond_weights: int
+
+
+def measure_prefill(
+    model: DiffusionGemma,
+    lengths: Iterable[int],
+    weights: Weights,
+    device: Device,
+    *,
+    batch: int = 1,
+    repeats: int = 3,
+    seed: int = 0,
+) -> tuple[PrefillReport, ...]:
+    """Encode random prompts of several lengths from an empty cache."""
+    reports = []
+    for length in lengths:
+        # The first run, which also warms up, tells what is held.
+        peak = peak_bytes(lambda n=length: encoded(model, n, batch, seed))  # type: ignore[misc]
+        seconds = median_seconds(
+            lambda n=length: encoded(model, n, batch, seed),  # type: ignore[misc]
+            repeats,
+            warmup=0,
+        )
+        floor = device.floor(prefill_cost(weights, length, DEFAULT_STEP_SIZE, batch))
+        reports.append(
+            PrefillReport(
+                length, seconds, batch * length / seconds, floor, peak - weight_bytes(model)
+            )
+        )
+    return tuple(reports)

@@ -1,0 +1,50 @@
+"""Stopwatches: seconds and bytes of something that is run again and again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import mlx.core as mx
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """How long one call takes; `run` evaluates what it computes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def median_seconds(run: Callable[[], object], repeats: int, warmup: int = 1) -> float:
+    """The median over `repeats` calls, after `warmup` others."""
+    for _ in range(warmup):
+        run()
+    return median(seconds(run) for _ in range(repeats))
+
+
+def least_seconds(run: Callable[[], object], repeats: int) -> float:
+    """The shortest of `repeats` calls after one other: what the device can do undisturbed."""
+    run()
+    return min(seconds(run) for _ in range(repeats))
+
+
+def alternate(
+    runs: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each of several things, run in turns so that a busy machine slows all alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(warmup + repeats):
+        for name, run in runs.items():
+            taken = seconds(run)
+            if turn >= warmup:
+                times[name].append(taken)
+    return times
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Most bytes that MLX holds during a call, those included that it held before."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    run()
+    return mx.get_peak_memory()
