@@ -74,10 +74,14 @@ class EmbeddingTable:
     def _read(self, where: slice | mx.array, dtype: mx.Dtype) -> mx.array:
         if self.scales is None:
             return self.weight[where].astype(dtype)
+        scales, biases = self.scales[where], None
+        if self.biases is not None:
+            # In their own type, scale · value + bias would be rounded to that before `dtype`.
+            scales, biases = scales.astype(dtype), self.biases[where].astype(dtype)
         return mx.dequantize(
             self.weight[where],
-            self.scales[where],
-            None if self.biases is None else self.biases[where],
+            scales,
+            biases,
             group_size=self.group_size,
             bits=self.bits,
             mode=self.mode,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mlx_diffgemma.kernels.allowed_tokens import WORD
+from mlx_diffgemma.kernels.dispatch import Implementation, Launcher
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
 from mlx_diffgemma.kernels.tile_draw import Reservoir, Uniforms, choose_by_mass
 from mlx_diffgemma.kernels.tile_epilogue import (
@@ -81,6 +82,7 @@ def vocabulary_pass(
     fixed: mx.array | None = None,
     need_soft: bool = True,
     tile: int = DEFAULT_TILE,
+    implementation: Implementation | Launcher = "auto",
 ) -> VocabularyResult:
     """Hidden states [R, C, D] -> argmax, draw, entropy and soft embeddings of each position.
 
@@ -93,6 +95,7 @@ def vocabulary_pass(
             entropy 0.
         need_soft: whether to compute the soft embeddings, √D · (p @ table).
         tile: tokens at a time, a multiple of 128. Memory grows with R · C · tile.
+        implementation: of the kernels.
     """
     if tile % BLOCK:
         raise ValueError(f"tile is {tile}; it must be a multiple of {BLOCK}.")
@@ -112,7 +115,13 @@ def vocabulary_pass(
         raw = queries @ embeddings.T
         tile_words = None if words is None else words[:, start // WORD : -(-stop // WORD)]
         seen = tile_epilogue(
-            raw, state.maximum, tile_words, softcap=softcap, temperature=temperature, dtype=dtype
+            raw,
+            state.maximum,
+            tile_words,
+            softcap=softcap,
+            temperature=temperature,
+            dtype=dtype if need_soft else None,
+            implementation=implementation,
         )
         before, state = state, _merge(state, seen, start, embeddings)
         if uniforms is not None and state.reservoir is not None:
@@ -187,7 +196,7 @@ def _merge(state: _State, seen: TileStatistics, start: int, embeddings: mx.array
     shift = state.maximum - seen.maximum
     shrink = mx.exp(shift)
     soft = state.soft
-    if soft is not None:
+    if soft is not None and seen.exponentials is not None:
         soft = soft * shrink[:, None] + (seen.exponentials @ embeddings).astype(mx.float32)
     return _State(
         maximum=seen.maximum,
