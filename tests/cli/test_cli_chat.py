@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 
 import pytest
 from cli_fakes import Terminal, command
@@ -159,6 +160,9 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session():
 def test_ctrl_c_at_the_prompt_ends_with_130():
     terminal = Terminal(*command({}, "chat", "--model", "m"))
     terminal.until("> ")
+    terminal.type("half a li")
+    terminal.until("half a li")
+    time.sleep(0.5)  # until it waits for a key: Python heeds a signal before that at the next one
     terminal.interrupt()
     terminal.finish()
     assert terminal.code == 130
