@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_diffgemma.checkpoint.loading import load_model
 from mlx_diffgemma.checkpoint.locate import locate
 from mlx_diffgemma.checkpoint.names import expected_shapes, is_vision
 from mlx_diffgemma.diffusion.config import DiffusionConfig
@@ -22,12 +23,12 @@ from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma_convert.probes import (
     LEVELS,
     Probe,
-    Task,
     generate_tasks,
     log_probabilities,
     make_probes,
 )
 from mlx_diffgemma_convert.source import FolderSource
+from mlx_diffgemma_convert.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def measure(
     Raises:
         UsageError: a model has another vocabulary or canvas than the source.
     """
-    model, tokenizer, *_ = load(source)
+    model, tokenizer = load(source)
     shape = model.config.text.vocab_size, model.config.canvas_length
     config = diffusion_config(model)
     with reference_of(model, tokenizer, tasks, seed) as reference:
@@ -135,7 +136,7 @@ def measure(
         del model
         for name in others:
             mx.clear_cache()
-            other, *_ = load(name)
+            other, _ = load_model(name)
             if (other.config.text.vocab_size, other.config.canvas_length) != shape:
                 raise UsageError(
                     f"{name} has another vocabulary or canvas than {source}; name its own source."

@@ -5,10 +5,8 @@ Letters: P prompts, C canvas, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -19,30 +17,12 @@ from mlx_diffgemma.diffusion.denoise import generate_canvases
 from mlx_diffgemma.diffusion.events import Finished
 from mlx_diffgemma.diffusion.noise import SeededNoise
 from mlx_diffgemma.diffusion.prefill import left_padded, prefill
-from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.text.prompt import encode_prompt
+from mlx_diffgemma_convert.tasks import Task
 
 LEVELS = (0.9, 0.6, 0.3)
-PROMPTS = (
-    "Why is the sky blue? Answer in three sentences.",
-    "Write a Python function that returns the n-th Fibonacci number.",
-    "Name the planets of the solar system, one on each line.",
-    "Translate into German: The train to the coast leaves at a quarter past nine.",
-    "A shop sells pens at 3 for 2 euros. What do 12 pens cost? Explain step by step.",
-    "Write a short poem about rain on a tin roof.",
-    "List five causes of the French Revolution, most important first.",
-    "Give the JSON of a user with a name, an e-mail address and three hobbies.",
-)
 _LOGITS = 1 << 25  # most logits of one batch, C x V x prompts
-
-
-@dataclass(frozen=True)
-class Task:
-    """A prompt, and its answer where that is known."""
-
-    prompt: str
-    answer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,28 +31,6 @@ class Probe:
 
     prompts: tuple[tuple[int, ...], ...]
     canvases: tuple[np.ndarray, ...]
-
-
-def read_tasks(path: Path | None, count: int) -> list[Task]:
-    """The first `count` prompts of a file of JSON lines (`prompt`, and `answer` if there is one),
-    or of a built-in list.
-
-    Raises:
-        UsageError: the file is missing or holds something else.
-    """
-    if path is None:
-        return [Task(prompt) for prompt in PROMPTS[:count]]
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        tasks = [Task(row["prompt"], row.get("answer")) for row in rows[:count]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{path} is no file of prompts ({error}); write one JSON object with a 'prompt' on "
-            "each line."
-        ) from None
-    if not tasks:
-        raise UsageError(f"{path} holds no prompts.")
-    return tasks
 
 
 def make_probes(

@@ -6,22 +6,17 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_diffgemma.checkpoint.quantization import Format
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma_convert.budget import (
-    Choice,
-    choose,
-    groups_of,
-    rules_of,
-    save_recipe,
-    sensitivities,
-)
-from mlx_diffgemma_convert.measure import Measured, measure, reference_of
 from mlx_diffgemma_convert.plot import Point, write_plot
-from mlx_diffgemma_convert.probes import LEVELS, Task, read_tasks
 from mlx_diffgemma_convert.table import size_text
+from mlx_diffgemma_convert.tasks import Task, read_tasks
+
+if TYPE_CHECKING:
+    from mlx_diffgemma_convert.budget import Choice
+    from mlx_diffgemma_convert.measure import Measured
 
 _UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -41,6 +36,8 @@ def run_measure(settings: Mapping[str, Any]) -> None:
     tasks = read_tasks(settings["prompts"], most)
     report: dict[str, Any] = {}
     if converted:
+        from mlx_diffgemma_convert.measure import measure
+
         lines = []
         to_generate = tasks[: settings["generate"]]
         for line in measure(settings["source"], converted, tasks[:count], to_generate, seed):
@@ -53,6 +50,8 @@ def run_measure(settings: Mapping[str, Any]) -> None:
         choice, rules = find_recipe(settings["source"], tasks[:count], budget, seed)
         name = f"mixed-{settings['budget']}"
         if settings["save"]:
+            from mlx_diffgemma_convert.budget import save_recipe
+
             save_recipe(settings["save"], name, rules)
         report["recipe"] = {
             "name": name, "rules": rules, "bytes": choice.nbytes,
@@ -77,6 +76,8 @@ def find_recipe(
     """The mixed recipe that diverges least within `budget` bytes."""
     from mlx_diffgemma.checkpoint.locate import locate
     from mlx_diffgemma.generation import load
+    from mlx_diffgemma_convert.budget import choose, groups_of, rules_of, sensitivities
+    from mlx_diffgemma_convert.measure import reference_of
     from mlx_diffgemma_convert.source import FolderSource
 
     model, tokenizer = load(source)
@@ -103,6 +104,8 @@ def parse_size(text: str) -> int:
 
 def table(lines: Sequence[Measured]) -> str:
     """The report as a table in Markdown, for a terminal and for a README alike."""
+    from mlx_diffgemma_convert.probes import LEVELS
+
     levels = " | ".join(f"KL {level}" for level in LEVELS)
     head = (
         f"| model | size | bits per weight | {levels} | with self-conditioning | flips | "
