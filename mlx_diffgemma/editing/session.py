@@ -14,7 +14,7 @@ from mlx_diffgemma.diffusion.constraints import CanvasConstraint, Layout
 from mlx_diffgemma.diffusion.denoise import denoise_canvas
 from mlx_diffgemma.diffusion.events import DenoisingStep
 from mlx_diffgemma.diffusion.noise import SeededNoise, fresh_seed
-from mlx_diffgemma.diffusion.predict import MaterializedPredictor, entropy
+from mlx_diffgemma.diffusion.predict import entropy, make_predictor
 from mlx_diffgemma.diffusion.prefill import prefill
 from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import UsageError
@@ -71,7 +71,7 @@ class Session:
         self.prompt = encode_prompt(tokenizer, prompt, raw=raw, system_prompt=system_prompt)
         self.length = self.config.canvas_length or model.config.canvas_length
         self.noise = SeededNoise(self.seed)
-        self.predictor = MaterializedPredictor(model, self.config.soft_cutoff)
+        self.predictor = make_predictor(model, self.config.soft_cutoff)
         self.passes = 0
         self.canvases = 0
         self._cache = model.make_cache()
@@ -81,6 +81,15 @@ class Session:
     def shape(self) -> tuple[int, int]:
         """Canvas length and vocabulary size."""
         return self.length, self.vocabulary.size
+
+    def fitted(self) -> DiffusionConfig:
+        """The settings, with an answer that ends where the context ends."""
+        return fit_to_context(self.model, self.prompt, self.config)
+
+    def stepped(self, step: DenoisingStep) -> None:
+        """Count a denoising step and report it."""
+        self.passes += 1
+        self._on_step(step)
 
     def prefix(self, text_tokens: Sequence[int] = ()) -> PrefixCache:
         """The cache of the prompt, followed by these tokens of the answer."""
@@ -118,14 +127,12 @@ class Session:
             constraint=CanvasConstraint.of([layout], self.vocabulary.size),
             first_step=first_step,
         )
-        last, count = None, 0
+        last = None
         for last in steps:
-            count += 1
-            self._on_step(last)
+            self.stepped(last)
         assert last is not None, "a canvas takes at least one step"
-        self.passes += count
         self.canvases += 1
-        return Denoised(last.draft[0].tolist(), last.entropy[0].tolist(), count)
+        return Denoised(last.draft[0].tolist(), last.entropy[0].tolist(), last.step)
 
     def first_look(self, cache: PrefixCache, layouts: Sequence[Layout]) -> np.ndarray:
         """What the model believes at first sight of each layout, all filled up with the same noise,
@@ -138,7 +145,7 @@ class Session:
             some = layouts[start : start + at_once]
             constraint = CanvasConstraint.of(some, self.vocabulary.size)
             canvas = constraint.pin(mx.repeat(noise, len(some), axis=0))
-            hidden = self.model.decode(canvas, repeated(cache, len(some)))
+            hidden = self.model.decode(canvas, repeated(cache, [0] * len(some)))
             logits = self.model.logits(hidden)
             standing = mx.take_along_axis(logits, canvas[..., None], axis=-1)[..., 0]
             fixed = standing - mx.logsumexp(logits, axis=-1)
@@ -148,8 +155,8 @@ class Session:
         return np.concatenate(found)
 
 
-def repeated(cache: PrefixCache, rows: int) -> PrefixCache:
-    """A copy of the cache of one sequence for a batch of `rows`."""
+def repeated(cache: PrefixCache, rows: Sequence[int]) -> PrefixCache:
+    """A copy of the cache with these of its sequences, each as often as it is named."""
     copy = cache.snapshot()
-    copy.keep_rows([0] * rows)
+    copy.keep_rows(rows)
     return copy

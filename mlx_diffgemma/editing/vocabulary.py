@@ -52,6 +52,10 @@ class Vocabulary:
         """The text of `tokens`; bytes that make up no character as U+FFFD."""
         return self.bytes_of(tokens).decode(errors="replace")
 
+    def token_of(self, piece: bytes) -> int:
+        """The first token that stands for `piece`; there must be one."""
+        return self.pieces.index(piece)
+
     @cached_property
     def text(self) -> np.ndarray:
         """Mask of the tokens that stand for text."""
