@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mlx_diffgemma.checkpoint.locate import DEMO, locate
 from mlx_diffgemma.checkpoint.shards import read_json
 from mlx_diffgemma.errors import CheckpointError, UsageError
 from mlx_diffgemma_convert.source import (
@@ -37,7 +38,7 @@ def open_source(
         CheckpointError: there is no such checkpoint.
         UsageError: `downloads` or `revision` is given for a folder.
     """
-    folder = Path(model).expanduser()
+    folder = locate(DEMO) if model == DEMO else Path(model).expanduser()
     if folder.is_dir():
         if downloads is not None:
             raise UsageError(
@@ -166,8 +167,19 @@ class HubSource:
                         f"tensor {name} in {shard} is of type {info.dtype}; convert from weights "
                         "in bf16, fp16 or fp32."
                     )
+                if metadata.weight_map.get(name) != shard:
+                    raise CheckpointError(
+                        f"{self.name}: {shard} holds {name}, its index says "
+                        f"{metadata.weight_map.get(name, 'nothing of it')}; name another revision."
+                    )
                 shape, start = tuple(info.shape), info.data_offsets[0]
                 tensors[name] = SourceTensor(name, shard, info.dtype, shape, start)
+        missing = next((name for name in metadata.weight_map if name not in tensors), None)
+        if missing is not None:
+            raise CheckpointError(
+                f"{self.name}: its index lists {missing}, which is in no shard; name another "
+                "revision."
+            )
         return tensors
 
     def _fetch(self, file: str, revision: str | None = "") -> Path:
