@@ -15,28 +15,15 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
+from mlx_diffgemma.bench import exam
 from mlx_diffgemma.demo import sudoku
 
-Answers = list[tuple[str, list[int]]]  # an answer and the denoising steps of its canvases
-
-
-def tasks(count: int, seed: int) -> dict[str, list[list[sudoku.Puzzle]]]:
-    """`count` inputs with one puzzle and `count` with two."""
-    rng = np.random.default_rng(seed)
-    return {
-        name: [[sudoku.make_puzzle(rng) for _ in range(size)] for _ in range(count)]
-        for name, size in (("one", 1), ("two", 2))
-    }
+Answers = list[exam.Answer]
 
 
 def run_ours(model_path: str, steps: int | None, batch: int) -> Callable[[Sequence[str]], Answers]:
     from mlx_diffgemma import load
-    from mlx_diffgemma.diffusion.denoise import generate_canvases
-    from mlx_diffgemma.diffusion.noise import SeededNoise
     from mlx_diffgemma.generation import diffusion_config
-    from mlx_diffgemma.text.prompt import encode_prompt
 
     model, tokenizer = load(model_path)
     config = diffusion_config(model, max_denoising_steps=steps)
@@ -44,12 +31,8 @@ def run_ours(model_path: str, steps: int | None, batch: int) -> Callable[[Sequen
     def answer(prompts: Sequence[str]) -> Answers:
         answers: Answers = []
         for start in range(0, len(prompts), batch):
-            ids = [encode_prompt(tokenizer, text) for text in prompts[start : start + batch]]
-            *_, finished = generate_canvases(model, ids, config, SeededNoise(start))
-            answers += [
-                (tokenizer.decode(tokens), list(steps))
-                for tokens, steps in zip(finished.tokens, finished.steps, strict=True)
-            ]
+            part = prompts[start : start + batch]
+            answers += exam.answer(model, tokenizer, config, part, seed=start)
         return answers
 
     return answer
@@ -66,7 +49,7 @@ def run_reference(path: Path, steps: int | None) -> Callable[[Sequence[str]], An
     counts: list[int] = []
     forward = model.model.decoder.forward
 
-    def counted(*args, **kwargs):  # type: ignore[no-untyped-def]
+    def counted(*args, **kwargs):
         counts.append(kwargs["past_key_values"].get_seq_length())
         return forward(*args, **kwargs)
 
@@ -84,7 +67,8 @@ def run_reference(path: Path, steps: int | None) -> Callable[[Sequence[str]], An
             out = model.generate(ids, **options).sequences[0, ids.shape[1] :]
             per_canvas = [counts.count(length) for length in sorted(set(counts))]
             assert len(per_canvas) == len(out) // canvas
-            answers.append((tokenizer.decode(out, skip_special_tokens=True), per_canvas))
+            text = tokenizer.decode(out, skip_special_tokens=True)
+            answers.append(exam.Answer(text, tuple(per_canvas), len(text)))  # a token a character
         return answers
 
     return answer
@@ -100,7 +84,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="sequences at once (ours only)")
     args = parser.parse_args()
 
-    inputs = tasks(args.count, args.seed)
+    inputs = exam.make_tasks(args.count, args.seed)
     print(f"{args.count} inputs a task, seed {args.seed}\n")
     print("| model | step cap | task | exact | steps a canvas | tokens a forward | seconds |")
     print("|---|---|---|---|---|---|---|")
@@ -113,16 +97,11 @@ def main() -> None:
                 start = time.perf_counter()
                 answers = run([sudoku.prompt(puzzle) for puzzle in puzzles])
                 seconds = time.perf_counter() - start
-                exact = sum(
-                    text == sudoku.answer(puzzle)
-                    for (text, _), puzzle in zip(answers, puzzles, strict=True)
-                )
-                passes = sum(sum(steps) for _, steps in answers)
-                canvases = sum(len(steps) for _, steps in answers)
-                tokens = sum(len(text) for text, _ in answers)
+                marks = exam.mark(answers, puzzles)
                 print(
-                    f"| {name} | {steps or 'default'} | {task} | {exact / len(answers):.3f} "
-                    f"| {passes / canvases:.2f} | {tokens / passes:.1f} | {seconds:.0f} |",
+                    f"| {name} | {steps or 'default'} | {task} | {marks.rate:.3f} "
+                    f"| {marks.steps_per_canvas:.2f} | {marks.tokens_per_forward:.1f} "
+                    f"| {seconds:.0f} |",
                     flush=True,
                 )
 
