@@ -1,0 +1,116 @@
+"""How often a model answers the demo's sudokus exactly, and in how many steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mlx_diffgemma.demo import sudoku
+from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.diffusion.denoise import generate_canvases
+from mlx_diffgemma.diffusion.events import Finished
+from mlx_diffgemma.diffusion.noise import SeededNoise
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.text.prompt import encode_prompt
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+Task = Sequence[sudoku.Puzzle]
+TASKS = {"one": 1, "two": 2}
+"""Puzzles in a prompt, by the name of the task."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Attributes:
+    steps: denoising steps of each canvas.
+    tokens: how many were committed.
+    """
+
+    text: str
+    steps: tuple[int, ...]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Sums over some answers, which add up.
+
+    Attributes:
+        count: answers.
+        exact: how many of them were right in every cell.
+        steps, canvases, tokens: of all of them together.
+    """
+
+    count: int = 0
+    exact: int = 0
+    steps: int = 0
+    canvases: int = 0
+    tokens: int = 0
+
+    def __add__(self, other: Marks) -> Marks:
+        return Marks(
+            self.count + other.count,
+            self.exact + other.exact,
+            self.steps + other.steps,
+            self.canvases + other.canvases,
+            self.tokens + other.tokens,
+        )
+
+    @property
+    def rate(self) -> float:
+        return self.exact / self.count
+
+    @property
+    def standard_error(self) -> float:
+        """Of the rate, as the binomial distribution with one more right and one more wrong answer
+        has it, so that a rate of 1 is not certain."""
+        rate = (self.exact + 1) / (self.count + 2)
+        return float(np.sqrt(rate * (1 - rate) / self.count))
+
+    @property
+    def steps_per_canvas(self) -> float:
+        return self.steps / self.canvases
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.tokens / self.steps
+
+
+def make_tasks(count: int, seed: int) -> dict[str, list[list[sudoku.Puzzle]]]:
+    """`count` inputs of each task, the same for every model."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: [[sudoku.make_puzzle(rng) for _ in range(size)] for _ in range(count)]
+        for name, size in TASKS.items()
+    }
+
+
+def answer(
+    model: DiffusionGemma,
+    tokenizer: TokenizerWrapper,
+    config: DiffusionConfig,
+    prompts: Sequence[str],
+    seed: int,
+) -> list[Answer]:
+    """Answer all prompts in one batch."""
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    *_, finished = generate_canvases(model, ids, config, SeededNoise(seed))
+    assert isinstance(finished, Finished)
+    return [
+        Answer(tokenizer.decode(list(tokens)), steps, len(tokens))
+        for tokens, steps in zip(finished.tokens, finished.steps, strict=True)
+    ]
+
+
+def mark(answers: Iterable[Answer], tasks: Iterable[Task]) -> Marks:
+    """Compare answers with the only right ones."""
+    marks = Marks()
+    for given, puzzles in zip(answers, tasks, strict=True):
+        right = given.text == sudoku.answer(puzzles)
+        marks += Marks(1, int(right), sum(given.steps), len(given.steps), given.tokens)
+    return marks
