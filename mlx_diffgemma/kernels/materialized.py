@@ -20,6 +20,7 @@ def materialized(
     allowed: mx.array | None = None,
     fixed: mx.array | None = None,
     need_soft: bool = True,
+    soft_cutoff: float | None = None,
 ) -> VocabularyResult:
     """As `vocabulary_pass`, with all logits at once. Its draws follow the same distribution from
     other random numbers."""
@@ -30,21 +31,28 @@ def materialized(
     log_sum = mx.logsumexp(x, axis=-1)
     log_p = x - log_sum[..., None]
     p = mx.exp(log_p)
-    draw = None
+    draw = draw_log_p = None
     if keys is not None:
         drawn = [mx.random.categorical(row, key=key) for row, key in zip(x, keys, strict=True)]
         draw = mx.stack(drawn).astype(mx.int32)
+        draw_log_p = mx.take_along_axis(log_p, draw[..., None], axis=-1)[..., 0]
     soft = None
+    dropped = mx.zeros(hidden.shape[:2])
     if need_soft:
-        soft = ((p.astype(dtype) @ embeddings).astype(mx.float32) * table.scale).astype(
-            hidden.dtype
-        )
+        kept = p
+        if soft_cutoff is not None:
+            kept = mx.where(x >= x.max(axis=-1, keepdims=True) - soft_cutoff, p, 0.0)
+            mass = kept.sum(axis=-1, keepdims=True)
+            kept, dropped = kept / mass, mx.maximum(1.0 - mass[..., 0], 0.0)
+        soft = (kept.astype(dtype) @ embeddings).astype(mx.float32) * table.scale
+        soft = soft.astype(hidden.dtype)
     result = VocabularyResult(
         argmax=mx.argmax(x, axis=-1).astype(mx.int32),
         draw=draw,
         entropy=-(p * log_p).sum(axis=-1),
         soft_embeddings=soft,
         log_sum=log_sum,
-        dropped_mass=mx.zeros(hidden.shape[:2]),
+        draw_log_probability=draw_log_p,
+        dropped_mass=dropped,
     )
     return result if fixed is None else bind(result, fixed, table)

@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlx_diffgemma.kernels.allowed_tokens import WORD
 from mlx_diffgemma.kernels.dispatch import Implementation, Launcher
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
+from mlx_diffgemma.kernels.soft_sum import AllTokens, LikelyTokens, SoftSum, Summing
 from mlx_diffgemma.kernels.tile_draw import Reservoir, Uniforms, choose_by_mass
 from mlx_diffgemma.kernels.tile_epilogue import (
     BLOCK,
@@ -37,6 +38,7 @@ class VocabularyResult:
         entropy: [R, C] float32, in nats; NaN where nothing is allowed.
         soft_embeddings: [R, C, D] in the type of the hidden states, or None if not asked for.
         log_sum: [R, C] float32, the logarithm of the sum of the exponentials of the logits.
+        draw_log_probability: [R, C] float32, that of the token drawn, or None without a draw.
         dropped_mass: [R, C] float32, the probability that `soft_embeddings` leaves out.
     """
 
@@ -45,6 +47,7 @@ class VocabularyResult:
     entropy: mx.array
     soft_embeddings: mx.array | None
     log_sum: mx.array
+    draw_log_probability: mx.array | None
     dropped_mass: mx.array
 
 
@@ -57,13 +60,13 @@ class _State:
     argmax: mx.array
     total: mx.array
     weighted: mx.array
-    soft: mx.array | None
+    soft: SoftSum | None
     reservoir: Reservoir | None
 
     def arrays(self) -> list[mx.array]:
         arrays = [self.maximum, self.argmax, self.total, self.weighted]
         if self.soft is not None:
-            arrays.append(self.soft)
+            arrays += self.soft.arrays()
         if self.reservoir is not None:
             arrays += [self.reservoir.start, self.reservoir.raw]
             if self.reservoir.words is not None:
@@ -81,6 +84,7 @@ def vocabulary_pass(
     allowed: mx.array | None = None,
     fixed: mx.array | None = None,
     need_soft: bool = True,
+    soft_cutoff: float | None = None,
     tile: int = DEFAULT_TILE,
     implementation: Implementation | Launcher = "auto",
 ) -> VocabularyResult:
@@ -94,6 +98,8 @@ def vocabulary_pass(
         fixed: [R, C] int32, a token that a position is bound to, or −1: its argmax and draw, with
             entropy 0.
         need_soft: whether to compute the soft embeddings, √D · (p @ table).
+        soft_cutoff: leave tokens out of them that are e^-soft_cutoff times less likely than the
+            likeliest; None leaves out none.
         tile: tokens at a time, a multiple of 128. Memory grows with R · C · tile.
         implementation: of the kernels.
     """
@@ -108,7 +114,13 @@ def vocabulary_pass(
     starts = range(0, table.vocab_size, tile)
     uniforms = None if keys is None else Uniforms.of(keys, canvas, len(starts))
 
-    state = _start(rows * canvas, width, dtype, softcap / temperature, need_soft, uniforms, words)
+    summing: Summing | None = None
+    if need_soft and soft_cutoff is not None:
+        summing = LikelyTokens(soft_cutoff, table, implementation)
+    elif need_soft:
+        summing = AllTokens()
+
+    state = _start(rows * canvas, width, dtype, softcap / temperature, summing, uniforms, words)
     for place, start in enumerate(starts):
         stop = min(start + tile, table.vocab_size)
         embeddings = table.rows(start, stop, dtype)
@@ -123,7 +135,11 @@ def vocabulary_pass(
             dtype=dtype if need_soft else None,
             implementation=implementation,
         )
-        before, state = state, _merge(state, seen, start, embeddings)
+        before, state = state, _merge(state, seen, start)
+        if summing is not None and before.soft is not None:
+            shrink = mx.exp(before.maximum - state.maximum)
+            soft_sum = summing.add(before.soft, seen, shrink, embeddings, start)
+            state = replace(state, soft=soft_sum)
         if uniforms is not None and state.reservoir is not None:
             draws = uniforms.tile[place], uniforms.block[place]
             kept = state.reservoir.offer(raw, tile_words, seen.masses, state.total, start, *draws)
@@ -133,20 +149,24 @@ def vocabulary_pass(
         mx.eval(before.arrays())
 
     entropy = mx.log(state.total) - state.weighted / state.total
-    draw = None
+    log_sum = state.maximum + mx.log(state.total)
+    draw = draw_log_p = soft = None
     if uniforms is not None and state.reservoir is not None:
-        draw = _draw(state, uniforms.token, softcap, temperature, table.vocab_size)
-    soft = None
-    if state.soft is not None:
-        soft = (state.soft / state.total[:, None] * table.scale).astype(hidden.dtype)
+        draw, logit = _draw(state, uniforms.token, softcap, temperature, table.vocab_size)
+        draw, draw_log_p = draw.reshape(rows, canvas), (logit - log_sum).reshape(rows, canvas)
+    dropped = mx.zeros_like(entropy)
+    if summing is not None and state.soft is not None:
+        expected, dropped = summing.finish(state.soft, state.maximum, state.total)
+        soft = (expected * table.scale).astype(hidden.dtype).reshape(hidden.shape)
     result = VocabularyResult(
         argmax=state.argmax.reshape(rows, canvas),
-        draw=None if draw is None else draw.reshape(rows, canvas),
+        draw=draw,
         # Rounding may leave a certain position a hair below zero.
         entropy=mx.maximum(entropy, 0.0).reshape(rows, canvas),
-        soft_embeddings=None if soft is None else soft.reshape(hidden.shape),
-        log_sum=(state.maximum + mx.log(state.total)).reshape(rows, canvas),
-        dropped_mass=mx.zeros((rows, canvas)),
+        soft_embeddings=soft,
+        log_sum=log_sum.reshape(rows, canvas),
+        draw_log_probability=None if draw_log_p is None else mx.minimum(draw_log_p, 0.0),
+        dropped_mass=dropped.reshape(rows, canvas),
     )
     return result if fixed is None else bind(result, fixed, table)
 
@@ -154,7 +174,7 @@ def vocabulary_pass(
 def bind(result: VocabularyResult, fixed: mx.array, table: EmbeddingTable) -> VocabularyResult:
     """`result` with the positions where `fixed` [R, C] is not −1 certain of that token."""
     bound = fixed >= 0
-    soft = result.soft_embeddings
+    soft, log_p = result.soft_embeddings, result.draw_log_probability
     if soft is not None:
         exact = table.take(mx.maximum(fixed, 0), mx.float32) * table.scale
         soft = mx.where(bound[..., None], exact.astype(soft.dtype), soft)
@@ -164,6 +184,7 @@ def bind(result: VocabularyResult, fixed: mx.array, table: EmbeddingTable) -> Vo
         entropy=mx.where(bound, 0.0, result.entropy),
         soft_embeddings=soft,
         log_sum=result.log_sum,
+        draw_log_probability=None if log_p is None else mx.where(bound, 0.0, log_p),
         dropped_mass=mx.where(bound, 0.0, result.dropped_mass),
     )
 
@@ -173,7 +194,7 @@ def _start(
     width: int,
     dtype: mx.Dtype,
     largest: float,
-    need_soft: bool,
+    summing: Summing | None,
     uniforms: Uniforms | None,
     words: mx.array | None,
 ) -> _State:
@@ -186,35 +207,32 @@ def _start(
         argmax=mx.zeros((positions,), mx.int32),
         total=mx.zeros((positions,)),
         weighted=mx.zeros((positions,)),
-        soft=mx.zeros((positions, width)) if need_soft else None,
+        soft=None if summing is None else summing.start(positions, width),
         reservoir=empty,
     )
 
 
-def _merge(state: _State, seen: TileStatistics, start: int, embeddings: mx.array) -> _State:
+def _merge(state: _State, seen: TileStatistics, start: int) -> _State:
     """The state after a tile that starts at token `start`."""
     shift = state.maximum - seen.maximum
     shrink = mx.exp(shift)
-    soft = state.soft
-    if soft is not None and seen.exponentials is not None:
-        soft = soft * shrink[:, None] + (seen.exponentials @ embeddings).astype(mx.float32)
-    return _State(
+    return replace(
+        state,
         maximum=seen.maximum,
         argmax=mx.where(seen.exceeds, start + seen.argmax, state.argmax),
         total=state.total * shrink + seen.masses.sum(axis=-1),
         weighted=(state.weighted + state.total * shift) * shrink + seen.weighted,
-        soft=soft,
-        reservoir=state.reservoir,
     )
 
 
 def _draw(
     state: _State, uniform: mx.array, softcap: float, temperature: float, vocab: int
-) -> mx.array:
-    """The token of the block that remained in the reservoir: [N] int32."""
+) -> tuple[mx.array, mx.array]:
+    """A token of the block that remained in the reservoir: [N] int32, and its logit [N]."""
     assert state.reservoir is not None
     kept = state.reservoir
     x = processed_logits(kept.raw, kept.words, softcap, temperature)
     exists = kept.start[:, None] + mx.arange(BLOCK) < vocab
     masses = mx.where(exists, mx.exp(x - state.maximum[:, None]), 0.0)
-    return kept.start + choose_by_mass(masses, uniform)
+    place = choose_by_mass(masses, uniform)
+    return kept.start + place, mx.take_along_axis(x, place[:, None], axis=-1)[:, 0]

@@ -13,6 +13,7 @@ from mlx_diffgemma.kernels.allowed_tokens import pack_allowed, unpack_allowed
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
 from mlx_diffgemma.kernels.materialized import materialized
 from mlx_diffgemma.kernels.vocabulary import VocabularyResult, vocabulary_pass
+from mlx_diffgemma.kernels.vocabulary_argmax import vocabulary_argmax
 
 SOFTCAP = 30.0
 FORMS = ["float32", "bfloat16", "float16", "affine-4", "affine-8", "mxfp4", "mxfp8", "nvfp4"]
@@ -227,6 +228,73 @@ def test_allowed_sets_and_fixed_tokens(form: str) -> None:
         draw = np.array(result.draw)
         inside = np.take_along_axis(allowed, draw[..., None], axis=-1)[..., 0]
         assert (inside | (fixed >= 0)).all()
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "affine-4", "mxfp4"])
+def test_the_last_step_needs_only_the_argmax(form: str) -> None:
+    table, hidden = make_table(700, 64, form), make_hidden(2, 12, 64)
+    allowed = np.random.default_rng(1).random((2, 12, 700)) < 0.02
+    allowed[:, :, 699] = True
+    fixed = mx.full((2, 12), -1, dtype=mx.int32).at[1, 5].add(124)
+    for constraint in ({}, {"allowed": pack_allowed(mx.array(allowed)), "fixed": fixed}):
+        whole = materialized(hidden, table, softcap=SOFTCAP, temperature=0.5, **constraint)
+        ours = vocabulary_argmax(hidden, table, tile=256, **constraint)
+        assert ours.dtype == mx.int32
+        assert np.array_equal(ours, whole.argmax)
+
+
+@pytest.mark.parametrize("form", ["float32", "affine-4", "mxfp4"])
+@pytest.mark.parametrize("constrained", [False, True])
+@pytest.mark.parametrize(
+    ("gain", "temperature", "least", "most"),
+    [
+        pytest.param(1.0, 0.1, 1, 8, id="gathered"),
+        pytest.param(0.8, 0.6, 9, 120, id="multiplied-at-the-end"),
+        pytest.param(0.05, 0.5, 600, 3000, id="multiplied-at-once"),
+    ],
+)
+def test_only_likely_tokens_enter_the_soft_embeddings(
+    form: str, constrained: bool, gain: float, temperature: float, least: int, most: int
+) -> None:
+    table, hidden = make_table(3000, 64, form, gain), make_hidden(1, 5, 64)[:, 2:4]
+    allowed = None
+    arguments = {"softcap": SOFTCAP, "temperature": temperature, "soft_cutoff": 6.0}
+    if constrained:
+        allowed = np.random.default_rng(2).random((1, hidden.shape[1], 3000)) < 0.7
+        arguments["allowed"] = pack_allowed(mx.array(allowed))
+    logits = in_float64(hidden, table, temperature, allowed).logits
+    likely = (logits >= logits.max(axis=-1, keepdims=True) - 6.0).sum(axis=-1)
+    assert least <= likely.max() <= most  # or this is another case
+
+    tiled = vocabulary_pass(hidden, table, tile=1024, **arguments)
+    whole = materialized(hidden, table, **arguments)
+    slack = np.array(whole.dropped_mass - tiled.dropped_mass)
+    assert (slack > -1e-5).all()
+    if most < 600:
+        # Else a tile is measured by the maximum so far and keeps some tokens more.
+        assert (slack < 1e-5).all()
+        assert least == 1 or np.array(whole.dropped_mass).max() > 1e-4
+    size = float(mx.abs(table.rows(0, 3000, mx.float32)).max() * table.scale)
+    difference = np.abs(np.array(tiled.soft_embeddings - whole.soft_embeddings)).max()
+    assert difference < 1e-4 * size + 2 * slack.max() * size
+    exact = vocabulary_pass(hidden, table, **{**arguments, "soft_cutoff": None})
+    left_out = np.array(tiled.dropped_mass)[..., None]
+    moved = np.abs(np.array(tiled.soft_embeddings - exact.soft_embeddings))
+    assert (moved <= 2 * left_out * size + 1e-4 * size).all()
+    assert not np.array(exact.dropped_mass).any()
+
+
+def test_a_draw_knows_its_probability() -> None:
+    table, hidden = make_table(700, 64), make_hidden(2, 12, 64)
+    fixed = mx.full((2, 12), -1, dtype=mx.int32).at[1, 5].add(124)
+    keys = mx.array([[1, 2], [3, 4]], mx.uint32)
+    result = vocabulary_pass(
+        hidden, table, softcap=SOFTCAP, temperature=0.5, keys=keys, fixed=fixed, tile=256
+    )
+    p = in_float64(hidden, table, 0.5).p
+    expected = np.log(np.take_along_axis(p, np.array(result.draw)[..., None], axis=-1)[..., 0])
+    expected[1, 5] = 0
+    np.testing.assert_allclose(result.draw_log_probability, expected, atol=5e-5)
 
 
 def test_a_position_without_any_allowed_token_has_no_entropy() -> None:
