@@ -8,7 +8,7 @@ expert all go the same way.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from math import prod
@@ -17,9 +17,7 @@ from typing import Any
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from mlx_diffgemma.checkpoint.names import (
-    canonical_name,
     expected_shapes,
-    expert_piece,
     is_quantizable,
     is_vision,
     module_path,
@@ -34,20 +32,11 @@ from mlx_diffgemma.checkpoint.quantization import (
 )
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import CheckpointError, UsageError
+from mlx_diffgemma_convert.pieces import Piece, gather, pieces_of
 from mlx_diffgemma_convert.source import ITEM_BYTES, Source, SourceTensor, tensors_digest
 
 FLOAT_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _PARTS = ("weight", "scales", "biases")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """`rows` rows of a tensor, from `source_row` on, that go to `target_row`."""
-
-    tensor: SourceTensor
-    source_row: int
-    target_row: int
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -219,7 +208,7 @@ def _fingerprint(source: Source, settings: Mapping[str, Any]) -> str:
 def _targets(
     source: Source, config: ModelConfig, recipe: Recipe, dtype: str | None
 ) -> list[Target]:
-    gathered = _gather(source.tensors.values())
+    gathered = gather(source.tensors.values())
     names = {t.name: t.shape for t in source.tensors.values()}
     stored_as = (
         formats_from_config(
@@ -244,7 +233,7 @@ def _targets(
                 f"tensor {to_hugging_face(name)} is missing; fetch the weights again."
             )
         parts = {
-            part: _pieces(keys[part], shape if before is None else found[0].shape, found)
+            part: pieces_of(keys[part], shape if before is None else found[0].shape, found)
             for part, found in tensors.items()
         }
         fmt = (
@@ -261,19 +250,9 @@ def _targets(
                 f"tensor {found[0].name} in {found[0].shard} has no place in the model that "
                 "config.json describes; they are of different models."
             )
-        whole = {"weight": _pieces(name, found[0].shape, found)}
+        whole = {"weight": pieces_of(name, found[0].shape, found)}
         targets.append(Target(name, found[0].shape, Format(KEEP), found[0].dtype, whole))
     return targets
-
-
-def _gather(tensors: Iterable[SourceTensor]) -> dict[str, list[SourceTensor]]:
-    """Source tensors by the parameter that they fill, whole or in part."""
-    gathered: dict[str, list[SourceTensor]] = {}
-    for tensor in tensors:
-        name = canonical_name(tensor.name)
-        if name is not None:
-            gathered.setdefault(name, []).append(tensor)
-    return gathered
 
 
 def _other(recipe: Recipe) -> Format:
@@ -298,51 +277,3 @@ def _value_dtype(
         f"tensor {tensor.name} in {tensor.shard} is of type {tensor.dtype}; convert from weights "
         "in bf16, fp16 or fp32."
     )
-
-
-def _pieces(name: str, shape: tuple[int, ...], found: list[SourceTensor]) -> tuple[Piece, ...]:
-    """How the tensors found for a parameter tile its rows.
-
-    Raises:
-        CheckpointError: one is missing, doubled or of the wrong shape.
-    """
-    if len(found) == 1 and expert_piece(found[0].name) is None:
-        _check_shape(found[0], shape)
-        return (Piece(found[0], 0, 0, found[0].rows),)
-    experts, rows, _ = shape
-    half = rows // 2
-    pieces: list[Piece] = []
-    for tensor in found:
-        piece = expert_piece(tensor.name)
-        if piece is None:
-            raise CheckpointError(
-                f"{name} is stored twice, as {tensor.name} and in pieces; delete one of them."
-            )
-        first, size = {"gate": (0, half), "up": (half, half), "all": (0, rows)}[piece.part]
-        if piece.expert is not None:
-            _check_shape(tensor, (size, shape[-1]))
-            pieces.append(Piece(tensor, 0, piece.expert * rows + first, size))
-        else:
-            _check_shape(tensor, (experts, size, shape[-1]))
-            pieces += [Piece(tensor, e * size, e * rows + first, size) for e in range(experts)]
-    pieces.sort(key=lambda p: p.target_row)
-    position = 0
-    for part in pieces:
-        if part.target_row != position:
-            which = f"expert {position // rows}" + (" (gate or up)" if position % rows else "")
-            problem = "is missing" if part.target_row > position else "is stored twice"
-            raise CheckpointError(f"{name}: {which} {problem}; fetch the weights again.")
-        position += part.rows
-    if position != experts * rows:
-        raise CheckpointError(
-            f"{name}: expert {position // rows} is missing; fetch the weights again."
-        )
-    return tuple(pieces)
-
-
-def _check_shape(tensor: SourceTensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape:
-        raise CheckpointError(
-            f"tensor {tensor.name} in {tensor.shard} has shape {list(tensor.shape)}, config.json "
-            f"asks for {list(shape)}; they are of different models."
-        )

@@ -19,7 +19,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma_convert.pack import Block, Loss, Packed, blocks, pack
-from mlx_diffgemma_convert.plan import Piece, Plan, Target
+from mlx_diffgemma_convert.pieces import Piece
+from mlx_diffgemma_convert.plan import Plan, Target
 from mlx_diffgemma_convert.shard_file import ShardFile
 from mlx_diffgemma_convert.source import ShardReader
 
