@@ -22,6 +22,8 @@ from mlx_diffgemma.diffusion.events import (
 )
 from mlx_diffgemma.diffusion.noise import SeededNoise, fresh_seed
 from mlx_diffgemma.diffusion.prefill import DEFAULT_STEP_SIZE
+from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
+from mlx_diffgemma.diffusion.profiles import profile_settings
 from mlx_diffgemma.errors import PromptError, UsageError
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
@@ -116,15 +118,19 @@ def load(
     return model, tokenizer
 
 
-def diffusion_config(model: DiffusionGemma, **overrides: Any) -> DiffusionConfig:
-    """The denoising settings that the checkpoint ships, with those given replaced.
+def diffusion_config(
+    model: DiffusionGemma, profile: str = "exact", **overrides: Any
+) -> DiffusionConfig:
+    """The denoising settings that the checkpoint ships, with those of a profile (see
+    `mlx_diffgemma.diffusion.profiles`) and those given replaced.
 
     Raises:
         ConfigError: the checkpoint's settings are damaged.
-        UsageError: an override is unknown or out of range.
+        UsageError: the profile or an override is unknown, or a value is out of range.
     """
     settings: Mapping[str, Any] = model.config.raw.get("generation_config") or {}
-    config = DiffusionConfig.from_dict(settings).override(**overrides)
+    config = DiffusionConfig.from_dict(settings).override(**profile_settings(profile))
+    config = config.override(**overrides)
     if not config.eos_token_ids:
         config = replace(config, eos_token_ids=model.config.eos_token_ids)
     return config
@@ -162,6 +168,7 @@ def stream_generate(
     thinking: bool | None = None,
     prefix_cache: PrefixCache | None = None,
     prefill_step_size: int | None = None,
+    profile: str = DEFAULT_PROFILE,
     draft: bool = True,
     on_prefill: Callable[[int, int], None] | None = None,
     **settings: Any,
@@ -177,6 +184,7 @@ def stream_generate(
         thinking: turn thinking on or off, where the chat template knows it.
         prefix_cache: a cache from `model.make_cache()` to use from one call to the next: what a
             prompt has in common with the previous one is not encoded again.
+        profile: "exact" is the reference, token for token; others trade fidelity for speed.
         draft: also decode the draft of every step into text.
         on_prefill: called with (positions done, positions in all) while the prompt is encoded.
         settings: fields of `DiffusionConfig`, such as `max_denoising_steps` or `entropy_bound`.
@@ -186,7 +194,7 @@ def stream_generate(
         MemoryShortageError: the prompt does not fit.
         NumericalError: the model returned NaN; the step is named.
     """
-    config = diffusion_config(model, max_tokens=max_tokens, **settings)
+    config = diffusion_config(model, profile, max_tokens=max_tokens, **settings)
     step_size = DEFAULT_STEP_SIZE if prefill_step_size is None else prefill_step_size
     if step_size < 1:
         raise UsageError(f"prefill_step_size must be at least 1, not {step_size}.")
@@ -358,12 +366,13 @@ def batch_generate(
     system_prompt: str | None = None,
     raw: bool = False,
     thinking: bool | None = None,
+    profile: str = DEFAULT_PROFILE,
     **settings: Any,
 ) -> list[str]:
     """Answer several prompts at once, each ending by itself; arguments as for `stream_generate`."""
     if not prompts:
         return []
-    config = diffusion_config(model, max_tokens=max_tokens, **settings)
+    config = diffusion_config(model, profile, max_tokens=max_tokens, **settings)
     ids = [
         encode_prompt(tokenizer, prompt, raw=raw, system_prompt=system_prompt, thinking=thinking)
         for prompt in prompts

@@ -33,7 +33,7 @@ def demo(
     """Solve fresh sudokus with a tiny model that ships with the program; needs no network."""
 
     def body() -> None:
-        options.generation_settings(sampler=options.SAMPLERS[0], seed=seed, prefill_step_size=None)
+        options.generation_settings(seed=seed, prefill_step_size=None)
         _show(seed, watch)
 
     errors.run(body, debug=errors.debugging(ctx))

@@ -6,11 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.diffusion.config import SAMPLERS, DiffusionConfig
+from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
+from mlx_diffgemma.diffusion.profiles import PROFILES, profile_settings
 from mlx_diffgemma.errors import UsageError
 
 DEFAULT_MODEL = "mlx-community/diffusiongemma-26B-A4B-it-4bit"
-SAMPLERS = ("entropy-bound",)
 
 _MODEL, _PROMPT, _DIFFUSION, _OUTPUT = "Model", "Prompt", "Denoising", "Output"
 
@@ -127,9 +128,26 @@ CanvasLength = Annotated[
     int | None,
     typer.Option("--canvas-length", help="Tokens drafted at a time.", rich_help_panel=_DIFFUSION),
 ]
+Profile = Annotated[
+    str | None,
+    typer.Option(
+        "--profile",
+        show_default=DEFAULT_PROFILE,
+        help=f"Speed against fidelity: {', '.join(PROFILES)}. 'exact' is the reference.",
+        rich_help_panel=_DIFFUSION,
+    ),
+]
 Sampler = Annotated[
-    str,
+    str | None,
     typer.Option("--sampler", help=f"One of: {', '.join(SAMPLERS)}.", rich_help_panel=_DIFFUSION),
+]
+AcceptThreshold = Annotated[
+    float | None,
+    typer.Option(
+        "--accept-threshold",
+        help="Probability from which confidence-threshold and block-refinement accept.",
+        rich_help_panel=_DIFFUSION,
+    ),
 ]
 StabilityThreshold = Annotated[
     int | None,
@@ -171,7 +189,7 @@ Debug = Annotated[
 
 def generation_settings(
     *,
-    sampler: str,
+    profile: str | None = None,
     seed: int | None,
     prefill_step_size: int | None,
     **settings: Any,
@@ -182,15 +200,14 @@ def generation_settings(
     Raises:
         UsageError: one of them is out of range.
     """
-    if sampler not in SAMPLERS:
-        known = ", ".join(f"'{name}'" for name in SAMPLERS)
-        raise UsageError(f"--sampler '{sampler}' is unknown; known is {known}.")
     if seed is not None and not 0 <= seed < 2**64:
         raise UsageError(f"--seed must be between 0 and 2^64 - 1, not {seed}.")
     if prefill_step_size is not None and prefill_step_size < 1:
         raise UsageError(f"--prefill-step-size must be at least 1, not {prefill_step_size}.")
     given = {name: value for name, value in settings.items() if value is not None}
-    _check(given)
+    _check({**profile_settings(profile or DEFAULT_PROFILE), **given})
+    if profile is not None:
+        given["profile"] = profile
     if seed is not None:
         given["seed"] = seed
     if prefill_step_size is not None:

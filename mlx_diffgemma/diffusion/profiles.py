@@ -20,7 +20,7 @@ BALANCED: dict[str, Any] = {
 FAST: dict[str, Any] = {**BALANCED, "max_denoising_steps": 24, "confident_after": 12}
 
 PROFILES: dict[str, dict[str, Any]] = {"exact": EXACT, "balanced": BALANCED, "fast": FAST}
-DEFAULT = "balanced"
+DEFAULT = "exact"
 
 
 def profile_settings(name: str) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def test_every_option_arrives(program):
         "generate --model m --revision r --adapter-path a --trust-remote-code --check "
         "--chat-template t --system-prompt s --no-thinking --prefill-step-size 64 -p hi -m 9 "
         "--seed 3 --steps 4 --canvas-length 32 --t-min 0.1 --t-max 0.2 --entropy-bound 0.3 "
-        "--stability-threshold 2 --confidence-threshold 0.01 --sampler entropy-bound --no-watch"
+        "--stability-threshold 2 --confidence-threshold 0.01 --sampler ddim "
+        "--accept-threshold 0.5 --profile fast --no-watch"
     )
     assert program(*arguments.split()).exit_code == 0
     assert program.script.loads == [
@@ -87,6 +88,9 @@ def test_every_option_arrives(program):
         "entropy_bound": 0.3,
         "stability_threshold": 2,
         "confidence_threshold": 0.01,
+        "sampler": "ddim",
+        "accept_threshold": 0.5,
+        "profile": "fast",
     }
 
 
@@ -130,7 +134,9 @@ def test_the_prompt_comes_from_the_option_or_the_pipe(program, arguments, piped,
          "stability_threshold must be an integer of at least 0, not -1."),
         ("-p hi --seed -1", "--seed must be between 0 and 2^64 - 1, not -1."),
         ("-p hi --prefill-step-size 0", "--prefill-step-size must be at least 1, not 0."),
-        ("-p hi --sampler euler", "--sampler 'euler' is unknown; known is 'entropy-bound'."),
+        ("-p hi --sampler euler", "unknown sampler 'euler'; known are "
+         "entropy-bound, confidence-threshold, block-refinement, ddim."),
+        ("-p hi --profile x", "unknown profile 'x'; known are exact, balanced, fast."),
         ("-p hi --raw --system-prompt s",
          "--system-prompt needs a chat template, and --raw uses none: drop one."),
         ("-p hi --raw --thinking",
