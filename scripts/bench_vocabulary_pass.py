@@ -41,7 +41,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
     from mlx_diffgemma.kernels.materialized import materialized
-    from mlx_diffgemma.kernels.vocabulary import DEFAULT_TILE, vocabulary_pass
+    from mlx_diffgemma.kernels.vocabulary import vocabulary_pass
     from mlx_diffgemma.kernels.vocabulary_argmax import vocabulary_argmax
 
     vocab, width = options.vocab, options.hidden
@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     keys = mx.random.split(mx.random.key(2), options.rows)
     mx.eval(hidden, keys, table.weight)
     common: dict[str, Any] = {"softcap": 30.0, "temperature": 0.6, "keys": keys}
-    tile = {"tile": options.tile or DEFAULT_TILE}
+    tile = {"tile": options.tile}
 
     def everything(result: Any) -> list[mx.array]:
         arrays = (result.argmax, result.draw, result.entropy, result.soft_embeddings)

@@ -25,7 +25,14 @@ from mlx_diffgemma.kernels.tile_epilogue import (
     tile_epilogue,
 )
 
-DEFAULT_TILE = 4096
+
+def default_tile(width: int) -> int:
+    """Tokens at a time for hidden states of `width`: 25 MB of embeddings in float32, 4096 at most.
+
+    It does not depend on the number of positions, since the draws depend on the tiles, and a row is
+    to draw the same alone and in a batch.
+    """
+    return min(4096, max(BLOCK, 6_291_456 // (width + 256) // BLOCK * BLOCK))
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ def vocabulary_pass(
     fixed: mx.array | None = None,
     need_soft: bool = True,
     soft_cutoff: float | None = None,
-    tile: int = DEFAULT_TILE,
+    tile: int | None = None,
     implementation: Implementation | Launcher = "auto",
 ) -> VocabularyResult:
     """Hidden states [R, C, D] -> argmax, draw, entropy and soft embeddings of each position.
@@ -100,10 +107,12 @@ def vocabulary_pass(
         need_soft: whether to compute the soft embeddings, √D · (p @ table).
         soft_cutoff: leave tokens out of them that are e^-soft_cutoff times less likely than the
             likeliest; None leaves out none.
-        tile: tokens at a time, a multiple of 128. Memory grows with R · C · tile.
+        tile: tokens at a time, a multiple of 128 (default: see `default_tile`). Memory grows with
+            (R · C + D) · tile.
         implementation: of the kernels.
     """
-    if tile % BLOCK:
+    tile = default_tile(hidden.shape[-1]) if tile is None else tile
+    if tile < 1 or tile % BLOCK:
         raise ValueError(f"tile is {tile}; it must be a multiple of {BLOCK}.")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0.")

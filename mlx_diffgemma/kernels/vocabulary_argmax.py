@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_diffgemma.kernels.allowed_tokens import WORD, forbid
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
-from mlx_diffgemma.kernels.vocabulary import DEFAULT_TILE
+from mlx_diffgemma.kernels.vocabulary import default_tile
 
 
 def vocabulary_argmax(
@@ -18,11 +18,12 @@ def vocabulary_argmax(
     *,
     allowed: mx.array | None = None,
     fixed: mx.array | None = None,
-    tile: int = DEFAULT_TILE,
+    tile: int | None = None,
 ) -> mx.array:
     """Hidden states [R, C, D] -> [R, C] int32, as `vocabulary_pass(...).argmax`: softcap and
     temperature do not change an order."""
-    if tile % WORD:
+    tile = default_tile(hidden.shape[-1]) if tile is None else tile
+    if tile < 1 or tile % WORD:
         raise ValueError(f"tile is {tile}; it must be a multiple of {WORD}.")
     rows, canvas, width = hidden.shape
     dtype = table.product_dtype

@@ -328,6 +328,7 @@ def test_what_is_not_asked_for_is_not_there() -> None:
     ("arguments", "message"),
     [
         ({"tile": 100}, "tile is 100; it must be a multiple of 128."),
+        ({"tile": 0}, "tile is 0; it must be a multiple of 128."),
         ({"temperature": 0.0}, "temperature is 0.0; it must be above 0."),
     ],
 )
