@@ -11,6 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlx_diffgemma.checkpoint.loading import load_model
     from mlx_diffgemma.diffusion.config import DiffusionConfig
+    from mlx_diffgemma.editing.choose import choose
+    from mlx_diffgemma.editing.edit import edit
+    from mlx_diffgemma.editing.fill import fill
+    from mlx_diffgemma.editing.infill import infill
+    from mlx_diffgemma.editing.structured import generate_structured
     from mlx_diffgemma.errors import DiffGemmaError
     from mlx_diffgemma.generation import (
         GenerationResponse,
@@ -27,7 +32,12 @@ _HOMES = {
     "DiffusionConfig": "mlx_diffgemma.diffusion.config",
     "GenerationResponse": "mlx_diffgemma.generation",
     "batch_generate": "mlx_diffgemma.generation",
+    "choose": "mlx_diffgemma.editing.choose",
+    "edit": "mlx_diffgemma.editing.edit",
+    "fill": "mlx_diffgemma.editing.fill",
     "generate": "mlx_diffgemma.generation",
+    "generate_structured": "mlx_diffgemma.editing.structured",
+    "infill": "mlx_diffgemma.editing.infill",
     "load": "mlx_diffgemma.generation",
     "load_model": "mlx_diffgemma.checkpoint.loading",
     "stream_generate": "mlx_diffgemma.generation",
@@ -38,7 +48,12 @@ __all__ = [
     "DiffusionConfig",
     "GenerationResponse",
     "batch_generate",
+    "choose",
+    "edit",
+    "fill",
     "generate",
+    "generate_structured",
+    "infill",
     "load",
     "load_model",
     "stream_generate",

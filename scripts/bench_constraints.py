@@ -56,12 +56,18 @@ class EveryPositionCounts(CanvasConstraint):
         return np.ones(self.fixed.shape, bool)
 
 
-class NoiseAnywhere(CanvasConstraint):
-    """Restricted positions are renoised from the whole vocabulary."""
+class NoiseWithin(CanvasConstraint):
+    """Restricted positions are renoised from what they may hold."""
 
     def pin(self, canvas: mx.array) -> mx.array:
-        fixed = mx.array(self.fixed)
-        return mx.where(fixed == FREE, canvas, fixed)
+        assert self.allowed is not None
+        bits = np.unpackbits(self.allowed.view(np.uint8), axis=-1, bitorder="little")
+        size = bits.sum(axis=-1, dtype=np.int32)  # a token's number in its set picks another
+        order = np.argsort(~bits.astype(bool), axis=-1, kind="stable")
+        place = np.array(canvas) % size
+        fitting = mx.array(np.take_along_axis(order, place[..., None], axis=-1)[..., 0])
+        allowed = mx.array(np.take_along_axis(bits, np.array(canvas)[..., None], axis=-1)[..., 0])
+        return super().pin(mx.where(allowed == 1, canvas, fitting.astype(mx.int32)))
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ VARIANTS: dict[str, Variant] = {
     "distribution not one-hot": Variant(FreeDistribution),
     "pinned positions count in the stop": Variant(EveryPositionCounts),
     "blanks restricted to digits": Variant(digits=True),
-    "  and noise from anywhere": Variant(NoiseAnywhere, digits=True),
+    "  and renoised within digits": Variant(NoiseWithin, digits=True),
 }
 VARIANTS |= {f"sampler {name}": Variant(settings=(("sampler", name),)) for name in SAMPLERS[1:]}
 VARIANTS |= {

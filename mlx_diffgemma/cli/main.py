@@ -11,9 +11,13 @@ from mlx_diffgemma import __version__
 from mlx_diffgemma.cli import options
 from mlx_diffgemma.cli.bench import bench
 from mlx_diffgemma.cli.chat import chat
+from mlx_diffgemma.cli.choose import choose
 from mlx_diffgemma.cli.convert import convert
 from mlx_diffgemma.cli.demo import demo
+from mlx_diffgemma.cli.edit import edit
+from mlx_diffgemma.cli.fill import fill
 from mlx_diffgemma.cli.generate import generate
+from mlx_diffgemma.cli.infill import infill
 
 app = typer.Typer(
     name="mlx-diffgemma",
@@ -24,6 +28,10 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(chat)
+app.command()(infill)
+app.command()(edit)
+app.command()(fill)
+app.command()(choose)
 app.command()(demo)
 app.command()(bench)
 app.command(

@@ -62,14 +62,12 @@ class MatchingSettings:
     """Attributes:
     eos: ids that end a sequence, and `end`, the one that fills a canvas behind it.
     text: mask [W] of the tokens that may stand anywhere at all.
-    first_steps: most denoising steps of a canvas's first round; None for all of the schedule's.
-    later_steps: most denoising steps of every other round.
+    later_steps: most denoising steps of every round but a canvas's first.
     """
 
     eos: tuple[int, ...]
     end: int
     text: np.ndarray
-    first_steps: int | None = None
     later_steps: int = 1
 
 
@@ -191,8 +189,6 @@ def _match_canvas(
     """Pin the tokens of one canvas; returns them, and whether they end the sequence."""
     length, pinned = canvas.shape[0], list[int]()
     count = most = canvas.config.max_denoising_steps
-    if settings.first_steps is not None:
-        count = min(count, settings.first_steps)
     while True:
         _pin(matcher, pinned, matcher.forced(), min(length, room))
         if matcher.must_end or len(pinned) == room:

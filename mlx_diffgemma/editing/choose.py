@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma.diffusion.prefill import left_padded, prefill
-from mlx_diffgemma.editing.scoring import Option, option_log_probs, softmax
+from mlx_diffgemma.editing.scoring import Option, comparable, option_log_probs, softmax
 from mlx_diffgemma.editing.session import Session
 from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import UsageError
@@ -67,7 +67,8 @@ def choose(
     """The probability of each choice as the answer to each question.
 
     The answer stands in a canvas whose rest is pinned, so choices of one token take one forward
-    pass together. Longer ones take one pass a token, each token seen with those before it pinned.
+    pass together. Longer ones are seen token by token, each with those before it pinned, and where
+    their lengths differ, with the token behind them.
 
     Args:
         frame: the answer's text, with `{}` where the choice stands.
@@ -90,11 +91,13 @@ def choose(
         model, tokenizer, prompts[0], seed=seed, system_prompt=system_prompt, raw=raw, **settings
     )
     answers = _answers(session.vocabulary, choices)
-    options = [
-        _option(session, row, before, answer, after)
-        for row in range(len(asked))
-        for answer in answers
-    ]
+    options = comparable(
+        [
+            _option(session, row, before, answer, after)
+            for row in range(len(asked))
+            for answer in answers
+        ]
+    )
     ids = [
         encode_prompt(tokenizer, prompt, raw=raw, system_prompt=system_prompt) for prompt in prompts
     ]

@@ -56,9 +56,11 @@ class FilledText:
         return "".join(pieces)
 
 
-def fill_gaps(session: Session, literals: Sequence[str], gaps: Sequence[Gap]) -> FilledText:
+def fill_gaps(
+    session: Session, literals: Sequence[str], gaps: Sequence[Gap], *, first_only: bool = False
+) -> FilledText:
     """Fill every gap between the `literals`, from left to right, several in one canvas where their
-    lengths are known.
+    lengths are known; with `first_only`, settle none but the first.
 
     Raises:
         UsageError: a gap is longer than a canvas.
@@ -67,14 +69,14 @@ def fill_gaps(session: Session, literals: Sequence[str], gaps: Sequence[Gap]) ->
     filled: list[Filled] = []
     scores: list[dict[int, float]] = [{}] * len(waiting)
     cut = 0
-    while waiting:
+    while waiting and not (first_only and filled):
         if len(waiting[0].lengths) > 1:
             scores[len(filled) :] = choose_lengths(session, [left, *rest], waiting)
         window = _window(session, [left, *rest], waiting)
         done = session.denoise(session.prefix(window.prefix), window.layout)
         cut = max(cut, window.cut)
         for span in window.spans:
-            if len(waiting[0].lengths) > 1:
+            if len(waiting[0].lengths) > 1 or (first_only and filled):
                 break
             gap = read(session, span, done.tokens, done.entropy, done.steps)
             filled.append(replace(gap, scores=scores[len(filled)]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -17,12 +17,21 @@ _ROWS_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Option:
-    """Tokens at a place in a canvas: `tokens` [C] holds them from `start` to `stop`."""
+    """Tokens at a place in a canvas: `tokens` [C] holds them from `start` to `stop`, in front of at
+    least one other. `row` says which sequence of a batch they continue."""
 
     row: int
     tokens: tuple[int, ...]
     start: int
     stop: int
+
+
+def comparable(options: Sequence[Option]) -> list[Option]:
+    """The same options, made longer by the token behind them where their lengths differ: a short
+    one that is the beginning of a long one must say that it ends there."""
+    if len({option.stop - option.start for option in options}) == 1:
+        return list(options)
+    return [replace(option, stop=option.stop + 1) for option in options]
 
 
 def option_log_probs(
@@ -31,8 +40,8 @@ def option_log_probs(
     """Log-probability of each option, in nats, at temperature 1: of its first token with noise in
     the place of all of them, of its second with the first pinned, and so on.
 
-    Options of one token for the same place and surroundings share one forward pass. `Option.row`
-    says which sequence of `cache` an option belongs to; `draw` numbers the noise.
+    Options of one token for the same place and surroundings share one forward pass. `draw` numbers
+    the noise.
     """
     noise = session.noise.initial_canvas([0], draw, *session.shape)
     rows: dict[tuple[int, tuple[int, ...], int], int] = {}

@@ -104,7 +104,7 @@ def lay_out(
     longest = max(cells, key=lambda c: len(c.tokens))
     first = longest.spans[0]
     widest = max(c.spans[0].stop - c.spans[0].start for c in cells)
-    if widest > canvas_length:
+    if widest >= canvas_length:
         raise UsageError(
             f"a gap of {widest} tokens does not fit in the canvas of {canvas_length}; make it "
             "shorter, or take a longer --canvas-length."
