@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -179,4 +181,13 @@ def measure(
 
 def main() -> None:
     """Entry point of the console script."""
-    app(prog_name=Path(sys.argv[0]).name)
+    try:
+        app(prog_name=Path(sys.argv[0]).name)
+    except SystemExit as end:
+        if end.code and threading.active_count() > 1:
+            # A download may still run in its thread, and Python would wait for it. Stopping at any
+            # moment is safe.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else 1)
+        raise

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -80,24 +81,25 @@ def write_shard(
     digests: dict[str, Any] = {}
     loss, behind = Loss(), _Behind()
     try:
-        for packed in packed_blocks(targets[len(records) :], reader, digests):
-            target = packed.block.target
-            loss.add(packed.loss)
-            shard.write(packed.parts["weight"])
-            behind.add(packed.parts)
-            rows = packed.block.stop - packed.block.start
-            observer.progress(target, target.source_bytes * rows // target.rows)
-            if packed.block.stop < target.rows:
-                continue
-            for data in behind.take():
-                shard.write(data)
-            digest = digests.pop(target.name).hexdigest()
-            records[target.name] = _record(target, digest, loss)
-            loss = Loss()
-            if observer.leaves(target) or shard.size - noted >= _NOTE_BYTES:
-                shard.sync()
-                noted = shard.size
-                observer.note(Written(shard.size, records))
+        with closing(packed_blocks(targets[len(records) :], reader, digests)) as stream:
+            for packed in stream:
+                target = packed.block.target
+                loss.add(packed.loss)
+                shard.write(packed.parts["weight"])
+                behind.add(packed.parts)
+                rows = packed.block.stop - packed.block.start
+                observer.progress(target, target.source_bytes * rows // target.rows)
+                if packed.block.stop < target.rows:
+                    continue
+                for data in behind.take():
+                    shard.write(data)
+                digest = digests.pop(target.name).hexdigest()
+                records[target.name] = _record(target, digest, loss)
+                loss = Loss()
+                if observer.leaves(target) or shard.size - noted >= _NOTE_BYTES:
+                    shard.sync()
+                    noted = shard.size
+                    observer.note(Written(shard.size, records))
         return Written(shard.size, records, shard.finish())
     finally:
         shard.close()
@@ -123,27 +125,24 @@ class _Behind:
 
 def packed_blocks(
     targets: Iterable[Target], reader: ShardReader, digests: dict[str, Any]
-) -> Iterator[Packed]:
+) -> Generator[Packed, None, None]:
     """The blocks of `targets`, in order; `digests` gets the running checksum of each source."""
     on_cpu = mx.default_device() == mx.cpu
     mx.set_cache_limit(_CACHE_BYTES)
     waiting: deque[Future[Packed]] = deque()
-    todo = (block for target in targets for block in blocks(target))
-    with (
-        ThreadPoolExecutor(1, "read") as readers,
-        ThreadPoolExecutor(min(2, os.cpu_count() or 1) if on_cpu else 1, "pack") as packers,
-    ):
-        try:
-            for block in todo:
-                raw = readers.submit(read_block, block, reader, digests)
-                waiting.append(packers.submit(_pack_read, block, raw))
-                if len(waiting) >= _AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
+    readers = ThreadPoolExecutor(1, "read")
+    packers = ThreadPoolExecutor(min(2, os.cpu_count() or 1) if on_cpu else 1, "pack")
+    try:
+        for block in (block for target in targets for block in blocks(target)):
+            raw = readers.submit(read_block, block, reader, digests)
+            waiting.append(packers.submit(_pack_read, block, raw))
+            if len(waiting) >= _AHEAD:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # where all went well nothing is left; else nobody waits for a download to end
+        for pool in (readers, packers):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _pack_read(block: Block, raw: Future[Mapping[str, np.ndarray]]) -> Packed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -113,7 +114,8 @@ class FakeHub:
                     hub.cut -= 1
                     content = content[: len(content) // 2]
                     self.close_connection = True
-                self.wfile.write(content)
+                with contextlib.suppress(ConnectionError):  # whoever asked may be gone
+                    self.wfile.write(content)
                 if name:
                     hub.served.append((name, len(content)))
 

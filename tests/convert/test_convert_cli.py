@@ -134,6 +134,16 @@ def test_targets_that_exist_are_left_alone(tiny_source, tmp_path):
     assert contents(copy) == before
 
 
+def test_a_target_that_cannot_be_made_is_named(tiny_source, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = invoke("--model", tiny_source, "--mlx-path", tmp_path / "file" / "out", "-q")
+    assert result.exit_code == 2
+    assert last_line(result) == (
+        f"error: {tmp_path / 'file' / 'out.partial'} cannot be made (Not a directory); choose "
+        "another --mlx-path."
+    )
+
+
 def test_no_room_is_said_with_the_numbers(tiny_source, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1000))
     result = invoke("--model", tiny_source, "--mlx-path", tmp_path / "out", "-q")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import threading
+import time
 
 import pytest
-from checkpoints import contents, convert_to, plan_of, run, write_tiny
+from checkpoints import command, contents, convert_to, plan_of, run, write_tiny
 from fake_hub import FakeHub
 
 REPOSITORY = "someone/tiny-it"
@@ -135,6 +140,25 @@ def test_offline_it_takes_what_the_cache_has(hub, shards, tmp_path):
     assert run(*arguments, env=offline).returncode == 0
     online, offline = contents(tmp_path / "out"), contents(tmp_path / "again")
     assert online["conversion.json"] == offline["conversion.json"]
+
+
+def test_ctrl_c_does_not_wait_for_a_download(hub, tmp_path):
+    asked = threading.Event()
+
+    def hang(name):
+        asked.set()
+        time.sleep(4)
+
+    hub.watch = hang
+    arguments = ("--model", REPOSITORY, "--mlx-path", tmp_path / "out", "-q", "--quiet")
+    environment = {**os.environ, **hub.environment(tmp_path / "home")}
+    process = subprocess.Popen(command(*arguments), env=environment, stderr=subprocess.PIPE)
+    assert asked.wait(60)
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    assert process.wait(60) == 130
+    assert time.monotonic() - started < 3
+    assert process.stderr.read() == b""
 
 
 def test_no_network_at_all(tmp_path):
