@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from inspect import signature
 from statistics import median
 from typing import Any, cast
 
@@ -136,7 +137,7 @@ def measure_step(
     config = replace(config, canvas_length=canvas, max_tokens=max(config.max_tokens, canvas))
 
     def stepper(of: DiffusionGemma, length: int, by: Predictor | None = None) -> Stepper:
-        chosen = by or (predictor(of, config.soft_cutoff) if predictor else None)
+        chosen = by or (_made(predictor, of, config) if predictor else None)
         return Stepper(of, config, prefix=length, batch=batch, seed=seed, predictor=chosen)
 
     whole = stepper(model, prefix)
@@ -163,6 +164,13 @@ def measure_step(
     return StepReport(
         batch, canvas, prefix, taken["whole"], parts, peak, peak - weight_bytes(model)
     )
+
+
+def _made(predictor: type[Any], model: DiffusionGemma, config: DiffusionConfig) -> Predictor:
+    """A predictor for `model`, with those settings that this kind of predictor has."""
+    taken = signature(predictor).parameters
+    settings = {name: value for name, value in vars(config).items() if name in taken}
+    return cast(Predictor, predictor(model, **settings))
 
 
 def _part(name: str, seconds: float, cost: Cost, device: Device) -> Part:

@@ -35,9 +35,13 @@ def model(tiny_config):
 
 
 @pytest.fixture
-def report(model, monkeypatch):
+def known_device(monkeypatch):
     device = Device("d", "m", "float32", operations=1e9, bandwidth=1e9)
     monkeypatch.setattr("mlx_diffgemma.bench.run.measure_device", lambda *_: device)
+
+
+@pytest.fixture
+def report(model, known_device):
     return run_bench(model, PLAN, name="tiny", weights_format="unquantized")
 
 
@@ -115,9 +119,11 @@ def test_steps_never_end_and_number_on(model):
     assert [stepper().step for _ in range(7)] == list(range(1, 8))
 
 
-def test_predictors_go_by_name(model):
-    plan = Plan(prefill=(), prefix=2, canvas_length=4, repeats=1, predictor="materialized")
-    assert predictor_named("materialized").__name__ == "MaterializedPredictor"
+@pytest.mark.parametrize("name", ["materialized", "tiled"])
+@pytest.mark.usefixtures("known_device")
+def test_predictors_go_by_name(model, name):
+    plan = Plan(prefill=(), prefix=2, canvas_length=4, repeats=1, predictor=name)
+    assert predictor_named(name).__name__ == f"{name.capitalize()}Predictor"
     assert run_bench(model, plan, name="x").step.seconds > 0
     with pytest.raises(UsageError, match=r"^--predictor 'no' is unknown; known are .*materialized"):
         predictor_named("no")
