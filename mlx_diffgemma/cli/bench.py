@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mlx_diffgemma.bench import openblas as openblas_room
 from mlx_diffgemma.cli import errors, options
+from mlx_diffgemma.diffusion.profiles import profile_settings
 from mlx_diffgemma.errors import UsageError
 
 if TYPE_CHECKING:
@@ -134,7 +136,7 @@ def bench(
         typer.Option(
             "--openblas",
             help="Path of libopenblas.so.0, to put under MLX on a CPU.",
-            envvar="MLX_DIFFGEMMA_OPENBLAS",
+            envvar=openblas_room.VARIABLE,
             rich_help_panel=_BESIDE,
         ),
     ] = None,
@@ -160,15 +162,13 @@ def bench(
         if not random and (layers, bits, recipe, dtype, like) != (None,) * 4 + (RELEASE,):
             raise UsageError("--like, --layers, --bits, --recipe and --dtype go with --random.")
         rival, twin_model = _others(against or [], twin)
+        profile_settings(profile)  # fails rather now than once weights are there
         blas = None
         if openblas:
-            from mlx_diffgemma.bench.openblas import load_openblas
-
-            blas = load_openblas(openblas)
+            blas = openblas_room.load_openblas(openblas)
         from mlx_diffgemma.bench.run import PROMPT, Plan
 
-        if rival:
-            _require_rival()  # rather now than once weights are there
+        _require(rival, predictor)
         plan = Plan(
             prefill=lengths, prefix=prefix, batch=batch, canvas_length=canvas_length,
             repeats=repeats, seed=seed or 0, profile=profile, predictor=predictor,
@@ -225,10 +225,15 @@ def _others(against: list[str], twin: str | None) -> tuple[bool, str | None]:
     return RIVAL in against, twin
 
 
-def _require_rival() -> None:
+def _require(rival: bool, predictor: str | None) -> None:
+    """Fail rather now than once weights are there."""
     from mlx_diffgemma.bench.rival import rival_version
+    from mlx_diffgemma.bench.steps import predictor_named
 
-    rival_version()
+    if rival:
+        rival_version()
+    if predictor is not None:
+        predictor_named(predictor)
 
 
 def _say(text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 from typer.testing import CliRunner
@@ -42,6 +43,8 @@ def run(*arguments):
         ("--against x", "--against 'x' is unknown; known are mlx-vlm and mlx-lm MODEL."),
         ("--against mlx-lm", "a model is missing; write --against mlx-lm MODEL."),
         ("twin", "--against mlx-lm is missing; write --against mlx-lm MODEL."),
+        ("--profile x", "unknown profile 'x'; known are "),
+        ("--predictor x", "--predictor 'x' is unknown; known are "),
         ("--random --layers 31", "--layers must be between 1 and 30, not 31."),
         ("--random --bits 4 --recipe 4bit", "--bits and --recipe both say how to quantize: "
          "drop one."),
@@ -51,7 +54,20 @@ def run(*arguments):
 def test_what_cannot_be_measured_is_said_in_one_line(arguments, line):
     result = run(*arguments.split())
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == f"error: {line}\n"
+    assert result.stderr.startswith(f"error: {line}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_missing_rival_is_said_before_any_weight_is_drawn(monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("mlx_diffgemma.bench.rival.version", missing)
+    result = run("--random", "--against", "mlx-vlm")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        'error: --against mlx-vlm: it is not installed; pip install "mlx-vlm==0.7.10".\n'
+    )
 
 
 def test_it_measures_random_weights_in_a_folder_s_shapes(tmp_path, tiny_config):

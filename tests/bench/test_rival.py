@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 
 import mlx.core as mx
@@ -24,8 +25,6 @@ INSTALLED = find_spec("mlx_vlm") is not None
 
 def test_without_mlx_vlm_it_says_how_to_get_it(monkeypatch):
     def missing(name):
-        from importlib.metadata import PackageNotFoundError
-
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr("mlx_diffgemma.bench.rival.version", missing)
