@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from mlx_diffgemma.cli import errors, options
+from mlx_diffgemma.cli import errors, options, structured
 from mlx_diffgemma.errors import UsageError
 
 
@@ -30,6 +30,10 @@ class Request:
 
 def generate(
     ctx: typer.Context,
+    choices: structured.Choices = None,
+    choices_follow: structured.ChoicesFollow = False,
+    json_schema: structured.JsonSchema = None,
+    regex: structured.Regex = None,
     prompt: options.Prompt = None,
     system_prompt: options.SystemPrompt = None,
     thinking: options.Thinking = None,
@@ -60,6 +64,8 @@ def generate(
     """Write the answer to one prompt, drafted and refined before your eyes.
 
     stdout carries the answer alone; statistics and progress go to stderr.
+
+    Always valid: --json-schema FILE, --regex 'v[0-9]+', or --choices yes no unsure.
     """
 
     def body() -> None:
@@ -91,7 +97,12 @@ def generate(
         }
         from mlx_diffgemma.cli.session import read_prompt
 
-        _answer(Request(read_prompt(prompt, raw=raw), model, loading, settings, watch, json))
+        constraint = structured.constraint(choices, choices_follow, json_schema, regex)
+        request = Request(read_prompt(prompt, raw=raw), model, loading, settings, watch, json)
+        if constraint:
+            structured.answer(request, constraint)
+        else:
+            _answer(request)
 
     errors.run(body, debug=errors.debugging(ctx))
 

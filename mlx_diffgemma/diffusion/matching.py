@@ -1,14 +1,15 @@
 """Denoising under a grammar: whatever the model drafts, what is committed matches.
 
-A canvas is denoised freely but for its next position, which must continue what is pinned. Then the
-draft is read from left to right: as much of it as matches is pinned, the first token that does not
-match is restricted to what may stand there, and the canvas is denoised on. So every round pins one
-token at least, and it ends. Letters: C canvas, W words of a bit mask.
+A canvas is denoised freely but for its next position, which must continue what is pinned. The draft
+is read from left to right: once as much of it as matches is stable and confident, it is pinned, the
+first token that does not match is restricted to what may stand there, and the canvas is denoised
+on. When the steps of the schedule are used up, every further step pins what it finds. So a token at
+least is pinned a round, and it ends. Letters: C canvas, W words of a bit mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,13 +63,11 @@ class MatchingSettings:
     """Attributes:
     eos: ids that end a sequence, and `end`, the one that fills a canvas behind it.
     text: mask [W] of the tokens that may stand anywhere at all.
-    later_steps: most denoising steps of every round but a canvas's first.
     """
 
     eos: tuple[int, ...]
     end: int
     text: np.ndarray
-    later_steps: int = 1
 
 
 class _Canvas:
@@ -83,18 +82,19 @@ class _Canvas:
         self.soft: mx.array | None = None
         self.draft = np.zeros(length, np.int32)
         self.steps = 0
+        self.stop = make_stop_rule(config)
 
-    def round(self, layout: Layout, count: int) -> Generator[DenoisingStep, None, None]:
-        """At most `count` steps under `layout`, at the temperatures with which the schedule goes on;
-        leaves `draft`."""
+    def round(
+        self, layout: Layout, reach: Callable[[list[int]], int]
+    ) -> Generator[DenoisingStep, None, None]:
+        """Steps under `layout` until the first `reach(draft)` positions are done, or the schedule
+        is used up, at least one; leaves `draft`."""
         constraint = CanvasConstraint.of([layout], self.shape[1])
         sampler = make_sampler(self.config, self.shape[1])
-        stop = make_stop_rule(self.config)
         last = self.config.max_denoising_steps
         self.tokens = constraint.pin(self.tokens)
-        first = min(self.steps + 1, last - count + 1)
-        for step in range(first, first + count):
-            # Rounds repeat the numbers of steps, so the draws go by the steps of the canvas.
+        for step in range(min(self.steps + 1, last), last + 1):
+            # The last step may be repeated, so the draws go by the steps of the canvas.
             noise = StepNoise(
                 _Shifted(self.noise, self.steps + 1 - step), [0], self.index, step, *self.shape
             )
@@ -120,7 +120,8 @@ class _Canvas:
                 )
             draft = np.array(proposal.draft)
             self.draft = draft[0]
-            done = stop.update(draft, entropy, constraint.open)
+            looked_at = np.arange(self.shape[0]) < reach(self.draft.tolist())
+            done = self.stop.update(draft, entropy, constraint.open & looked_at)
             yield DenoisingStep(
                 canvas_index=self.index,
                 step=self.steps,
@@ -188,18 +189,21 @@ def _match_canvas(
 ) -> Generator[DenoisingStep, None, tuple[list[int], bool]]:
     """Pin the tokens of one canvas; returns them, and whether they end the sequence."""
     length, pinned = canvas.shape[0], list[int]()
-    count = most = canvas.config.max_denoising_steps
+
+    def reach(draft: list[int]) -> int:
+        rest = _up_to_eos(draft[len(pinned) :], settings)
+        return len(pinned) + matcher.matching(rest) + 1
+
     while True:
         _pin(matcher, pinned, matcher.forced(), min(length, room))
         if matcher.must_end or len(pinned) == room:
             return pinned, True
         if len(pinned) == length:
             return pinned, False
-        yield from canvas.round(_layout(matcher, pinned, settings, length, room), count)
-        count = min(settings.later_steps, most)
-        draft = canvas.draft[len(pinned) :].tolist()
-        end = next((place for place, token in enumerate(draft) if token in settings.eos), None)
-        draft = draft[:end]
+        yield from canvas.round(_layout(matcher, pinned, settings, length, room), reach)
+        ahead = canvas.draft[len(pinned) :].tolist()
+        draft = _up_to_eos(ahead, settings)
+        end = len(draft) if len(draft) < len(ahead) else None
         kept = closer.affordable(matcher, draft[: matcher.matching(draft)], room - len(pinned))
         if not kept and end != 0:
             # No room is left but for the end: the next token may take it out of reach.
@@ -210,6 +214,10 @@ def _match_canvas(
         _pin(matcher, pinned, kept, length)
         if end == len(kept) and matcher.may_end:
             return pinned, True
+
+
+def _up_to_eos(tokens: list[int], settings: MatchingSettings) -> list[int]:
+    return tokens[: next((i for i, token in enumerate(tokens) if token in settings.eos), None)]
 
 
 def _pin(matcher: Matcher, pinned: list[int], tokens: Sequence[int], most: int) -> None:

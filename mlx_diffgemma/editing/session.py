@@ -15,7 +15,7 @@ from mlx_diffgemma.diffusion.denoise import denoise_canvas
 from mlx_diffgemma.diffusion.events import DenoisingStep
 from mlx_diffgemma.diffusion.noise import SeededNoise, fresh_seed
 from mlx_diffgemma.diffusion.predict import entropy, make_predictor
-from mlx_diffgemma.diffusion.prefill import prefill
+from mlx_diffgemma.diffusion.prefill import DEFAULT_STEP_SIZE, prefill
 from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.generation import diffusion_config, fit_to_context, reuse_prefix
@@ -57,6 +57,8 @@ class Session:
         seed: int | None = None,
         system_prompt: str | None = None,
         raw: bool = False,
+        thinking: bool | None = None,
+        prefill_step_size: int | None = None,
         on_step: OnStep | None = None,
         **settings: Any,
     ) -> None:
@@ -68,7 +70,10 @@ class Session:
         self.vocabulary = Vocabulary(
             tokenizer, model.config.text.vocab_size, self.config.eos_token_ids
         )
-        self.prompt = encode_prompt(tokenizer, prompt, raw=raw, system_prompt=system_prompt)
+        self.prompt = encode_prompt(
+            tokenizer, prompt, raw=raw, system_prompt=system_prompt, thinking=thinking
+        )
+        self._prefill_step_size = prefill_step_size or DEFAULT_STEP_SIZE
         self.length = self.config.canvas_length or model.config.canvas_length
         self.noise = SeededNoise(self.seed)
         self.predictor = make_predictor(model, self.config.soft_cutoff)
@@ -98,7 +103,8 @@ class Session:
         reuse_prefix(self._cache, ids)
         rest = ids[len(self._cache.tokens[0]) :]
         if rest:
-            for _ in prefill(self.model, mx.array([rest], mx.int32), self._cache):
+            ids_left = mx.array([rest], mx.int32)
+            for _ in prefill(self.model, ids_left, self._cache, step_size=self._prefill_step_size):
                 pass
             self._cache.tokens[0].extend(rest)
         return self._cache
