@@ -94,8 +94,8 @@ class MaterializedPredictor:
 class TiledPredictor:
     """The same prediction without the logits: a pass over the vocabulary in tiles."""
 
-    def __init__(self, model: DiffusionGemma) -> None:
-        self.model = model
+    def __init__(self, model: DiffusionGemma, soft_cutoff: float | None = None) -> None:
+        self.model, self.soft_cutoff = model, soft_cutoff
 
     def __call__(
         self,
@@ -115,6 +115,7 @@ class TiledPredictor:
             softcap=softcap,
             temperature=temperature,
             keys=keys,
+            soft_cutoff=self.soft_cutoff,
             allowed=None if constraint is None else constraint.allowed_words,
             fixed=None if constraint is None else constraint.fixed_tokens,
         )
@@ -132,8 +133,8 @@ class TiledPredictor:
 
 def make_predictor(model: DiffusionGemma, soft_cutoff: float | None = None) -> Predictor:
     """Tiles where the vocabulary is large, whole logits where they are small."""
-    if soft_cutoff is None and model.config.text.vocab_size > _TILE_FROM:
-        return TiledPredictor(model)
+    if model.config.text.vocab_size > _TILE_FROM:
+        return TiledPredictor(model, soft_cutoff)
     return MaterializedPredictor(model, soft_cutoff)
 
 

@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.noise import StepNoise
 from mlx_diffgemma.diffusion.predict import Prediction
+from mlx_diffgemma.kernels.accept_renoise import accept_renoise
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ class EntropyBound:
         self.bound = bound
 
     def advance(self, canvas: mx.array, prediction: Prediction, noise: StepNoise) -> Proposal:
-        accepted = entropy_bound_accept(prediction.entropy, self.bound)
-        canvas = renoise(prediction.draw, accepted, noise.tokens())
+        canvas, accepted = accept_renoise(
+            prediction.entropy, prediction.draw, noise.tokens(), self.bound
+        )
         return Proposal(canvas, accepted, prediction.argmax)
 
 
@@ -138,19 +140,6 @@ def make_sampler(config: DiffusionConfig, vocab: int) -> Sampler:
         "ddim": lambda: DiscreteDDIM(steps, vocab),
     }
     return makers[config.sampler]()
-
-
-def entropy_bound_accept(entropy: mx.array, bound: float) -> mx.array:
-    """Accept the most certain positions, as many as are nearly independent: [R, C] nats -> [R, C].
-
-    Sorted by entropy, a position is accepted while the entropies before it sum to at most `bound`;
-    the most certain one always is. From https://arxiv.org/abs/2505.24857, as the reference's
-    `EntropyBoundSampler.accept_canvas`.
-    """
-    order = mx.argsort(entropy, axis=-1)
-    ascending = mx.take_along_axis(entropy, order, axis=-1)
-    accepted = mx.cumsum(ascending, axis=-1) - ascending <= bound
-    return mx.take_along_axis(accepted, mx.argsort(order, axis=-1), axis=-1)
 
 
 def renoise(draw: mx.array, accepted: mx.array, noise: mx.array) -> mx.array:

@@ -74,9 +74,13 @@ KERNEL = MetalKernel(
 def _in_mlx(
     entropy: mx.array, draw: mx.array, noise: mx.array, bound: float
 ) -> tuple[mx.array, mx.array]:
-    entropy = entropy.astype(mx.float32)
+    accepted = entropy_bound_accept(entropy.astype(mx.float32), bound)
+    return mx.where(accepted, draw, noise).astype(mx.int32), accepted
+
+
+def entropy_bound_accept(entropy: mx.array, bound: float) -> mx.array:
+    """Which positions are accepted: [R, C] nats -> [R, C]."""
     order = mx.argsort(entropy, axis=-1)
     ascending = mx.take_along_axis(entropy, order, axis=-1)
     accepted = mx.cumsum(ascending, axis=-1) - ascending <= bound
-    accepted = mx.take_along_axis(accepted, mx.argsort(order, axis=-1), axis=-1)
-    return mx.where(accepted, draw, noise).astype(mx.int32), accepted
+    return mx.take_along_axis(accepted, mx.argsort(order, axis=-1), axis=-1)

@@ -7,6 +7,8 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_diffgemma.config import TextConfig
+from mlx_diffgemma.kernels.dispatch import Implementation
+from mlx_diffgemma.kernels.expert_combine import expert_combine
 
 _SORT_FROM = 64  # token-expert pairs from which sorting by expert pays
 
@@ -55,7 +57,7 @@ class Experts(nn.Module):
         hidden = self.gate_up_proj(x[tokens][:, None], pairs, sorted_indices=sort)
         gate, up = mx.split(hidden, 2, axis=-1)
         out = self.down_proj(nn.gelu_approx(gate) * up, pairs, sorted_indices=sort)[:, 0]
-        if sort:
-            out = out[mx.argsort(order)]
-        out = out.reshape(count, top_k, -1) * weights[..., None]
-        return out.sum(axis=1).astype(x.dtype)
+        # A Metal kernel has no gradient.
+        how: Implementation = "mlx" if self.training else "auto"
+        places = mx.argsort(order) if sort else None
+        return expert_combine(out, places, weights, implementation=how)

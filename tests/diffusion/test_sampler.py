@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_diffgemma.diffusion.predict import entropy
-from mlx_diffgemma.diffusion.sampler import entropy_bound_accept, renoise
+from mlx_diffgemma.diffusion.sampler import renoise
 from mlx_diffgemma.diffusion.schedule import LinearTemperature
+from mlx_diffgemma.kernels.accept_renoise import entropy_bound_accept
 
 
 def accept(values, bound: float) -> list[bool]:
