@@ -2,7 +2,7 @@
 
     python scripts/eval_demo.py                                   # the shipped model
     python scripts/eval_demo.py --model OUT_8BIT --count 400
-    python scripts/eval_demo.py --reference ../shared/demo-hf     # also transformers, same inputs
+    python scripts/eval_demo.py --reference ../shared/demo-hf     # transformers, the same inputs
 
 Puzzles are fresh: made from `--seed`, the same for every model. The reference runs in float32 and
 needs `pip install torch transformers`.
@@ -77,7 +77,7 @@ def run_reference(path: Path, steps: int | None) -> Callable[[Sequence[str]], An
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", action="append", help="a model to run (repeatable)")
-    parser.add_argument("--reference", type=Path, help="also run transformers on this folder")
+    parser.add_argument("--reference", type=Path, help="run transformers on this folder")
     parser.add_argument("--count", type=int, default=200, help="inputs a task")
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--steps", type=int, action="append", help="cap on steps (repeatable)")
@@ -89,7 +89,8 @@ def main() -> None:
     print("| model | step cap | task | exact | steps a canvas | tokens a forward | seconds |")
     print("|---|---|---|---|---|---|---|")
     for steps in args.steps or [None]:
-        runs = [(name, run_ours(name, steps, args.batch)) for name in args.model or ["demo"]]
+        models = args.model or ([] if args.reference else ["demo"])
+        runs = [(name, run_ours(name, steps, args.batch)) for name in models]
         if args.reference:
             runs.append(("transformers", run_reference(args.reference, steps)))
         for name, run in runs:
