@@ -1,6 +1,6 @@
 """One block of rows: from source bytes to the bytes that are stored, and how much was lost.
 
-A block is small enough (tens of MB) that several in flight stay far below the memory promised, and
+A block is small enough (a few MB) that several in flight stay far below the memory promised, and
 holds whole rows, so that blocks are packed independently and give what the whole would give.
 """
 
@@ -22,7 +22,7 @@ from mlx_diffgemma_convert.source import ITEM_BYTES
 MX_DTYPES = {
     "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32, "U8": mx.uint8,
 }  # fmt: skip
-_BLOCK_BYTES = 32 << 20
+_BLOCK_BYTES = 4 << 20  # fits the caches, so a block is read, hashed and packed in them
 _CPU_CHECK_EVERY = 32  # rows; dequantizing on a CPU takes five times as long as quantizing
 _SIGNED = {"BF16": (np.int16, 0x7F80), "F16": (np.int16, 0x7C00), "F32": (np.int32, 0x7F800000)}
 _local = threading.local()

@@ -65,12 +65,22 @@ def write_plot(path: Path, points: Sequence[Point]) -> None:
         f'<text transform="translate(20 {_HEIGHT / 2}) rotate(-90)" text-anchor="middle">'
         "KL divergence from the source, nats</text>"
     )
+    labels: list[tuple[float, float]] = []
     for point in points:
         px, py = x(point.bits), y(log10(point.kl))
         anchor, shift = ("end", -8) if px > _WIDTH * 0.8 else ("start", 8)
+        label = next(
+            (py + dy for dy in (-6, 18, -22, 34, -38, 50) if _free(labels, px, py + dy)), py - 6
+        )
+        labels.append((px, label))
         parts.append(
             f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4.5" fill="#0b6bcb"/>'
-            f'<text x="{px + shift:.1f}" y="{py - 6:.1f}" text-anchor="{anchor}">'
+            f'<text x="{px + shift:.1f}" y="{label:.1f}" text-anchor="{anchor}">'
             f"{escape(point.name)}</text>"
         )
     path.write_text("\n".join([*parts, "</svg>", ""]))
+
+
+def _free(labels: Sequence[tuple[float, float]], x: float, y: float) -> bool:
+    """Whether a label there would lie on none of those placed before it."""
+    return all(abs(x - other_x) > 90 or abs(y - other_y) > 14 for other_x, other_y in labels)
