@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -17,6 +18,15 @@ from mlx_diffgemma.kernels.vocabulary_argmax import vocabulary_argmax
 
 SOFTCAP = 30.0
 FORMS = ["float32", "bfloat16", "float16", "affine-4", "affine-8", "mxfp4", "mxfp8", "nvfp4"]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu() -> Iterator[None]:
+    """Where products are in float32 whatever the table, so that float64 is a fair judge."""
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
 
 
 @dataclass(frozen=True)

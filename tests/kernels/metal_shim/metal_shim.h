@@ -5,7 +5,8 @@
 // reaches a barrier or a simdgroup function, and goes on when all threads that must meet there have
 // come. So a missing barrier shows as a difference between schedules (forward, backward, shuffled),
 // and threads that wait at different places as an error. Threadgroup memory starts as NaN.
-#pragma once
+#ifndef METAL_SHIM_H
+#define METAL_SHIM_H
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -300,3 +301,5 @@ inline float tanh(float x) { return std::tanh(x); }
 #define threadgroup static __attribute__((section("threadgroup_memory")))
 extern "C" char __start_threadgroup_memory[] __attribute__((weak));
 extern "C" char __stop_threadgroup_memory[] __attribute__((weak));
+
+#endif  // METAL_SHIM_H
