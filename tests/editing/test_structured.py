@@ -1,0 +1,131 @@
+"""Whatever the model, what is written satisfies the constraint."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import jsonschema
+import numpy as np
+import pytest
+from json_schemas import random_schema
+from small_models import demo, tiny
+
+from mlx_diffgemma.diffusion.closing import ClosingError
+from mlx_diffgemma.editing.structured import generate_structured
+from mlx_diffgemma.errors import UsageError
+
+COUNT = 110  # schemas for each of the two models
+
+
+def has_what_the_vocabulary_lacks(schema, load) -> bool:
+    """The demo's tokenizer writes nothing but ASCII."""
+    return load is demo and not json.dumps(schema, ensure_ascii=False).isascii()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("load", [tiny, demo])
+def test_json_always_validates(load):
+    """Beside: forward passes, in all, against the one a token that decoding token by token takes
+    (run with -s to see them)."""
+    model, tokenizer = load()
+    rng = np.random.default_rng(3)
+    passes = tokens = done = 0
+    while done < COUNT:
+        schema = random_schema(rng)
+        if has_what_the_vocabulary_lacks(schema, load):
+            continue
+        found = generate_structured(
+            model, tokenizer, "x", 160, raw=True, json_schema=schema, seed=done,
+            max_denoising_steps=4,
+        )  # fmt: skip
+        jsonschema.validate(json.loads(found.text), schema)
+        assert len(found.tokens) == len(found.entropy) <= 160
+        assert found.passes == sum(found.denoising_steps)
+        passes, tokens, done = passes + found.passes, tokens + len(found.tokens), done + 1
+    print(f"\n{load.__name__}: {done} schemas, {tokens} tokens, {passes} passes")
+
+
+@pytest.mark.parametrize("load", [tiny, demo])
+@pytest.mark.parametrize(
+    "pattern",
+    ["a|bb|ccc", "(ab)*c", "[0-9]{30,40}", r"([a-z]+ ){2}end\.", "x{3}", r"\d+\.\d{2}", "a?"],
+)
+def test_a_regex_matches_across_canvases(load, pattern):
+    model, tokenizer = load()
+    for seed in range(3):
+        found = generate_structured(
+            model, tokenizer, "x", 48, raw=True, regex=pattern, seed=seed,
+            max_denoising_steps=3, canvas_length=8,
+        )  # fmt: skip
+        assert re.fullmatch(pattern, found.text)
+        assert len(found.tokens) <= 48
+        assert len(found.denoising_steps) >= len(found.tokens) / 8
+
+
+def test_choices_and_json_values():
+    model, tokenizer = tiny()
+    words = ["yes", "no", "not sure (yet)", "🦊"]
+    found = generate_structured(
+        model, tokenizer, "x", raw=True, choices=words, seed=1, max_denoising_steps=3
+    )
+    assert found.text in words
+    schema = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2}
+    listed = generate_structured(
+        model, tokenizer, "x", 64, raw=True, json_schema=schema, seed=1, max_denoising_steps=3
+    )
+    assert len(listed.value) == 2
+
+
+def test_room_for_the_end_is_kept():
+    """Recursion and unbounded strings would go on for ever; the budget ends them validly."""
+    model, tokenizer = tiny()
+    node = {"type": "object", "properties": {"s": {"type": "string"}, "c": {"$ref": "#"}}}
+    for seed in range(6):
+        for most in (2, 9, 21, 50):
+            found = generate_structured(
+                model, tokenizer, "x", most, raw=True, json_schema=node, seed=seed,
+                max_denoising_steps=2, canvas_length=10,
+            )  # fmt: skip
+            jsonschema.validate(json.loads(found.text), node)
+            assert len(found.tokens) <= most
+
+
+def test_errors_come_before_the_model_runs():
+    model, tokenizer = tiny()
+
+    def error(**constraint):
+        with pytest.raises(UsageError) as raised:
+            generate_structured(
+                model, tokenizer, "x", constraint.pop("most", 40), raw=True, **constraint
+            )
+        return str(raised.value)
+
+    assert error() == "give one of json_schema, regex and choices."
+    assert error(regex="a", choices=["b"]) == "give one of json_schema, regex and choices."
+    assert error(choices=["a", ""]) == "give at least one choice, and none of them empty."
+    assert error(regex="a(").startswith("the regular expression cannot be used: ")
+    impossible = {"type": "string", "minLength": 5, "maxLength": 2}
+    assert error(json_schema=impossible) == (
+        "the JSON schema cannot be used: Unsatisfiable schema: minLength (5) is greater than "
+        "maxLength (2)"
+    )
+    assert error(regex="[a-f]{50}", most=20) == (
+        "max_tokens is 20, and the shortest output found that matches takes 50 tokens; raise "
+        "max_tokens or loosen the constraint."
+    )
+    with pytest.raises(ClosingError) as raised:
+        generate_structured(model, tokenizer, "x", 20, raw=True, regex="[a-f]{50}")
+    assert raised.value.shortest == 50
+
+
+def test_the_same_seed_gives_the_same_answer():
+    model, tokenizer = tiny()
+    schema = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 9}}}
+    first, again = (
+        generate_structured(
+            model, tokenizer, "x", 60, raw=True, json_schema=schema, seed=4, max_denoising_steps=3
+        )
+        for _ in range(2)
+    )
+    assert first == again
