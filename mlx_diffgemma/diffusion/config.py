@@ -35,6 +35,8 @@ class DiffusionConfig:
         shrink_canvas: draft no more tokens than `max_tokens` leaves.
         soft_cutoff: leave tokens out of the self-conditioning that are e^-soft_cutoff times less
             likely than the likeliest; None for none.
+        settled_after: steps after which a position that stays certain and the same is computed
+            rarely (an experiment); None for never.
     """
 
     max_tokens: int = 256
@@ -53,6 +55,7 @@ class DiffusionConfig:
     confident_after: int | None = None
     shrink_canvas: bool = False
     soft_cutoff: float | None = None
+    settled_after: int | None = None
 
     def __post_init__(self) -> None:
         _check_integer("max_tokens", self.max_tokens, 1)
@@ -60,8 +63,9 @@ class DiffusionConfig:
         _check_integer("stability_threshold", self.stability_threshold, 0)
         if self.canvas_length is not None:
             _check_integer("canvas_length", self.canvas_length, 1)
-        if self.confident_after is not None:
-            _check_integer("confident_after", self.confident_after, 1)
+        for name in ("confident_after", "settled_after"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 1)
         if self.soft_cutoff is not None:
             _check_number("soft_cutoff", self.soft_cutoff, 0.0)
         if self.sampler not in SAMPLERS:

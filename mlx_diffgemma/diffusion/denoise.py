@@ -11,6 +11,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
+from mlx_diffgemma.diffusion.active_set import ActiveSetPredictor
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.constraints import CanvasConstraint
 from mlx_diffgemma.diffusion.events import (
@@ -173,7 +174,13 @@ def generate_canvases(
             f"initial_canvas has shape {initial_canvas.shape}; it must be "
             f"({len(prompts)}, {length}): prompts, canvas length."
         )
-    predictor = predictor or make_predictor(model, config.soft_cutoff)
+    if predictor is None:
+        passes = make_predictor(model, config.soft_cutoff)
+        predictor = passes
+        if config.settled_after is not None:
+            predictor = ActiveSetPredictor(
+                passes, config.settled_after, config.confidence_threshold
+            )
 
     # 1. Encode the prompts.
     ids, pads = left_padded(prompts, config.pad_token_id)

@@ -69,8 +69,9 @@ class MaterializedPredictor:
         temperature: float,
         keys: mx.array,
         constraint: CanvasConstraint | None = None,
+        places: mx.array | None = None,
     ) -> Prediction:
-        hidden = self.model.decode(canvas, cache, soft_embeddings)
+        hidden = self.model.decode(canvas, cache, soft_embeddings, places)
         processed = self.model.logits(hidden) / temperature
         if constraint is not None:
             processed = constraint.restrict(processed)
@@ -105,8 +106,9 @@ class TiledPredictor:
         temperature: float,
         keys: mx.array,
         constraint: CanvasConstraint | None = None,
+        places: mx.array | None = None,
     ) -> Prediction:
-        hidden = self.model.decode(canvas, cache, soft_embeddings)
+        hidden = self.model.decode(canvas, cache, soft_embeddings, places)
         table = EmbeddingTable.of(self.model.model.decoder.embed_tokens, self.model.dtype)
         softcap = self.model.config.text.final_logit_softcapping
         seen = vocabulary_pass(
@@ -131,7 +133,9 @@ class TiledPredictor:
         )
 
 
-def make_predictor(model: DiffusionGemma, soft_cutoff: float | None = None) -> Predictor:
+def make_predictor(
+    model: DiffusionGemma, soft_cutoff: float | None = None
+) -> MaterializedPredictor | TiledPredictor:
     """Tiles where the vocabulary is large, whole logits where they are small."""
     if model.config.text.vocab_size > _TILE_FROM:
         return TiledPredictor(model, soft_cutoff)

@@ -77,7 +77,20 @@ class Rope:
         periods[:rotated] = np.float32(rope.theta) ** exponents * np.float32(rope.factor)
         self.periods = mx.array(periods)
 
-    def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
+    def __call__(
+        self, x: mx.array, offset: int | mx.array, places: mx.array | None = None
+    ) -> mx.array:
+        """[B, H, S, Dh] at the positions from `offset` on (a number, or [B]); or, where `places`
+        [S] is given, at `offset + places`."""
+        if places is None:
+            return self._rotate(x, offset)
+        # The kernel takes one offset a batch entry, so each position becomes an entry.
+        batch, heads, count, size = x.shape
+        apart = x.transpose(2, 0, 1, 3).reshape(count, batch * heads, 1, size)
+        together = self._rotate(apart, offset + places).reshape(count, batch, heads, size)
+        return together.transpose(1, 2, 0, 3)
+
+    def _rotate(self, x: mx.array, offset: int | mx.array) -> mx.array:
         return mx.fast.rope(
             x, self.head_dim, traditional=False, base=None, scale=1.0, offset=offset,
             freqs=self.periods,
@@ -138,13 +151,24 @@ class Attention(nn.Module):
         return self._output(attend(queries, *cache.extend(keys, values), mask))
 
     def decode(
-        self, x: mx.array, mask: Mask, cache: LayerCache, offset: int | mx.array
+        self,
+        x: mx.array,
+        mask: Mask,
+        cache: LayerCache,
+        offset: int | mx.array,
+        places: mx.array | None = None,
     ) -> mx.array:
-        """A canvas [B, C, D] attends both ways to itself and to the prefix, which is only read."""
-        queries, keys, values = self._project(x, offset)
-        return self._output(attend(queries, *cache.with_canvas(keys, values), mask))
+        """A canvas [B, C, D] attends both ways to itself and to the prefix, which is only read.
 
-    def _project(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        Where `places` [A] is given, x [B, A, D] are those positions of the canvas; the others take
+        part with the keys and values of the last pass that computed them.
+        """
+        queries, keys, values = self._project(x, offset, places)
+        return self._output(attend(queries, *cache.with_canvas(keys, values, places), mask))
+
+    def _project(
+        self, x: mx.array, offset: int | mx.array, places: mx.array | None = None
+    ) -> tuple[mx.array, mx.array, mx.array]:
         batch, new, _ = x.shape
         size = self.sizes.head_dim
         queries = self.q_norm(self.q_proj(x).reshape(batch, new, -1, size))
@@ -154,7 +178,7 @@ class Attention(nn.Module):
             heads.transpose(0, 2, 1, 3)
             for heads in (queries, self.k_norm(raw_keys), mx.fast.rms_norm(values, None, self._eps))
         )
-        return self._rope(queries, offset), self._rope(keys, offset), values
+        return self._rope(queries, offset, places), self._rope(keys, offset, places), values
 
     def _output(self, heads: mx.array) -> mx.array:
         batch, _, new, _ = heads.shape

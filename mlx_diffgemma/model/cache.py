@@ -30,6 +30,7 @@ class LayerCache:
     def __init__(self, window: int | None = None) -> None:
         self.window = window
         self.length = 0
+        self._canvas = 0
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
 
@@ -47,9 +48,19 @@ class LayerCache:
         self.keys, self.values = keys[..., start:, :], values[..., start:, :]
         return keys, values
 
-    def with_canvas(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """The prefix followed by a canvas [B, H, C, Dh], which is not kept."""
-        return self._write(keys, values)
+    def with_canvas(
+        self, keys: mx.array, values: mx.array, places: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """The prefix followed by a canvas [B, H, C, Dh], which is not kept; or, where `places` [A]
+        is given, by the canvas of the last call with those positions replaced."""
+        if places is None:
+            self._canvas = keys.shape[2]
+            return self._write(keys, values)
+        assert self.keys is not None and self.values is not None
+        slots, end = places + self.length, self.length + self._canvas
+        self.keys[:, :, slots] = keys
+        self.values[:, :, slots] = values
+        return self.keys[..., :end, :], self.values[..., :end, :]
 
     def _write(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         end = self.length + keys.shape[2]

@@ -91,20 +91,31 @@ class DiffusionGemma(nn.Module):
         return self.model.decoder.norm(x)
 
     def decode(
-        self, canvas: mx.array, cache: PrefixCache, soft_embeddings: mx.array | None = None
+        self,
+        canvas: mx.array,
+        cache: PrefixCache,
+        soft_embeddings: mx.array | None = None,
+        places: mx.array | None = None,
     ) -> mx.array:
         """Hidden states [B, C, D] of a canvas [B, C] that continues the prefix.
 
         `soft_embeddings` [B, C, D] is what the previous step expected; None at the first step.
+        Where `places` [A] is given, only those positions are computed, [B, A, D]; the others are
+        seen as they were in the last pass over them. That needs a pass over the whole canvas
+        before, and a batch without padding.
         """
+        length = canvas.shape[1]
+        if places is not None:
+            canvas = canvas[:, places]
+            soft_embeddings = None if soft_embeddings is None else soft_embeddings[:, places]
         x = self._embed(canvas)
         if soft_embeddings is None:
             soft_embeddings = mx.zeros_like(x)
         x = self.model.decoder.self_conditioning(x, soft_embeddings.astype(x.dtype))
-        masks = decoder_masks(self.config.text, cache, canvas.shape[1])
+        masks = decoder_masks(self.config.text, cache, length)
         offset = cache.rope_offset()
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x = layer.decode(x, masks[layer.self_attn.sizes.kind], layer_cache, offset)
+            x = layer.decode(x, masks[layer.self_attn.sizes.kind], layer_cache, offset, places)
         return self.model.decoder.norm(x)
 
     def logits(self, hidden: mx.array) -> mx.array:

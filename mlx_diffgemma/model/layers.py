@@ -59,10 +59,15 @@ class DecoderLayer(nn.Module):
         return self._feed_forward(x, attended) * layer_scalar
 
     def decode(
-        self, x: mx.array, mask: Mask, cache: LayerCache, offset: int | mx.array
+        self,
+        x: mx.array,
+        mask: Mask,
+        cache: LayerCache,
+        offset: int | mx.array,
+        places: mx.array | None = None,
     ) -> mx.array:
-        """A canvas [B, C, D] -> [B, C, D], reading `cache`."""
-        attended = self.self_attn.decode(self.input_layernorm(x), mask, cache, offset)
+        """A canvas [B, C, D], or its positions `places`, -> the same shape, reading `cache`."""
+        attended = self.self_attn.decode(self.input_layernorm(x), mask, cache, offset, places)
         return self._feed_forward(x, attended) * self.layer_scalar
 
     def _feed_forward(self, x: mx.array, attended: mx.array) -> mx.array:

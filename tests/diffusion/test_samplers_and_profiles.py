@@ -192,5 +192,7 @@ def test_profiles_are_settings() -> None:
     for name in PROFILES:
         config = DiffusionConfig().override(**profile_settings(name))
         make_stop_rule(config)
-    with pytest.raises(UsageError, match="unknown profile 'x'; known are exact, balanced, fast"):
+    with pytest.raises(
+        UsageError, match="unknown profile 'x'; known are exact, balanced, fast, turbo"
+    ):
         profile_settings("x")
