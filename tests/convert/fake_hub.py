@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -19,6 +20,7 @@ class FakeHub:
         cut: how many more downloads of a shard end in the middle.
         down: names of shards that cannot be had.
         served: (file, bytes) of every answer with content.
+        uploaded: content of every file that was uploaded.
         watch: called with the name of each shard that is asked for.
     """
 
@@ -28,6 +30,7 @@ class FakeHub:
         self.cut = 0
         self.down: set[str] = set()
         self.served: list[tuple[str, int]] = []
+        self.uploaded: dict[str, bytes] = {}
         self.watch = lambda name: None
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -64,6 +67,34 @@ class FakeHub:
 
             def do_GET(self) -> None:
                 self.answer(with_content=True)
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if "Authorization" not in self.headers:
+                    return self.fail(401, "")
+                if self.path.endswith("/repos/create"):
+                    asked = json.loads(body)
+                    name = f"{asked.get('organization', 'me')}/{asked['name']}"
+                    answer = {"url": f"http://{self.headers['Host']}/{name}"}
+                elif "/preupload/" in self.path:
+                    files = json.loads(body)["files"]
+                    answer = {
+                        "files": [
+                            {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                            for f in files
+                        ]
+                    }
+                elif "/commit/" in self.path:
+                    for line in body.decode().splitlines():
+                        entry = json.loads(line)
+                        if entry["key"] == "file":
+                            content = base64.b64decode(entry["value"]["content"])
+                            hub.uploaded[entry["value"]["path"]] = content
+                    commit = f"http://{self.headers['Host']}/me/tiny-4bit/commit/{'c' * 40}"
+                    answer = {"commitUrl": commit, "commitOid": "c" * 40, "success": True}
+                else:
+                    answer = {"errors": [], "warnings": []}
+                self.send(json.dumps(answer).encode(), "", with_content=True)
 
             def fail(self, status: int, code: str) -> None:
                 self.send_response(status)

@@ -142,6 +142,22 @@ def test_offline_it_takes_what_the_cache_has(hub, shards, tmp_path):
     assert online["conversion.json"] == offline["conversion.json"]
 
 
+def test_upload_sends_the_whole_folder(hub, tiny_4bit, tmp_path):
+    environment = {**hub.environment(tmp_path / "home"), "HF_TOKEN": "hf_secret"}
+    result = run("upload", tiny_4bit, "--upload-repo", "me/tiny-4bit", "--json", env=environment)
+    assert result.returncode == 0, result.stderr
+    assert hub.uploaded == contents(tiny_4bit)
+    assert json.loads(result.stdout)["repository"] == "me/tiny-4bit"
+
+
+def test_upload_without_login_stops_before_the_conversion(hub, tmp_path):
+    result = convert(hub, tmp_path, "--upload-repo", "me/tiny-4bit")
+    assert result.returncode == 1
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: ") and "login" in line
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
 def test_ctrl_c_does_not_wait_for_a_download(hub, tmp_path):
     asked = threading.Event()
 
