@@ -256,10 +256,10 @@ def _targets(
 
 
 def _other(recipe: Recipe) -> Format:
-    """What becomes of parameters that no recipe quantizes, norms and the like: a recipe of plain
-    numbers converts them too."""
-    plain = recipe.rules[0].format if len(recipe.rules) == 1 else Format(KEEP)
-    return plain if plain.mode in FLOATS else Format(KEEP)
+    """What becomes of parameters that are never quantized, norms and the like: a recipe that makes
+    plain numbers of all else converts them too."""
+    plain = (r.format for r in recipe.rules if r.selector == "all" and r.format.mode in FLOATS)
+    return next(plain, Format(KEEP))
 
 
 def _value_dtype(

@@ -98,6 +98,15 @@ def test_other_types_of_source(source, tmp_path, dtype):
     assert cast[vision].dtype == dtype
 
 
+def test_plain_recipes_convert_what_is_never_quantized(source, tmp_path):
+    recipe = Recipe.of("mine", ["all=fp16", "experts=4bit"])
+    convert_to(tmp_path / "out", plan_of(source, recipe))
+    weights = read_weights(tmp_path / "out")
+    for name in ("model.decoder.norm.weight", "model.decoder.layers.0.layer_scalar"):
+        assert weights[name].dtype == mx.float16
+    assert weights["model.decoder.layers.0.experts.down_proj.weight"].dtype == mx.uint32
+
+
 def test_plan_is_split_into_files_at_the_size_asked_for(source):
     plan = plan_of(source, shard_size=100_000)
     assert len(plan.shards) > 3
