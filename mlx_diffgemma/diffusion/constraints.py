@@ -85,13 +85,24 @@ class CanvasConstraint:
 
     def restrict(self, logits: mx.array) -> mx.array:
         """Logits [R, C, V] with -inf for every token that a position must not hold."""
-        vocab = logits.shape[-1]
-        if self.allowed_words is not None:
-            bits = (self.allowed_words[..., None] >> mx.arange(32, dtype=mx.uint32)) & 1
-            keep = bits.astype(mx.bool_).reshape(*self.fixed.shape, -1)[..., :vocab]
-            logits = mx.where(keep | (self.fixed_tokens != FREE)[..., None], logits, -mx.inf)
-        fixed = self.fixed_tokens[..., None]
-        return mx.where((fixed == FREE) | (fixed == mx.arange(vocab)), logits, -mx.inf)
+        return mx.where(self._keep(logits.shape[-1]), logits, -mx.inf)
+
+    def _keep(self, vocab: int) -> mx.array:
+        """[R, C, V] which tokens may stand where; made once, for all the steps of a canvas."""
+        if vocab not in self._kept:
+            fixed = self.fixed_tokens[..., None]
+            keep = fixed == mx.arange(vocab)
+            anything = fixed == FREE
+            if self.allowed_words is not None:
+                bits = (self.allowed_words[..., None] >> mx.arange(32, dtype=mx.uint32)) & 1
+                allowed = bits.astype(mx.bool_).reshape(*self.fixed.shape, -1)[..., :vocab]
+                anything = anything & allowed
+            self._kept[vocab] = keep | anything
+        return self._kept[vocab]
+
+    @cached_property
+    def _kept(self) -> dict[int, mx.array]:
+        return {}
 
     @cached_property
     def is_open(self) -> mx.array:

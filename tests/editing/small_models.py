@@ -15,9 +15,9 @@ from mlx_diffgemma.generation import load
 
 PIECES = [
     "a", " ", "  ", "\n", "\n\n", "\r\n", "\t", "ab", " ab", "é", "e\u0301", "🦊", "漢字", "▁",
-    "x" * 9, "👩\U0001f3fd\u200d🚀", "\ufffd", "\x00", "<", "<|", "|>", "<table>", "\ue000", "\u202e",
-    "\u2028",     "\u00a0", "{", "}", "[[", "<turn|>", "<|turn>", "<bos>", "<eos>", "<pad>", "<unk>", "turn|>",
-    "<0x41>", "<unused104>", "\ufeff", "\x0b", "\x85", "1", "\\", "'", '"',
+    "x" * 9, "👩\U0001f3fd\u200d🚀", "\ufffd", "\x00", "<", "<|", "|>", "<table>", "\ue000",
+    "\u202e", "\u2028", "\u00a0", "{", "}", "[[", "<turn|>", "<|turn>", "<bos>", "<eos>", "<pad>",
+    "<unk>", "turn|>", "<0x41>", "<unused104>", "\ufeff", "\x0b", "\x85", "1", "\\", "'", '"',
 ]  # fmt: skip
 """Texts that tokenizers and splicing stumble over."""
 
