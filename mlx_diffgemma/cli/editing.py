@@ -141,7 +141,7 @@ def read_input(text: str | None, file: str | None, option: str) -> str:
         UsageError: there is none, or both were given.
         DiffGemmaError: the file cannot be read.
     """
-    from mlx_diffgemma.cli.session import is_text, read_text
+    from mlx_diffgemma.cli.session import is_text
 
     if text is not None and file is not None:
         raise UsageError(f"give --{option} or a file, not both.")
@@ -152,10 +152,18 @@ def read_input(text: str | None, file: str | None, option: str) -> str:
     if text is None:
         if sys.stdin.isatty():
             raise UsageError(f"no text: give one with --{option}, name a file, or pipe it in.")
-        text = read_text(sys.stdin.read)
+        text = _read_stdin()
     if not is_text(text):
         raise UsageError("the text is not UTF-8: re-encode it.")
     return text
+
+
+def _read_stdin() -> str:
+    """All of stdin with its line ends, which the text layer would translate."""
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError:
+        raise UsageError("the text is not UTF-8: re-encode it.") from None
 
 
 def write_exactly(text: str) -> None:

@@ -1,0 +1,192 @@
+"""The commands that work on a canvas, on the demo model, and what they say when they cannot."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from mlx_diffgemma import generation
+from mlx_diffgemma.cli.main import app
+
+GRID = "532461\n461532\n146253\n253146\n314625\n625314"
+QUICK = ["--model", "demo", "--seed", "1", "--steps", "2"]
+BARE = ["--model", "demo", "--seed", "1", "--prompt", "sudoku"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _load_once():
+    """One loading of the demo model for all of these tests."""
+    loaded = generation.load("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "load", lambda name, **settings: loaded)
+        yield
+
+
+def run(*arguments: str, input: str | None = None, code: int = 0):
+    result = CliRunner().invoke(app, list(arguments), input=input, prog_name="mlx-diffgemma")
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def test_infill_writes_the_text_and_nothing_else_to_stdout():
+    text = GRID.replace("461532", "[[?]]")
+    result = run("infill", "--text", text, *BARE, "--lengths", "5,6,7")
+    assert result.stdout == GRID
+    assert "forward passes, seed 1" in result.stderr
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n", "\t \n\n"])
+def test_infill_keeps_every_byte_of_a_pipe_and_of_a_file(tmp_path, end):
+    text = f"é\r\n<turn|>??🦊{end}"
+    path = tmp_path / "text"
+    path.write_bytes(text.encode())
+    arguments = ["infill", *QUICK, "--hole", "??", "--lengths", "1", "--prompt", "x"]
+    piped = run(*arguments, input=text).stdout_bytes.decode()
+    read = run(*arguments, str(path)).stdout_bytes.decode()
+    assert piped == read
+    before, after = text.split("??")
+    assert read.startswith(before) and read.endswith(after) and len(read) == len(text) - 1
+
+
+def test_infill_as_json():
+    arguments = ["--lengths", "5,6", "--lengths", "3", "--json"]
+    text = "[[?]]" + GRID[6:20] + "[[?]]" + GRID[23:]
+    found = json.loads(run("infill", "--text", text, *BARE, *arguments).stdout)
+    assert found["text"] == GRID
+    assert [hole["text"] for hole in found["holes"]] == [GRID[:6], GRID[20:23]]
+    assert len(found["holes"][0]["entropy"]) == len(found["holes"][0]["tokens"])
+    assert set(found["holes"][0]["length_scores"]) == {"5", "6"}
+    assert found["passes"] >= 3 and found["seed"] == 1 and found["cut"] == 0
+
+
+def test_infill_says_what_the_model_did_not_see():
+    text = "[[?]]" + "x" * 70
+    result = run("infill", "--text", text, *QUICK, "--lengths", "2", "--prompt", "x")
+    assert "the last 8 tokens of the text behind did not fit in the canvas" in result.stderr
+
+
+def test_edit_prints_a_diff_and_writes_only_when_told(tmp_path):
+    path = tmp_path / "grid.txt"
+    broken = GRID.replace("461532", "461542")
+    path.write_text(broken)
+    arguments = ["edit", str(path), "--range", "2", "-i", "repair", *BARE, "--strength", "0.5"]
+    shown = run(*arguments)
+    assert shown.stdout.startswith("--- a/grid.txt\n+++ b/grid.txt\n@@ ")
+    assert "-461542\n+461532\n" in shown.stdout
+    assert "not written; --write changes the file" in shown.stderr
+    assert path.read_text() == broken
+    written = run(*arguments, "--write", "--json")
+    assert json.loads(written.stdout)["written"] is True
+    assert path.read_text() == GRID
+    assert [each.name for each in tmp_path.iterdir()] == ["grid.txt"]
+
+
+def test_fill_gives_text_and_slots(tmp_path):
+    path = tmp_path / "template"
+    path.write_text("No {id:digits} is {state:on|off} {{x}}\n")
+    plain = run("fill", "--template", str(path), *QUICK, "--lengths", "2", "--prompt", "x")
+    as_json = run("fill", "--template", str(path), *QUICK, "--lengths", "2", "-p", "x", "--json")
+    found = json.loads(as_json.stdout)
+    assert found["text"] == plain.stdout
+    slots = found["slots"]
+    assert plain.stdout == f"No {slots['id']} is {slots['state']} {{x}}\n"
+    assert slots["id"].isdecimal() and slots["state"] in ("on", "off")
+    assert set(found["details"]) == {"id", "state"}
+
+
+def test_choose_ranks_the_choices():
+    question = "sudoku\n" + GRID.replace("532461", "5324.1")
+    arguments = ["--question", question, "--bare", "--model", "demo", "--seed", "1"]
+    arguments += ["--frame", "5324{}1" + GRID[6:], "--draws", "2", "--choices"]
+    plain = run("choose", *arguments, "4", "5", "6")
+    assert plain.stdout.splitlines()[0].startswith("6  1.000 ± 0.000")
+    assert len(plain.stdout.splitlines()) == 3
+    found = json.loads(run("choose", *arguments, "4", "5", "6", "--json").stdout)
+    (each,) = found["questions"]
+    assert each["best"] == "6"
+    assert sum(each["probabilities"].values()) == pytest.approx(1)
+    assert found["passes"] == 2
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [["--regex", "v[0-9]+"], ["--choices", "yes", "no"], ["--json-schema", "SCHEMA"]],
+)
+def test_generate_is_always_valid(tmp_path, constraint):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"enum": [1, "a"]}, "maxItems": 3}')
+    constraint = [str(schema) if each == "SCHEMA" else each for each in constraint]
+    arguments = ["generate", "-p", "x", *QUICK, "-m", "40", *constraint]
+    plain = run(*arguments).stdout
+    found = json.loads(run(*arguments, "--json").stdout)
+    assert plain == found["text"] + "\n"
+    assert found["passes"] == sum(found["denoising_steps"])
+    if "--regex" in constraint:
+        assert found["text"][0] == "v" and found["text"][1:].isdecimal()
+    elif "--choices" in constraint:
+        assert found["text"] in ("yes", "no")
+    else:
+        assert all(item in (1, "a") for item in json.loads(found["text"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["infill", "--text", "x"], "the text has no hole; mark one with [[?]]."),
+        (
+            ["infill", "--text", "x", "file"],
+            "give --text or a file, not both.",
+        ),
+        (
+            ["infill", "--text", "[[?]]", "--lengths", "2,x"],
+            "--lengths '2,x' must be numbers from 1, such as 4 or 2,4,8.",
+        ),
+        (["fill", "x"], "the template has no slot; write one as {name}."),
+        (
+            ["edit", "none.txt", "--range", "x", "-i", "y"],
+            "--range 'x' must be lines such as 10:20 or 7.",
+        ),
+        (
+            ["choose", "a", "-q", "x"],
+            "give at least two choices, all of them different.",
+        ),
+        (
+            ["generate", "-p", "x", "yes"],
+            "'yes' is no option; give the prompt with --prompt, or choices behind --choices.",
+        ),
+        (
+            ["generate", "-p", "x", "--choices"],
+            "--choices needs answers behind it, such as: --choices yes no unsure.",
+        ),
+        (
+            ["generate", "-p", "x", "--regex", "a", "--choices", "b"],
+            "give only one of --json-schema, --regex and --choices.",
+        ),
+        (
+            ["infill", "--text", "[[?]]", "--raw", "--system-prompt", "x"],
+            "--system-prompt needs a chat template, and --raw uses none: drop one.",
+        ),
+    ],
+)
+def test_usage_errors_are_one_line(arguments, message):
+    result = run(*arguments, "--model", "demo", code=2)
+    assert result.stderr == f"error: {message}\n"
+    assert result.stdout == ""
+
+
+def test_a_missing_file_and_a_damaged_schema(tmp_path):
+    missing = tmp_path / "none"
+    result = run("edit", str(missing), "--range", "1", "-i", "x", "--model", "demo", code=1)
+    assert result.stderr == f"error: {missing} cannot be read: No such file or directory.\n"
+    schema = tmp_path / "schema.json"
+    schema.write_text("{")
+    result = run("generate", "-p", "x", "--json-schema", str(schema), code=2)
+    assert result.stderr.startswith(f"error: {schema} is not JSON: line 1, column 2: ")
+
+
+@pytest.mark.parametrize("command", ["infill", "edit", "fill", "choose"])
+def test_help_shows_an_example(command):
+    assert f"Example: mlx-diffgemma {command} " in run(command, "--help").stdout
