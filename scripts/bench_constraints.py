@@ -2,7 +2,7 @@
 
     python scripts/bench_constraints.py --count 200            # every variant of the mechanism
     python scripts/bench_constraints.py --count 500 --only "as shipped"
-    python scripts/bench_constraints.py --cost                 # seconds a step, with and without
+    python scripts/bench_constraints.py --cost                 # CPU time a step, with and without
 
 Each puzzle's givens are pinned in the canvas; the prompt is the bare word `sudoku`. Puzzles are
 fresh: made from `--seed`, the same for every variant.
@@ -176,7 +176,8 @@ def measure(
 
 
 def cost(model: Any, tokenizer: Any, repeats: int) -> None:
-    """CPU seconds a denoising step (other programs do not count), without a constraint, with pins, and with allowed sets."""
+    """CPU time a denoising step takes (other programs do not count): without a constraint, with
+    pins, and with allowed sets."""
     config = diffusion_config(
         model, max_tokens=model.config.canvas_length, max_denoising_steps=20, stability_threshold=20
     )
@@ -207,9 +208,8 @@ def cost(model: Any, tokenizer: Any, repeats: int) -> None:
             times[name].append((time.process_time() - start) / count)
     base = min(times["free"])
     for name, seconds in times.items():
-        print(
-            f"{name:24} {min(seconds) * 1e3:7.2f} ms of CPU a step at best  {min(seconds) / base:5.2f}×"
-        )
+        best = min(seconds)
+        print(f"{name:24} {best * 1e3:7.2f} ms of CPU a step at best  {best / base:5.2f}×")
 
 
 def main() -> None:

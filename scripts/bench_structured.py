@@ -47,8 +47,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
             },
             "address": {
                 "type": "object",
-                "properties": {"city": TEXT, "postcode": {"type": "string", "pattern": "^[0-9]{5}$"}},
-                "required": ["city", "postcode"],
+                "properties": {"city": TEXT, "code": {"type": "string", "pattern": "^[0-9]{5}$"}},
+                "required": ["city", "code"],
                 "additionalProperties": False,
             },
         },
