@@ -93,15 +93,20 @@ class LikelyTokens:
     multiplied at the end by their rows alone. A tile with many of them is multiplied at once: then
     its tokens are measured by the maximum so far, which keeps a few that the last maximum would
     not. The host reads once a tile which tokens are likely.
+
+    `floor` [N] is what the last maximum will at least be, where something is known of it: without
+    it every tile before that of a position's likeliest token seems full of likely ones.
     """
 
     def __init__(
         self,
         cutoff: float,
         table: EmbeddingTable,
+        floor: mx.array | None = None,
         implementation: Implementation | Launcher = "auto",
     ) -> None:
-        self.cutoff, self.table, self.implementation = cutoff, table, implementation
+        self.cutoff, self.table, self.floor = cutoff, table, floor
+        self.implementation = implementation
         self._ids: list[np.ndarray] = []
         self._exponentials: list[mx.array] = []
         self._maxima: list[mx.array] = []
@@ -119,7 +124,10 @@ class LikelyTokens:
     ) -> SoftSum:
         assert seen.exponentials is not None and soft.kept is not None
         # A little less than the cutoff, for exponentials in a narrow type.
-        likely = seen.exponentials >= 0.99 * math.exp(-self.cutoff)
+        least = mx.array(0.99 * math.exp(-self.cutoff))
+        if self.floor is not None:
+            least = (least * mx.exp(mx.maximum(self.floor - seen.maximum, 0.0)))[:, None]
+        likely = seen.exponentials >= least
         somewhere = np.flatnonzero(np.array(likely.any(axis=0)))
         total, mass = soft.sum * shrink[:, None], soft.kept * shrink
         if len(somewhere) > _DENSE_FROM * seen.exponentials.shape[1]:

@@ -287,6 +287,15 @@ def test_only_likely_tokens_enter_the_soft_embeddings(
     size = float(mx.abs(table.rows(0, 3000, mx.float32)).max() * table.scale)
     difference = np.abs(np.array(tiled.soft_embeddings - whole.soft_embeddings)).max()
     assert difference < 1e-4 * size + 2 * slack.max() * size
+    # A guess, be it the best or the worst, forbidden or not, changes nothing of that.
+    for guess in (logits.argmax(axis=-1), logits.argmin(axis=-1), 0 * likely):
+        guess = mx.array(guess, mx.int32)
+        guessed = vocabulary_pass(hidden, table, tile=1024, guess=guess, **arguments)
+        assert np.array_equal(guessed.argmax, tiled.argmax)
+        slack_now = np.array(whole.dropped_mass - guessed.dropped_mass)
+        assert (slack_now > -1e-5).all() and (slack_now <= slack + 1e-5).all()
+        difference = np.abs(np.array(guessed.soft_embeddings - whole.soft_embeddings)).max()
+        assert difference < 1e-4 * size + 2 * slack.max() * size
     exact = vocabulary_pass(hidden, table, **{**arguments, "soft_cutoff": None})
     left_out = np.array(tiled.dropped_mass)[..., None]
     moved = np.abs(np.array(tiled.soft_embeddings - exact.soft_embeddings))
