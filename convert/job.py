@@ -104,10 +104,13 @@ class _Watch:
 
     def release(self) -> None:
         """Let go of source shards whose every tensor is on the disk in its new form."""
-        for shard in self._leaving:
+        recorded = self._journal.recorded()
+        left = [target for target in self._plan.targets if target.name not in recorded]
+        needed = {shard for target in left for shard in target.shards}
+        for shard in self._leaving - needed:
             self._reader.close(shard)
             self._plan.source.release(shard)
-        self._leaving = set()
+        self._leaving &= needed
 
 
 def _write_shards(plan: Plan, journal: Journal, tell: Progress) -> None:

@@ -25,7 +25,7 @@ from mlx_diffgemma_convert.plan import Plan, Target
 from mlx_diffgemma_convert.shard_file import ShardFile
 from mlx_diffgemma_convert.source import ShardReader
 
-_AHEAD = 4  # blocks in flight
+_AHEAD = 16  # blocks in flight
 _CACHE_BYTES = 256 << 20
 
 _NOTE_BYTES = 256 << 20  # written between two notes in the journal
@@ -80,6 +80,8 @@ def write_shard(
     noted = shard.size
     digests: dict[str, Any] = {}
     loss, behind = Loss(), _Behind()
+    syncing: tuple[Future[None], Written] | None = None  # the disk takes its time meanwhile
+    syncer = ThreadPoolExecutor(1, "sync")
     try:
         with closing(packed_blocks(targets[len(records) :], reader, digests)) as stream:
             for packed in stream:
@@ -96,12 +98,23 @@ def write_shard(
                 digest = digests.pop(target.name).hexdigest()
                 records[target.name] = _record(target, digest, loss)
                 loss = Loss()
-                if observer.leaves(target) or shard.size - noted >= _NOTE_BYTES:
+                leaves = observer.leaves(target)
+                if syncing is not None and (leaves or syncing[0].done()):
+                    syncing[0].result()
+                    observer.note(syncing[1])
+                    syncing = None
+                if leaves:  # before the next source shard is fetched
                     shard.sync()
                     noted = shard.size
-                    observer.note(Written(shard.size, records))
+                    observer.note(Written(noted, records))
+                elif syncing is None and shard.size - noted >= _NOTE_BYTES:
+                    noted = shard.size
+                    syncing = syncer.submit(shard.sync), Written(noted, dict(records))
+        if syncing is not None:
+            syncing[0].result()
         return Written(shard.size, records, shard.finish())
     finally:
+        syncer.shutdown()
         shard.close()
 
 
