@@ -1,6 +1,6 @@
 """How many forward passes does valid JSON take, beside one token at a time?
 
-    python scripts/bench_structured.py --model demo --seeds 2
+    python scripts/bench_structured.py --model demo --steps 4
     python scripts/bench_structured.py --model OUT_4BIT --prompt "Describe the Eiffel tower."
 
 One token at a time is the same canvas and the same grammar, but every pass pins the next token
@@ -19,10 +19,11 @@ from mlx_diffgemma.editing.grammar import json_schema_matcher
 from mlx_diffgemma.editing.session import Session
 
 TEXT = {"type": "string", "maxLength": 12}
+YEAR = {"type": "integer", "minimum": 0, "maximum": 2100}
 SCHEMAS: dict[str, dict[str, Any]] = {
     "flat object": {
         "type": "object",
-        "properties": {"name": TEXT, "year": {"type": "integer"}, "open": {"type": "boolean"}},
+        "properties": {"name": TEXT, "year": YEAR, "open": {"type": "boolean"}},
         "required": ["name", "year", "open"],
         "additionalProperties": False,
     },
@@ -61,7 +62,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "maxItems": 3,
         "items": {
             "type": "object",
-            "properties": {"x": {"type": "integer"}, "y": {"type": "integer"}},
+            "properties": {"x": YEAR, "y": YEAR},
             "required": ["x", "y"],
             "additionalProperties": False,
         },
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--prompt", default="sudoku")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="most denoising steps of a canvas")
     arguments = parser.parse_args()
     model, tokenizer = load(arguments.model)
     print(
@@ -105,7 +107,12 @@ def main() -> None:
         tokens = passes = naive_tokens = naive_passes = 0
         for seed in range(arguments.seeds):
             found = generate_structured(
-                model, tokenizer, arguments.prompt, json_schema=schema, seed=seed
+                model,
+                tokenizer,
+                arguments.prompt,
+                json_schema=schema,
+                seed=seed,
+                max_denoising_steps=arguments.steps,
             )
             json.loads(found.text)
             tokens, passes = tokens + len(found.tokens), passes + found.passes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from mlx_diffgemma.errors import UsageError
 
-_WIDTH = 16  # states that a search follows at a time
+_WIDTH = 32  # states that a search follows at a time
+_ALIKE = 4  # and of those that follow from one state and look alike
 _FURTHEST = 4096  # tokens beyond which an ending is not looked for
 _SEARCHED = 256  # the same, where the search has to branch
 
@@ -69,7 +71,7 @@ class Closer:
 
     def affordable(self, state: State, tokens: Sequence[int], room: int) -> list[int]:
         """As many of the `tokens` as leave room for an ending within `room` tokens in all."""
-        count = len(tokens)
+        count = min(len(tokens), room)
         while count:
             after = state.copy()
             after.advance(list(tokens[:count]))
@@ -97,12 +99,13 @@ class Closer:
         return None
 
     def _search(self, state: State, most: int) -> list[int] | None:
-        """Breadth first, one of each kind of state that follows from the same state."""
+        """Breadth first, a few of each kind of state that follows from the same state: those after
+        which the same may and must come are mostly one and the same."""
         front: list[tuple[State, list[int]]] = [(state.copy(), [])]
         while front:
             following: list[tuple[State, list[int]]] = []
             for current, ending in front:
-                kinds = set()
+                kinds: Counter[tuple[bytes, tuple[int, ...]]] = Counter()
                 forced = current.forced()
                 for step in [forced] if forced else [[token] for token in self._choices(current)]:
                     if len(ending) + len(step) > most:
@@ -111,9 +114,9 @@ class Closer:
                     after.advance(step)
                     if after.may_end:
                         return [*ending, *step]
-                    kind = after.allowed().tobytes()
-                    if kind not in kinds:
-                        kinds.add(kind)
+                    kind = after.allowed().tobytes(), tuple(after.forced())
+                    kinds[kind] += 1
+                    if kinds[kind] <= _ALIKE:
                         following.append((after, [*ending, *step]))
             front = following[:_WIDTH]
         return None
