@@ -118,18 +118,18 @@ class TiledPredictor:
             temperature=temperature,
             keys=keys,
             soft_cutoff=self.soft_cutoff,
+            guess=None if self.soft_cutoff is None or places is not None else canvas,
             allowed=None if constraint is None else constraint.allowed_words,
             fixed=None if constraint is None else constraint.fixed_tokens,
         )
-        assert seen.draw is not None and seen.soft_embeddings is not None
-        raw = (hidden * table.take(seen.draw, hidden.dtype)).sum(axis=-1).astype(mx.float32)
-        drawn = mx.tanh(raw / softcap) * (softcap / temperature)
+        assert seen.draw is not None and seen.draw_log_probability is not None
+        assert seen.soft_embeddings is not None
         return Prediction(
             argmax=seen.argmax,
             draw=seen.draw,
             entropy=seen.entropy,
             soft_embeddings=seen.soft_embeddings,
-            confidence=mx.exp(mx.minimum(drawn - seen.log_sum, 0.0)),
+            confidence=mx.exp(seen.draw_log_probability),
         )
 
 
