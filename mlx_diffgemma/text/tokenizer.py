@@ -56,6 +56,9 @@ def load_tokenizer(
         if type(error) is not Exception and not isinstance(error, reading):
             raise
         raise _unreadable(path, error) from error
+    own = hf_tokenizer(tokenizer).eos_token_id
+    if own is not None and own not in tokenizer.eos_token_ids:
+        tokenizer.add_eos_token(str(own))  # mlx-lm before 0.32 leaves it out
     _flag_special_tokens(hf_tokenizer(tokenizer))
     if override is not None:
         tokenizer.chat_template = override

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mlx_diffgemma.text.detokenize import StreamingText, token_strings
-from mlx_diffgemma.text.tokenizer import load_tokenizer
+from mlx_diffgemma.text.tokenizer import hf_tokenizer, load_tokenizer
 
 DEMO = Path(__file__).parents[1] / "fixtures" / "demo-hf-tokenizer"
 
@@ -68,7 +68,7 @@ def decoded(tokenizer, tokens: list[int]) -> str:
 
 def canvases(tokenizer) -> st.SearchStrategy[list[list[int]]]:
     """Text and noise, cut anywhere."""
-    noise = st.lists(st.integers(0, len(tokenizer) - 1), max_size=12)
+    noise = st.lists(st.integers(0, len(hf_tokenizer(tokenizer)) - 1), max_size=12)
     words = spelling_texts.map(lambda text: tokenizer.encode(text, add_special_tokens=False))
     tokens = st.lists(noise | words, max_size=4).map(flat)
 
