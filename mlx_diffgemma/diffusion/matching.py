@@ -30,6 +30,8 @@ from mlx_diffgemma.errors import NumericalError
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
+_SETTLED = 3  # steps after which a draft that stays the same is taken, however unsure the model is
+
 
 class Matcher(Protocol):
     """Where a grammar stands after some tokens."""
@@ -83,12 +85,14 @@ class _Canvas:
         self.draft = np.zeros(length, np.int32)
         self.steps = 0
         self.stop = make_stop_rule(config)
+        self.seen: list[int] = []
+        self.unchanged = 0
 
     def round(
         self, layout: Layout, reach: Callable[[list[int]], int]
     ) -> Generator[DenoisingStep, None, None]:
-        """Steps under `layout` until the first `reach(draft)` positions are done, or the schedule
-        is used up, at least one; leaves `draft`."""
+        """Steps under `layout` until the first `reach(draft)` positions are done, or do not change
+        any more, or the schedule is used up; at least one. Leaves `draft`."""
         constraint = CanvasConstraint.of([layout], self.shape[1])
         sampler = make_sampler(self.config, self.shape[1])
         last = self.config.max_denoising_steps
@@ -120,7 +124,10 @@ class _Canvas:
                 )
             draft = np.array(proposal.draft)
             self.draft = draft[0]
-            looked_at = np.arange(self.shape[0]) < reach(self.draft.tolist())
+            ahead = reach(self.draft.tolist())
+            before, self.seen = self.seen, self.draft[:ahead].tolist()
+            self.unchanged = self.unchanged + 1 if self.seen == before else 0
+            looked_at = np.arange(self.shape[0]) < ahead
             done = self.stop.update(draft, entropy, constraint.open & looked_at)
             yield DenoisingStep(
                 canvas_index=self.index,
@@ -134,7 +141,7 @@ class _Canvas:
                 accepted=np.array(proposal.accepted),
                 done=done,
             )
-            if done.all():
+            if done.all() or self.unchanged >= _SETTLED:
                 return
 
 

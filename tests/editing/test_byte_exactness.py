@@ -16,6 +16,7 @@ QUICK = {"prompt": "x", "raw": True, "max_denoising_steps": 1}
 HOLE = "\uf8fe"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", [tiny, demo])
 @pytest.mark.parametrize("seed", range(10))
 def test_infill(load, seed):
@@ -34,6 +35,7 @@ def test_infill(load, seed):
         assert done.text == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", [tiny, demo])
 @pytest.mark.parametrize("seed", range(10))
 def test_edit(load, seed):
@@ -60,6 +62,7 @@ def test_edit(load, seed):
             assert "\n" not in done.filled.text.replace("\r\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", [tiny, demo])
 @pytest.mark.parametrize("seed", range(10))
 def test_fill(load, seed):
