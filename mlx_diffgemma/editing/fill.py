@@ -1,0 +1,258 @@
+"""Fill a template with named slots: free text, kinds of text, choices, regular expressions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mlx_diffgemma.diffusion.closing import Closer
+from mlx_diffgemma.editing.gaps import Filled, choose_lengths, fill_gaps, read
+from mlx_diffgemma.editing.grammar import GrammarMatcher, closer, regex_matcher
+from mlx_diffgemma.editing.infill import LENGTHS
+from mlx_diffgemma.editing.scoring import Option, comparable, option_log_probs, softmax
+from mlx_diffgemma.editing.session import OnStep, Session
+from mlx_diffgemma.editing.template import Slot, parse_template
+from mlx_diffgemma.editing.vocabulary import Vocabulary
+from mlx_diffgemma.editing.window import Gap, lay_out
+from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.text.prompt import Prompt
+
+_PROMPT = """\
+Fill in this template. Write the whole text with something fitting in the place of every slot in \
+braces, and nothing else.
+
+{template}"""
+
+
+@dataclass(frozen=True)
+class FilledTemplate:
+    """A template with its slots filled.
+
+    Attributes:
+        text: the whole text.
+        slots: the text of each slot, by name.
+        filled: how each slot came about, by name.
+        cut: most tokens behind a slot that did not fit in its canvas and went unseen.
+        passes: forward passes over a canvas.
+        seed: the seed of every random draw.
+    """
+
+    text: str
+    slots: dict[str, str]
+    filled: dict[str, Filled]
+    cut: int
+    passes: int
+    seed: int
+
+
+def fill(
+    model: DiffusionGemma,
+    tokenizer: Any,
+    template: str,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    prompt: Prompt | None = None,
+    seed: int | None = None,
+    system_prompt: str | None = None,
+    raw: bool = False,
+    on_step: OnStep | None = None,
+    **settings: Any,
+) -> FilledTemplate:
+    """Fill the slots of a template from left to right, each seen with the text on both its sides.
+
+    Args:
+        template: as `parse_template` reads it.
+        lengths: how many tokens a slot may take; the model chooses.
+        prompt: what to tell the model; by default, to write the template filled in.
+        seed, system_prompt, raw, settings: as for `stream_generate`.
+        on_step: called with the `DenoisingStep` after each step.
+
+    Raises:
+        UsageError: the template is malformed, a slot cannot be satisfied, or does not fit.
+        PromptError: the text is longer than the context.
+    """
+    literals, slots = parse_template(template)
+    session = Session(
+        model,
+        tokenizer,
+        _PROMPT.format(template=template) if prompt is None else prompt,
+        seed=seed,
+        system_prompt=system_prompt,
+        raw=raw,
+        on_step=on_step,
+        **settings,
+    )
+    filler = _Filler(session, tuple(lengths))
+    known: dict[str, Filled] = {}
+    left, rest, waiting = literals[0], literals[1:], list(slots)
+    while waiting:
+        name = waiting[0].name
+        if name not in known:
+            known[name] = filler.fill([left, *rest], waiting, known)
+        left += known[name].text + rest.pop(0)
+        del waiting[0]
+    return FilledTemplate(
+        text=left,
+        slots={name: filled.text for name, filled in known.items()},
+        filled=known,
+        cut=filler.cut,
+        passes=session.passes,
+        seed=session.seed,
+    )
+
+
+class _Filler:
+    """Fills the first of the slots that wait, whatever its kind."""
+
+    def __init__(self, session: Session, lengths: tuple[int, ...]) -> None:
+        if not lengths or min(lengths) < 1:
+            raise UsageError(f"a slot takes at least 1 token; its lengths are {list(lengths)}.")
+        self.session, self.lengths = session, lengths
+        self.closer: Closer = closer(session.vocabulary)
+        self.cut = 0
+
+    def fill(
+        self, literals: Sequence[str], slots: Sequence[Slot], known: dict[str, Filled]
+    ) -> Filled:
+        """What becomes of `slots[0]`; the others stand open, or hold what is known of them."""
+        literals, slots = _with_known(literals, slots, known)
+        gaps = [self._gap(slot) for slot in slots]
+        slot = slots[0]
+        if slot.kind == "choices":
+            return self._choose(literals, gaps, slot)
+        if slot.kind == "regex":
+            return self._match(literals, gaps, slot)
+        # The slots behind stay open: only the first is settled.
+        middles = [replace(gap, lengths=(gap.middle,)) for gap in gaps[1:]]
+        chosen = [gaps[0], *middles]
+        scores = choose_lengths(self.session, literals, chosen)[0] if len(self.lengths) > 1 else {}
+        done = fill_gaps(self.session, literals, chosen, first_only=True)
+        self.cut = max(self.cut, done.cut)
+        return replace(done.gaps[0], scores=scores)
+
+    def _gap(self, slot: Slot) -> Gap:
+        vocabulary = self.session.vocabulary
+        if slot.kind == "text":
+            return Gap(self.lengths)
+        if slot.kind == "line":
+            return Gap(self.lengths, vocabulary.mask(_holds_no_newline), joins=False)
+        if slot.kind == "choices":
+            middle = sorted(len(vocabulary.encode(choice)) for choice in slot.choices)
+            return Gap((max(1, middle[len(middle) // 2]),), joins=False)
+        if slot.kind == "regex":
+            return Gap(self.lengths, joins=False)
+        kinds: dict[str, Callable[[bytes], bool]] = {"digits": _is_digits, "word": _is_word}
+        return Gap(self.lengths, vocabulary.mask(kinds[slot.kind]), joins=False)
+
+    def _choose(self, literals: Sequence[str], gaps: Sequence[Gap], slot: Slot) -> Filled:
+        """Pin each choice in its place, and take the most probable."""
+        session = self.session
+        answers = [session.vocabulary.encode(choice) for choice in slot.choices]
+        lengths = [[len(answer), *(gap.middle for gap in gaps[1:])] for answer in answers]
+        windows = lay_out(session.vocabulary, literals, gaps, lengths, session.length)
+        options = []
+        for window, answer in zip(windows, answers, strict=True):
+            span = window.spans[0]
+            tokens = list(window.layout.tokens)
+            tokens[span.start : span.stop] = answer
+            options.append(Option(0, tuple(tokens), span.start, span.stop))
+        self.cut = max(self.cut, *(window.cut for window in windows))
+        found = option_log_probs(session, session.prefix(windows[0].prefix), comparable(options))
+        chances = softmax(found)
+        best = int(np.argmax(chances))
+        entropy = float(-(chances * np.log(np.maximum(chances, 1e-30))).sum())
+        return Filled(
+            text=slot.choices[best],
+            tokens=tuple(answers[best]),
+            entropy=(entropy, *[0.0] * (len(answers[best]) - 1)),
+        )
+
+    def _match(self, literals: Sequence[str], gaps: Sequence[Gap], slot: Slot) -> Filled:
+        """Pin what matches of each draft and restrict what comes next, as `generate_matching`."""
+        session, vocabulary = self.session, self.session.vocabulary
+        matcher = regex_matcher(vocabulary, slot.pattern, f"the pattern of slot '{slot.name}'")
+        longest = max(self.lengths)
+        self.closer.require(matcher, longest)
+        shortest = len(self.closer.ending(matcher, longest))
+        if matcher.may_end and matcher.must_end:
+            return Filled("")
+        lengths = tuple(n for n in self.lengths if n >= max(1, shortest))
+        first = replace(gaps[0], lengths=lengths, following=_continuing(matcher, vocabulary))
+        chosen = [first, *gaps[1:]]
+        scores: dict[int, float] = {}
+        if len(lengths) > 1:
+            scores = choose_lengths(session, literals, chosen)[0]
+        length, given, entropy = chosen[0].lengths[0], list[int](), list[float]()
+        config, canvas, steps = session.config, None, 0
+        while True:
+            forced = matcher.forced()[: length - len(given)]
+            matcher.advance(forced)
+            given += forced
+            entropy += [0.0] * len(forced)
+            following = _continuing(matcher, vocabulary)
+            if matcher.must_end or len(given) == length or not following.any():
+                break
+            gap = replace(first, lengths=(length,), given=tuple(given), following=following)
+            window = lay_out(
+                vocabulary,
+                literals,
+                [gap, *gaps[1:]],
+                [[length, *(other.middle for other in gaps[1:])]],
+                session.length,
+            )[0]
+            done = session.denoise(
+                session.prefix(window.prefix),
+                window.layout,
+                initial=canvas,
+                first_step=1 if canvas is None else config.max_denoising_steps,
+            )
+            canvas, self.cut = done.tokens, max(self.cut, window.cut)
+            steps += done.steps
+            seen = read(session, window.spans[0], done.tokens, done.entropy, done.steps)
+            draft = seen.tokens[len(given) :]
+            kept = self.closer.affordable(
+                matcher, draft[: matcher.matching(draft)], length - len(given)
+            ) or self.closer.ending(matcher, length - len(given))
+            if not kept:
+                break
+            entropy += seen.entropy[len(given) : len(given) + len(kept)]
+            matcher.advance(kept)
+            given += kept
+            if matcher.may_end and len(kept) < len(draft):
+                break  # what the model would go on with does not match, and it is complete
+        return Filled(vocabulary.decode(given), tuple(given), tuple(entropy), steps, scores)
+
+
+def _with_known(
+    literals: Sequence[str], slots: Sequence[Slot], known: dict[str, Filled]
+) -> tuple[list[str], list[Slot]]:
+    """The slots that are not known yet, and the text around them, which holds the known ones."""
+    around, open_slots = [literals[0]], list[Slot]()
+    for slot, literal in zip(slots, literals[1:], strict=True):
+        if slot.name in known:
+            around[-1] += known[slot.name].text + literal
+        else:
+            open_slots.append(slot)
+            around.append(literal)
+    return around, open_slots
+
+
+def _continuing(matcher: GrammarMatcher, vocabulary: Vocabulary) -> np.ndarray:
+    """Mask of the text that may follow."""
+    return matcher.allowed() & vocabulary.text
+
+
+def _holds_no_newline(piece: bytes) -> bool:
+    return b"\n" not in piece and b"\r" not in piece
+
+
+def _is_digits(piece: bytes) -> bool:
+    return piece.isdigit()
+
+
+def _is_word(piece: bytes) -> bool:
+    return piece.decode(errors="replace").isalpha()
