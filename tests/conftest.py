@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,12 @@ def tiny_model() -> Callable[..., DiffusionGemma]:
         return make_model(config, make_weights(config, seed, gain))
 
     return build
+
+
+def pytest_configure() -> None:
+    """Tests press Ctrl-C in what they start, which would be ignored where the tests themselves run
+    in the background of a shell: a program inherits it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

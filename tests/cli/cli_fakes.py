@@ -164,7 +164,9 @@ class Terminal:
 
     def until(self, wanted: str) -> None:
         """Read until `wanted` has been written after what was waited for last."""
+        end = time.monotonic() + 2 * self.patience
         while wanted not in self.written[self._seen :]:
+            assert time.monotonic() < end, f"never came {wanted!r}: {self.written[-500:]!r}"
             assert self._read(), f"ended without {wanted!r}: {self.written!r}"
         self._seen = self.written.index(wanted, self._seen) + len(wanted)
 
