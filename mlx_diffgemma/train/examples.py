@@ -1,0 +1,72 @@
+"""What is trained on: prompts and responses as token ids, and batches of them on the device.
+
+Letters: B examples, S sequence positions, C canvas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_diffgemma.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and its response.
+
+    Attributes:
+        tokens: ids of the prompt followed by those of the response, which ends with an eos.
+        prompt: how many of them are the prompt.
+    """
+
+    tokens: tuple[int, ...]
+    prompt: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.prompt < len(self.tokens):
+            raise UsageError(
+                "an example needs at least one token of prompt and one of response, and has "
+                f"{self.prompt} and {len(self.tokens) - self.prompt}."
+            )
+
+    @property
+    def response(self) -> tuple[int, ...]:
+        return self.tokens[self.prompt :]
+
+
+Stream = Callable[[int, int], Sequence[Example]]
+"""`stream(first, count)` gives the examples number `first` to `first + count` of an endless supply.
+What it returns may depend on these numbers only, so that a run that was stopped sees the same."""
+
+Supply = Sequence[Example] | Stream
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One random canvas of each of B responses, with all before it as its prefix.
+
+    Attributes:
+        sequence: [B, S] clean ids, padded on the right: what the encoder reads.
+        prefix: [B] where in `sequence` the canvas starts.
+        canvas: [B, C] clean ids, filled up with eos: what the decoder is to say.
+        corrupted: [B, C] what the decoder sees.
+        noise: [B] t, the share of tokens that were to be replaced.
+        counted: [B, S - 1] whether the encoder's loss counts its guess at the next token; empty
+            where that loss has no weight, for then the sequence ends with the prefix.
+        conditioned: of how many examples, from the first, the decoder sees its own guess.
+    """
+
+    sequence: mx.array
+    prefix: mx.array
+    canvas: mx.array
+    corrupted: mx.array
+    noise: mx.array
+    counted: mx.array
+    conditioned: int
+
+    @property
+    def size(self) -> int:
+        return self.sequence.shape[0]
