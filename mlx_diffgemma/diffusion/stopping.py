@@ -92,7 +92,7 @@ def make_stop_rule(config: DiffusionConfig) -> StopRule:
     rule: StopRule = StableAndConfident(config.stability_threshold, config.confidence_threshold)
     if config.confident_after is not None:
         rule = AnyOf([rule, ConfidentAfter(config.confident_after, config.confidence_threshold)])
-    if config.stop_at_eos:
+    if config.stop_at_eos and config.eos_token_ids:
         rule = UpToEos(rule, config.eos_token_ids, config.entropy_bound)
     return rule
 

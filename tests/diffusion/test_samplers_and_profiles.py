@@ -191,7 +191,8 @@ def test_profiles_are_settings() -> None:
     assert DEFAULT in PROFILES
     for name in PROFILES:
         config = DiffusionConfig().override(**profile_settings(name))
-        make_stop_rule(config)
+        rule = make_stop_rule(config)  # without any eos, too
+        assert not rule.update(np.array([[1, 2]]), np.array([[2.0, 2.0]])).any()
     with pytest.raises(
         UsageError, match="unknown profile 'x'; known are exact, balanced, fast, turbo"
     ):
