@@ -97,6 +97,8 @@ def pack(block: Block, raw: Mapping[str, np.ndarray]) -> Packed:
             if not target.format.quantized and source.dtype == target.dtype:
                 return Packed(block, {"weight": raw["weight"]})
             weight = to_mx(raw["weight"], source.dtype, target.columns)
+        elif target.format == target.source_format:
+            return Packed(block, _kept(block, raw))
         else:
             weight = _dequantize(block, raw)
         weight = weight.astype(MX_DTYPES[target.dtype])
@@ -169,6 +171,21 @@ def _dequantize(block: Block, raw: Mapping[str, np.ndarray]) -> mx.array:
         arrays["weight"], arrays["scales"], arrays.get("biases"), **fmt.parameters,
         dtype=MX_DTYPES[target.dtype],
     )  # fmt: skip
+
+
+def _kept(block: Block, raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The parts of a block whose format stays: only the type of scales and biases may change."""
+    target, kept = block.target, {}
+    for part, data in raw.items():
+        tensor = target.parts[part][0].tensor
+        if tensor.dtype in _SIGNED:
+            check_finite(data, tensor.dtype, tensor.name)
+            if tensor.dtype != target.dtype:
+                data = to_bytes(
+                    to_mx(data, tensor.dtype, tensor.columns).astype(MX_DTYPES[target.dtype])
+                )
+        kept[part] = data
+    return kept
 
 
 def to_mx(data: np.ndarray, dtype: str, columns: int) -> mx.array:

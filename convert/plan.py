@@ -149,6 +149,7 @@ def make_plan(
     *,
     dtype: str | None = None,
     dequantize: bool = False,
+    keep_formats: bool = False,
     hugging_face: bool = False,
     shard_size: int | str = "5GB",
 ) -> Plan:
@@ -158,6 +159,8 @@ def make_plan(
         recipe: formats of the modules; ignored when dequantizing.
         dtype: "bf16", "fp16" or "fp32" for what is not quantized; None keeps what the source has.
         dequantize: the source is quantized, the output is not.
+        keep_formats: every module keeps the format in which the source stores it; the recipe is
+            only a name then.
         hugging_face: write the names of the reference implementation.
         shard_size: most bytes of a file.
 
@@ -166,14 +169,14 @@ def make_plan(
         UsageError: a format does not fit a module, or the source is quantized already.
     """
     config = ModelConfig.from_dict(source.config)
-    if config.quantization is not None and not dequantize:
+    if config.quantization is not None and not (dequantize or keep_formats):
         raise UsageError(
             f"{source.name} is quantized already; convert from the original weights, or add "
             "--dequantize."
         )
     if dequantize:
         recipe = Recipe("dequantized", ())
-    targets = _targets(source, config, recipe, dtype)
+    targets = _targets(source, config, recipe, dtype, keep_formats)
     if hugging_face and any(target.format.quantized for target in targets):
         raise UsageError("the Hugging Face layout is unquantized; leave out the recipe.")
     targets.sort(key=lambda t: min((p.tensor.shard, p.tensor.start) for p in t.parts["weight"]))
@@ -206,7 +209,7 @@ def _fingerprint(source: Source, settings: Mapping[str, Any]) -> str:
 
 
 def _targets(
-    source: Source, config: ModelConfig, recipe: Recipe, dtype: str | None
+    source: Source, config: ModelConfig, recipe: Recipe, dtype: str | None, keep_formats: bool
 ) -> list[Target]:
     gathered = gather(source.tensors.values())
     names = {t.name: t.shape for t in source.tensors.values()}
@@ -239,6 +242,8 @@ def _targets(
         fmt = (
             recipe.format_for(path, layers) if is_quantizable(name, len(shape)) else _other(recipe)
         )
+        if keep_formats:
+            fmt = before or Format(KEEP)
         fmt.check_fits(path, shape)
         kept = tensors["scales" if before is not None and before.mode == "affine" else "weight"][0]
         targets.append(

@@ -104,7 +104,7 @@ class FolderSource:
 
     def identities(self) -> dict[str, Any]:
         """Size and time of change of each shard."""
-        stats = {s: (self.folder / s).stat() for s in {t.shard for t in self.tensors.values()}}
+        stats = {s: self.shard_path(s).stat() for s in {t.shard for t in self.tensors.values()}}
         return {shard: [stat.st_size, stat.st_mtime_ns] for shard, stat in stats.items()}
 
     def room_needed(self, shards: Collection[str]) -> list[tuple[Path, int]]:

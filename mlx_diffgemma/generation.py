@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_diffgemma.checkpoint import loading, locate, memory
+from mlx_diffgemma.checkpoint import adapters, loading, locate, memory
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.denoise import cut, generate_canvases
 from mlx_diffgemma.diffusion.events import (
@@ -96,7 +96,7 @@ def load(
     Args:
         path_or_repo: a folder, a Hugging Face repository, or "demo".
         lazy: leave the weights on disk until they are used.
-        adapter_path: a folder with LoRA adapters.
+        adapter_path: a folder with adapters that training wrote.
         chat_template: a Jinja template, or a file that holds one, in place of the checkpoint's.
         check: look for NaN and infinity in every weight.
 
@@ -108,7 +108,7 @@ def load(
     path = locate.locate(path_or_repo, revision)
     model, _ = loading.load_model(path, lazy=lazy, check=check, name=str(path_or_repo))
     if adapter_path is not None:
-        loading.load_adapters(model, adapter_path)
+        adapters.load_adapters(model, adapter_path)
     tokenizer = load_tokenizer(
         path,
         eos_token_ids=list(diffusion_config(model).eos_token_ids),

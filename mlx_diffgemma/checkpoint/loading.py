@@ -89,22 +89,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def load_adapters(model: DiffusionGemma, adapter_path: str | Path) -> None:
-    """Put LoRA adapters in mlx-lm's format onto `model`.
-
-    Raises:
-        CheckpointError: the folder has no adapters.
-    """
-    folder = Path(adapter_path)
-    for file in ("adapter_config.json", "adapters.safetensors"):
-        if not (folder / file).exists():
-            raise CheckpointError(f"{folder} has no {file}; name the folder that training wrote.")
-    from mlx_lm.tuner.utils import load_adapters as load_lora
-
-    load_lora(model, str(folder))
-    model.eval()
-
-
 def _text_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The stored tensors of the text model, by the name of the parameter they fill."""
     tensors: dict[str, StoredTensor] = {}

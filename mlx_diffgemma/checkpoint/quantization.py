@@ -155,20 +155,25 @@ class Rule:
     def matches(self, path: str, num_layers: int = 0) -> bool:
         """Whether the rule is about the module `path`; `num_layers` is what `layers[-1]` counts
         from."""
-        found = _SELECTOR.fullmatch(self.selector)
-        assert found is not None  # the second group takes anything
-        if found["layers"] is not None:
-            layer = _LAYER.search(path)
-            if layer is None or int(layer[1]) not in _layer_range(found["layers"], num_layers):
-                return False
-        module = found["module"]
-        if module in ("", "all"):
-            return True
-        head, _, tail = module.partition(".")
-        if _ALIASES.get(head, head) in QUANTIZABLE_CLASSES:
-            kind = _ALIASES.get(head, head)
-            return module_class(path) == kind and (not tail or path.endswith(f".{tail}"))
-        return fnmatchcase(path, module) or fnmatchcase(path, f"*.{module}")
+        return selects(self.selector, path, num_layers)
+
+
+def selects(selector: str, path: str, num_layers: int = 0) -> bool:
+    """Whether a selector (see `Rule`) is about the module `path`."""
+    found = _SELECTOR.fullmatch(selector)
+    assert found is not None  # the second group takes anything
+    if found["layers"] is not None:
+        layer = _LAYER.search(path)
+        if layer is None or int(layer[1]) not in _layer_range(found["layers"], num_layers):
+            return False
+    module = found["module"]
+    if module in ("", "all"):
+        return True
+    head, _, tail = module.partition(".")
+    if _ALIASES.get(head, head) in QUANTIZABLE_CLASSES:
+        kind = _ALIASES.get(head, head)
+        return module_class(path) == kind and (not tail or path.endswith(f".{tail}"))
+    return fnmatchcase(path, module) or fnmatchcase(path, f"*.{module}")
 
 
 def _layer_range(text: str, num_layers: int) -> range:

@@ -13,7 +13,7 @@ from tiny_models import make_config, make_weights
 
 from mlx_diffgemma import load_model
 from mlx_diffgemma.checkpoint import memory
-from mlx_diffgemma.checkpoint.loading import load_adapters
+from mlx_diffgemma.checkpoint.adapters import load_adapters
 from mlx_diffgemma.checkpoint.locate import locate
 from mlx_diffgemma.checkpoint.names import to_hugging_face
 from mlx_diffgemma.checkpoint.shards import INDEX

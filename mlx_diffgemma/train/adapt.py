@@ -1,0 +1,144 @@
+"""What of a model is trained: adapters on chosen modules, or the weights themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_diffgemma.checkpoint.adapters import (
+    ADAPTABLE,
+    add_adapters,
+    layer_prefixes,
+    modules_of_keys,
+)
+from mlx_diffgemma.checkpoint.names import module_class
+from mlx_diffgemma.checkpoint.quantization import selects
+from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.train.config import TrainConfig
+
+DEFAULT_TARGETS = ("attention", "mlp")
+"""Attention and the dense MLP of every layer; not the MLP of the self-conditioning."""
+
+FROZEN = "router"
+_LAYERS = "model.decoder.layers."
+
+
+def prepare(model: DiffusionGemma, config: TrainConfig) -> tuple[str, ...]:
+    """Freeze `model` but for what `config` has trained, and put it into training mode.
+
+    LoRA and DoRA leave the base frozen, quantized or not; "full" trains the weights of the chosen
+    layers, or, with `num_layers` -1 and no keys, every weight. The router is always frozen. MLX's
+    global random state is set from `config.seed`.
+
+    Returns:
+        For adapters, the keys of mlx-lm's `lora_parameters` that name the chosen modules.
+
+    Raises:
+        UsageError: a key matches nothing, there are not so many layers, or the weights to train
+            are quantized.
+    """
+    mx.random.seed(config.seed)
+    keys = config.lora_parameters.keys
+    model.freeze()
+    if config.fine_tune_type == "full":
+        _unfreeze(model, config.num_layers, keys)
+        model.train()
+        return ()
+    paths = target_modules(model, keys or DEFAULT_TARGETS, config.num_layers)
+    named = keys_of_modules(model, paths, config.num_layers)
+    lora = config.lora_parameters
+    add_adapters(
+        model,
+        paths,
+        rank=lora.rank,
+        scale=lora.scale,
+        dropout=lora.dropout,
+        dora=config.fine_tune_type == "dora",
+    )
+    model.train()
+    return named
+
+
+def target_modules(
+    model: DiffusionGemma, selectors: Sequence[str], num_layers: int = -1
+) -> list[str]:
+    """The modules that take an adapter: those in the last `num_layers` layers (-1 for all), or in
+    no layer, that any of the selectors is about. Selectors are those of the converter's `--set`.
+
+    Raises:
+        UsageError: a selector matches nothing, or only what stays frozen.
+    """
+    prefixes, total = _prefixes(model, num_layers), len(model.layers)
+    known = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, ADAPTABLE)
+        and (path.startswith(tuple(prefixes)) or not path.startswith(_LAYERS))
+    ]
+    chosen: set[str] = set()
+    for selector in selectors:
+        found = [path for path in known if selects(selector, path, total)]
+        trained = [path for path in found if module_class(path) != FROZEN]
+        if not trained:
+            raise UsageError(f"target '{selector}' {_why_not(selector, found)}")
+        chosen.update(trained)
+    return [path for path in known if path in chosen]
+
+
+def keys_of_modules(
+    model: DiffusionGemma, paths: Iterable[str], num_layers: int
+) -> tuple[str, ...]:
+    """mlx-lm's `keys` for modules: what all layers have in common by its name within a layer, as
+    far as these name nothing else; the rest by the path from the top."""
+    wanted = set(paths)
+    inside = (path.removeprefix(_LAYERS) for path in wanted if path.startswith(_LAYERS))
+    short = sorted({path.partition(".")[2] for path in inside})
+    named = set(modules_of_keys(model, short, num_layers))
+    return (*short, *sorted(wanted - named)) if named <= wanted else tuple(sorted(wanted))
+
+
+def trainable_count(model: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
+
+
+def _why_not(selector: str, found: list[str]) -> str:
+    if found:
+        return "names the router, which stays frozen; leave it out."
+    if selector in ("embedding", "embed", "embed_tokens"):
+        return "cannot take an adapter: it is also the head; train it with --fine-tune-type full."
+    return (
+        "matches no module; known are attention, mlp, experts, self_conditioning, one of their "
+        "projections (attention.q_proj), layers[-4:].mlp, or a path with *."
+    )
+
+
+def _prefixes(model: DiffusionGemma, num_layers: int) -> list[str]:
+    if num_layers > len(model.layers):
+        raise UsageError(
+            f"num_layers is {num_layers}, and the model has {len(model.layers)}; -1 takes all."
+        )
+    return layer_prefixes(model, num_layers)
+
+
+def _unfreeze(model: DiffusionGemma, num_layers: int, keys: Sequence[str] | None) -> None:
+    if any(hasattr(module, "bits") for module in model.modules()):
+        raise UsageError(
+            "full fine-tuning needs unquantized weights; train adapters (--fine-tune-type lora), "
+            "or load the original."
+        )
+    prefixes = tuple(_prefixes(model, num_layers))
+    if keys:
+        for path in target_modules(model, keys, num_layers):
+            dict(model.named_modules())[path].unfreeze()
+    elif num_layers == -1:
+        model.unfreeze()
+    else:
+        for layer in model.layers[len(model.layers) - len(prefixes) :]:
+            layer.unfreeze()
+    for layer in model.layers:
+        layer.router.freeze()
