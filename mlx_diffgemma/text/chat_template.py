@@ -28,8 +28,15 @@ def template_text(tokenizer: Any) -> str:
     return str(template)
 
 
-def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **settings: Any) -> str:
-    """The prompt that the template makes of `messages`, the answer's turn opened.
+def render(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    open_turn: bool = True,
+    **settings: Any,
+) -> str:
+    """The prompt that the template makes of `messages`, the answer's turn opened (unless not
+    `open_turn`).
 
     `settings` are handed to the template (`enable_thinking`).
 
@@ -44,7 +51,7 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **settings: An
         rendered = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             chat_template=text,
-            add_generation_prompt=True,
+            add_generation_prompt=open_turn,
             tokenize=False,
             **settings,
         )

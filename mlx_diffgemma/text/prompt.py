@@ -24,6 +24,7 @@ def encode_prompt(
     raw: bool = False,
     system_prompt: str | None = None,
     thinking: bool | None = None,
+    controls: ControlTokens | None = None,
 ) -> list[int]:
     """Token ids of a prompt.
 
@@ -36,6 +37,7 @@ def encode_prompt(
         raw: use no chat template; `prompt` is a text.
         system_prompt: a system message before the others.
         thinking: whether the answer begins with a chain of thought; None leaves it to the template.
+        controls: the tokenizer's, for a caller with many prompts.
 
     Raises:
         PromptError: the prompt is empty, malformed, or holds images.
@@ -48,9 +50,8 @@ def encode_prompt(
         if raw:
             _refuse(system_prompt, thinking, "a raw prompt")
             _check_unicode(prompt)
-            return ControlTokens(hf_tokenizer(tokenizer)).encode_text(
-                prompt, add_special_tokens=True
-            )
+            controls = controls or ControlTokens(hf_tokenizer(tokenizer))
+            return controls.encode_text(prompt, add_special_tokens=True)
         prompt = [{"role": "user", "content": prompt}]
     items = list(prompt)
     if not items:
@@ -60,11 +61,15 @@ def encode_prompt(
         return [int(item) for item in items]  # type: ignore[call-overload]
     if raw:
         raise UsageError("a raw prompt is a text; leave out raw to send messages.")
-    return _encode_messages(hf_tokenizer(tokenizer), items, system_prompt, thinking)
+    return _encode_messages(hf_tokenizer(tokenizer), items, system_prompt, thinking, controls)
 
 
 def _encode_messages(
-    tokenizer: Any, items: list[Any], system_prompt: str | None, thinking: bool | None
+    tokenizer: Any,
+    items: list[Any],
+    system_prompt: str | None,
+    thinking: bool | None,
+    controls: ControlTokens | None,
 ) -> list[int]:
     template = template_text(tokenizer)
     messages = [_checked(item, number) for number, item in enumerate(items, start=1)]
@@ -87,7 +92,7 @@ def _encode_messages(
     strings = _strings(messages)
     for string in strings:
         _check_unicode(string)
-    controls = ControlTokens(tokenizer)
+    controls = controls or ControlTokens(tokenizer)
     if not any(controls.breaks(string) for string in strings):
         ids: list[int] = tokenizer.encode(
             render(tokenizer, messages, **settings), add_special_tokens=False
