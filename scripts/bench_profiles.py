@@ -163,13 +163,13 @@ def main() -> None:
             continue
         config = diffusion_config(model, **given)
         changed = {k: v for k, v in asdict(config).items() if v != asdict(shipped)[k]}
-        for task, puzzles in inputs.items():
+        for task, exercises in inputs.items():
             total = exam.Marks()
             for start in range(0, args.count, args.batch):
-                part = puzzles[start : start + args.batch]
+                part = exercises[start : start + args.batch]
                 batch = key(args.model, args.seed, task, start, start + len(part), changed)
                 if batch not in ledger.batches:
-                    prompts = [exam.sudoku.prompt(puzzle) for puzzle in part]
+                    prompts = [exercise.prompt for exercise in part]
                     answers = exam.answer(model, tokenizer, config, prompts, seed=start)
                     ledger.add(batch, exam.mark(answers, part))
                 total += ledger.batches[batch]

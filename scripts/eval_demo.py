@@ -1,10 +1,11 @@
-"""How often does a model answer the demo's sudoku tasks exactly, and in how many steps?
+"""How often does a model answer the demo's tasks exactly, and in how many steps?
 
     python scripts/eval_demo.py                                   # the shipped model
     python scripts/eval_demo.py --model OUT_8BIT --count 400
     python scripts/eval_demo.py --reference ../shared/demo-hf     # transformers, the same inputs
+    python scripts/eval_demo.py --model RUN/model --task one --task bare --task record
 
-Puzzles are fresh: made from `--seed`, the same for every model. The reference runs in float32 and
+Inputs are fresh: made from `--seed`, the same for every model. The reference runs in float32 and
 needs `pip install torch transformers`.
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mlx_diffgemma.bench import exam
-from mlx_diffgemma.demo import sudoku
+from mlx_diffgemma.demo.tasks import TASKS
 
 Answers = list[exam.Answer]
 
@@ -78,13 +79,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", action="append", help="a model to run (repeatable)")
     parser.add_argument("--reference", type=Path, help="run transformers on this folder")
+    parser.add_argument(
+        "--task", action="append", choices=list(TASKS), help="repeatable; one and two if left out"
+    )
     parser.add_argument("--count", type=int, default=200, help="inputs a task")
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--steps", type=int, action="append", help="cap on steps (repeatable)")
     parser.add_argument("--batch", type=int, default=1, help="sequences at once (ours only)")
     args = parser.parse_args()
 
-    inputs = exam.make_tasks(args.count, args.seed)
+    inputs = exam.make_tasks(args.count, args.seed, args.task or tuple(exam.SUDOKUS))
     print(f"{args.count} inputs a task, seed {args.seed}\n")
     print("| model | step cap | task | exact | steps a canvas | tokens a forward | seconds |")
     print("|---|---|---|---|---|---|---|")
@@ -94,11 +98,11 @@ def main() -> None:
         if args.reference:
             runs.append(("transformers", run_reference(args.reference, steps)))
         for name, run in runs:
-            for task, puzzles in inputs.items():
+            for task, exercises in inputs.items():
                 start = time.perf_counter()
-                answers = run([sudoku.prompt(puzzle) for puzzle in puzzles])
+                answers = run([exercise.prompt for exercise in exercises])
                 seconds = time.perf_counter() - start
-                marks = exam.mark(answers, puzzles)
+                marks = exam.mark(answers, exercises)
                 print(
                     f"| {name} | {steps or 'default'} | {task} | {marks.rate:.3f} "
                     f"| {marks.steps_per_canvas:.2f} | {marks.tokens_per_forward:.1f} "

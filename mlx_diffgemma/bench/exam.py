@@ -1,4 +1,4 @@
-"""How often a model answers the demo's sudokus exactly, and in how many steps."""
+"""How often a model answers the demo's tasks exactly, and in how many steps."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlx_diffgemma.demo import sudoku
+from mlx_diffgemma.demo.exercises import Exercise
+from mlx_diffgemma.demo.tasks import TASKS
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.denoise import generate_canvases
 from mlx_diffgemma.diffusion.events import Finished
 from mlx_diffgemma.diffusion.noise import SeededNoise
+from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.text.prompt import encode_prompt
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-Task = Sequence[sudoku.Puzzle]
-TASKS = {"one": 1, "two": 2}
-"""Puzzles in a prompt, by the name of the task."""
+SUDOKUS = {"one": 1, "two": 2}
+"""Puzzles in a prompt, by the name of the task: what is compared unless other tasks are named."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Marks:
 
     Attributes:
         count: answers.
-        exact: how many of them were right in every cell.
+        exact: how many of them were right in every character.
         steps, canvases, tokens: of all of them together.
     """
 
@@ -81,13 +83,29 @@ class Marks:
         return self.tokens / self.steps
 
 
-def make_tasks(count: int, seed: int) -> dict[str, list[list[sudoku.Puzzle]]]:
-    """`count` inputs of each task, the same for every model."""
+def make_tasks(
+    count: int, seed: int, names: Sequence[str] = tuple(SUDOKUS)
+) -> dict[str, list[Exercise]]:
+    """`count` inputs of each task, the same for every model and whatever else is asked.
+
+    Raises:
+        UsageError: there is no such task.
+    """
+    for name in names:
+        if name not in TASKS:
+            raise UsageError(f"task '{name}' is unknown; known are {', '.join(TASKS)}.")
     rng = np.random.default_rng(seed)
-    return {
-        name: [[sudoku.make_puzzle(rng) for _ in range(size)] for _ in range(count)]
-        for name, size in TASKS.items()
-    }
+    made = {name: [_sudoku(rng, size) for _ in range(count)] for name, size in SUDOKUS.items()}
+    for place, (name, make) in enumerate(TASKS.items()):
+        if name in names and name not in SUDOKUS:
+            own = np.random.default_rng([seed, place])
+            made[name] = [make(own, 1.0) for _ in range(count)]
+    return {name: made[name] for name in names}
+
+
+def _sudoku(rng: np.random.Generator, puzzles: int) -> Exercise:
+    made = [sudoku.make_puzzle(rng) for _ in range(puzzles)]
+    return Exercise(sudoku.prompt(made), sudoku.answer(made))
 
 
 def answer(
@@ -107,10 +125,10 @@ def answer(
     ]
 
 
-def mark(answers: Iterable[Answer], tasks: Iterable[Task]) -> Marks:
-    """Compare answers with the only right ones."""
+def mark(answers: Iterable[Answer], exercises: Iterable[Exercise]) -> Marks:
+    """Compare answers with the right ones."""
     marks = Marks()
-    for given, puzzles in zip(answers, tasks, strict=True):
-        right = given.text == sudoku.answer(puzzles)
+    for given, exercise in zip(answers, exercises, strict=True):
+        right = exercise.is_right(given.text)
         marks += Marks(1, int(right), sum(given.steps), len(given.steps), given.tokens)
     return marks

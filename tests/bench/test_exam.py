@@ -12,13 +12,15 @@ import pytest
 
 from mlx_diffgemma.bench.exam import Answer, Marks, make_tasks, mark
 from mlx_diffgemma.demo import sudoku
+from mlx_diffgemma.demo.tasks import TASKS
+from mlx_diffgemma.errors import UsageError
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_profiles.py"
 
 
 def test_only_the_whole_answer_counts():
     tasks = make_tasks(3, seed=1)["two"]
-    right = [sudoku.answer(puzzles) for puzzles in tasks]
+    right = [exercise.answer for exercise in tasks]
     wrong = right[1][:-1] + ("1" if right[1][-1] != "1" else "2")
     answers = [
         Answer(right[0], (3, 4), 84),
@@ -40,7 +42,26 @@ def test_standard_error_is_that_of_repeated_exams():
 
 def test_tasks_are_the_same_for_all_but_differ_by_seed():
     assert make_tasks(2, 5) == make_tasks(2, 5) != make_tasks(2, 6)
-    assert [len(puzzles) for puzzles in make_tasks(1, 5)["two"]] == [2]
+
+
+def test_the_sudokus_of_a_seed_stay_those_that_were_measured():
+    rng = np.random.default_rng(4)
+    one, two = ([[sudoku.make_puzzle(rng) for _ in range(n)] for _ in range(3)] for n in (1, 2))
+    tasks = make_tasks(3, 4, ["sort", "two", "one"])
+    assert list(tasks) == ["sort", "two", "one"]
+    for name, puzzles in (("one", one), ("two", two)):
+        assert [e.prompt for e in tasks[name]] == [sudoku.prompt(p) for p in puzzles]
+        assert [e.answer for e in tasks[name]] == [sudoku.answer(p) for p in puzzles]
+    assert make_tasks(3, 4) == {name: tasks[name] for name in ("one", "two")}
+
+
+def test_any_task_can_be_asked_and_no_other():
+    tasks = make_tasks(2, 1, list(TASKS))
+    assert {name: len(exercises) for name, exercises in tasks.items()} == dict.fromkeys(TASKS, 2)
+    bare = [Answer(exercise.answer, (1,), 41) for exercise in reversed(tasks["bare"])]
+    assert mark(bare, tasks["bare"]).exact == 2  # any valid grid is right
+    with pytest.raises(UsageError, match="'three'"):
+        make_tasks(2, 1, ["three"])
 
 
 @pytest.fixture
