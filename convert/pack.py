@@ -167,6 +167,8 @@ def _dequantize(block: Block, raw: Mapping[str, np.ndarray]) -> mx.array:
         if tensor.dtype in _SIGNED:
             check_finite(data, tensor.dtype, tensor.name)
         arrays[part] = to_mx(data, tensor.dtype, tensor.columns)
+        if part != "weight" and fmt.mode == "affine":  # mlx computes in the type of the scales
+            arrays[part] = arrays[part].astype(MX_DTYPES[target.dtype])
     return mx.dequantize(
         arrays["weight"], arrays["scales"], arrays.get("biases"), **fmt.parameters,
         dtype=MX_DTYPES[target.dtype],

@@ -16,6 +16,7 @@ from mlx_diffgemma.cli.convert import convert
 from mlx_diffgemma.cli.demo import demo
 from mlx_diffgemma.cli.edit import edit
 from mlx_diffgemma.cli.fill import fill
+from mlx_diffgemma.cli.fuse import fuse
 from mlx_diffgemma.cli.generate import generate
 from mlx_diffgemma.cli.infill import infill
 
@@ -33,6 +34,7 @@ app.command()(edit)
 app.command()(fill)
 app.command()(choose)
 app.command()(demo)
+app.command()(fuse)
 app.command()(bench)
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

@@ -157,7 +157,8 @@ def test_bytes_that_are_no_text(tmp_path, tokenizer):
 def test_more_than_the_context(tmp_path, tokenizer):
     write(tmp_path, "train", {"prompt": "x" * 100, "completion": "1" * 130})
     limits = Limits(max_seq_length=999, context=256, canvas_length=64)
-    with pytest.raises(UsageError, match=r"line 1: .* 3 canvas.* exceed the model's context of 256"):
+    words = r"line 1: .* 3 canvas.* exceed the model's context of 256"
+    with pytest.raises(UsageError, match=words):
         load_data(str(tmp_path), tokenizer, limits, ["train"])
 
 

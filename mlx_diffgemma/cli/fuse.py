@@ -1,0 +1,179 @@
+"""`mlx-diffgemma fuse`: adapters into the weights, as a checkpoint of its own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlx_diffgemma.cli import errors, options
+from mlx_diffgemma.errors import UsageError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+_FILE_BYTES = 1 << 30  # of fused weights that wait in memory
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def fuse(
+    ctx: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", help="The base: folder or repository; that of the training if left out."
+        ),
+    ] = None,
+    revision: options.Revision = None,
+    adapter_path: Annotated[
+        Path, typer.Option("--adapter-path", help="Folder that training wrote.")
+    ] = Path("adapters"),
+    save_path: Annotated[
+        Path, typer.Option("--save-path", help="Folder to make; it must not exist yet.")
+    ] = Path("fused_model"),
+    dequantize: Annotated[
+        bool,
+        typer.Option("--dequantize", help="Write plain weights in the layout of transformers."),
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help=f"Type of plain weights: {', '.join(_DTYPES)}."),
+    ] = None,
+    upload_repo: Annotated[
+        str | None, typer.Option("--upload-repo", help="Upload to this repository.")
+    ] = None,
+    debug: options.Debug = False,
+) -> None:
+    """Write base and adapters as one checkpoint.
+
+    A quantized base keeps its formats: what the adapters added is rounded to them. With
+    --dequantize, or a base that is not quantized, the result also loads in transformers.
+    """
+
+    def body() -> None:
+        if dtype is not None and dtype not in _DTYPES:
+            raise UsageError(f"--dtype {dtype} is unknown; known are {', '.join(_DTYPES)}.")
+        target = save_path.expanduser()
+        if target.exists():
+            raise UsageError(f"{target} exists already; remove it or choose another --save-path.")
+        if upload_repo is not None:
+            from mlx_diffgemma_convert.upload import prepare
+
+            prepare(upload_repo)
+        _fuse(model, revision, adapter_path.expanduser(), target, dequantize, dtype)
+        if upload_repo is not None:
+            from mlx_diffgemma_convert.command import run_upload
+
+            run_upload(target, upload_repo, dry_run=False, as_json=False)
+
+    errors.run(body, debug=errors.debugging(ctx))
+
+
+def _fuse(
+    model: str | None,
+    revision: str | None,
+    adapters: Path,
+    target: Path,
+    dequantize: bool,
+    dtype: str | None,
+) -> None:
+    from mlx_diffgemma.checkpoint.adapters import load_adapters, read_adapter_config
+    from mlx_diffgemma.checkpoint.loading import load_model
+    from mlx_diffgemma.checkpoint.locate import locate
+
+    base = model or read_adapter_config(adapters).get("model")
+    if not base:
+        raise UsageError(f"{adapters} does not say of which model it is; name it with --model.")
+    folder = locate(base, revision)
+    loaded, _ = load_model(folder, lazy=True)
+    load_adapters(loaded, adapters)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as room:
+        files = _write_fused(loaded, folder, adapters, Path(room), dequantize, dtype)
+        del loaded
+        _convert(folder, files, f"{base} with {adapters.name}", target, dequantize, dtype)
+
+
+def _write_fused(
+    model: Any, base: Path, adapters: Path, room: Path, dequantize: bool, dtype: str | None
+) -> list[Path]:
+    """The weights that change, in a few files in `room`; layer by layer, so that a large model is
+    never in memory as a whole."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from mlx_diffgemma.checkpoint.adapters import WEIGHTS, adapted_modules
+    from mlx_diffgemma.train.fuse import fused_arrays
+
+    types = _stored_types(base)
+    floats = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+
+    def type_of(name: str) -> mx.Dtype:
+        """That of a stored tensor; bf16 behind scales that are no floats."""
+        return floats[_DTYPES[dtype]] if dtype else floats.get(types[name], mx.bfloat16)
+
+    files: list[Path] = []
+    waiting: dict[str, mx.array] = {}
+
+    def flush(least: int) -> None:
+        if waiting and sum(array.nbytes for array in waiting.values()) >= least:
+            files.append(room / f"fused-{len(files)}.safetensors")
+            mx.save_safetensors(str(files[-1]), waiting)
+            waiting.clear()
+
+    layers = adapted_modules(model)
+    for path, module in layers.items():
+        values = "scales" if hasattr(module.linear, "bits") else "weight"
+        arrays = fused_arrays(module, dequantize=dequantize, dtype=type_of(f"{path}.{values}"))
+        waiting |= {f"{path}.{name}": array for name, array in arrays.items()}
+        flush(_FILE_BYTES)
+    if not layers:  # full fine-tuning: the weights themselves
+        trained = mx.load(str(adapters / WEIGHTS))
+        parameters = dict(tree_flatten(model.parameters()))
+        waiting |= {name: parameters[name].astype(type_of(name)) for name in trained}
+    flush(0)
+    return files
+
+
+def _stored_types(base: Path) -> dict[str, str]:
+    """The type of every stored tensor, by its MLX name."""
+    from mlx_diffgemma.checkpoint.names import canonical_name
+    from mlx_diffgemma.checkpoint.shards import stored_tensors
+
+    named = ((canonical_name(t.name), t.dtype) for t in stored_tensors(base).values())
+    return {name: dtype for name, dtype in named if name is not None}
+
+
+def _convert(
+    folder: Path, files: list[Path], name: str, target: Path, dequantize: bool, dtype: str | None
+) -> None:
+    """Have the converter write, verify and publish the result."""
+    from mlx_diffgemma.checkpoint.quantization import Recipe
+    from mlx_diffgemma_convert.command import progress_bar
+    from mlx_diffgemma_convert.job import convert
+    from mlx_diffgemma_convert.journal import Journal
+    from mlx_diffgemma_convert.overlay import OverlaidSource
+    from mlx_diffgemma_convert.plan import make_plan
+    from mlx_diffgemma_convert.table import size_text
+
+    source = OverlaidSource(folder, files, name)
+    quantized = bool(source.config.get("quantization")) and not dequantize
+    plan = make_plan(
+        source,
+        Recipe("fused", ()),
+        dtype={"BF16": "bf16", "F16": "fp16", "F32": "fp32"}[_DTYPES[dtype]] if dtype else None,
+        dequantize=dequantize,
+        keep_formats=quantized,
+        hugging_face=not quantized,
+    )
+    with Journal(target) as journal:
+        try:
+            with progress_bar(plan, not sys.stderr.isatty()) as progress:
+                convert(plan, journal, restart=True, progress=progress)
+        except BaseException:  # the fused weights go as well, so there is nothing to go on from
+            journal.discard()
+            raise
+    print(f"{target}: {size_text(plan.stored_bytes())}, verified.", file=sys.stderr)
