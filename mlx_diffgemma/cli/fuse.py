@@ -131,8 +131,8 @@ def _write_fused(
         waiting |= {f"{path}.{name}": array for name, array in arrays.items()}
         flush(_FILE_BYTES)
     if not layers:  # full fine-tuning: the weights themselves
-        trained = mx.load(str(adapters / WEIGHTS))
-        parameters = dict(tree_flatten(model.parameters()))
+        parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+        trained: Any = mx.load(str(adapters / WEIGHTS))
         waiting |= {name: parameters[name].astype(type_of(name)) for name in trained}
     flush(0)
     return files

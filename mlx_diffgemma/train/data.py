@@ -145,9 +145,9 @@ class _Reader:
             raise UsageError("the last message must be the assistant's: it is what is learnt.")
         content = last.get("content")
         if isinstance(content, (list, tuple)):
-            parts = [part.get("text") for part in content if isinstance(part, Mapping)]
-            if len(parts) == len(content) and all(isinstance(part, str) for part in parts):
-                content = "".join(parts)
+            texts = [part.get("text") for part in content if isinstance(part, Mapping)]
+            strings = [text for text in texts if isinstance(text, str)]
+            content = "".join(strings) if len(strings) == len(content) else None
         if not isinstance(content, str):
             raise UsageError("the last message has no text; it is what is learnt.")
         return self._answered(messages[:-1], content)
@@ -224,4 +224,3 @@ def _from_hub(name: str, wanted: Sequence[str]) -> dict[str, Records | None]:
 def _rows(name: str, split: str, rows: Any) -> Iterator[tuple[str, Any]]:
     for number, row in enumerate(rows):
         yield f"{name}, {split} row {number}", {k: v for k, v in row.items() if v is not None}
-

@@ -20,7 +20,9 @@ from mlx_diffgemma.train.adapt import prepare
 DEMO = Path(__file__).parents[2] / "mlx_diffgemma" / "demo" / "checkpoint"
 
 
-def run(*arguments: object):
+def run(folder: Path, *arguments: object):
+    """Fuse the adapters in `folder/a` into `folder/f`."""
+    arguments = ("--adapter-path", folder / "a", "--save-path", folder / "f", *arguments)
     return CliRunner().invoke(app, ["fuse", *map(str, arguments)], prog_name="mlx-diffgemma")
 
 
@@ -64,14 +66,14 @@ def difference(ours: np.ndarray, expected: np.ndarray) -> float:
 )
 def test_a_plain_base(tmp_path, kind, keys):
     expected = adapters_for("demo", tmp_path / "a", kind, keys)
-    result = run("--adapter-path", tmp_path / "a", "--save-path", tmp_path / "f", "--dtype", "float32")
+    result = run(tmp_path, "--dtype", "float32")
     assert result.exit_code == 0, result.output
     assert difference(models.logits(load_model(tmp_path / "f")[0]), expected) < 1e-5
 
 
 def test_the_type_of_the_base_is_kept_and_everything_else_copied(tmp_path):
     expected = adapters_for("demo", tmp_path / "a")
-    result = run("--model", "demo", "--adapter-path", tmp_path / "a", "--save-path", tmp_path / "f")
+    result = run(tmp_path, "--model", "demo")
     assert result.exit_code == 0, result.output
     assert result.stdout == ""
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json",
@@ -91,7 +93,7 @@ def test_the_type_of_the_base_is_kept_and_everything_else_copied(tmp_path):
 
 def test_a_quantized_base_keeps_its_formats(tmp_path, quantized):
     adapters_for(quantized, tmp_path / "a", keys=models.EVERYWHERE)
-    result = run("--adapter-path", tmp_path / "a", "--save-path", tmp_path / "f")
+    result = run(tmp_path)
     assert result.exit_code == 0, result.output
     ours, theirs = (load_model(folder)[0] for folder in (tmp_path / "f", quantized))
     parameters, base = (dict(tree_flatten(m.parameters())) for m in (ours, theirs))
@@ -109,16 +111,12 @@ def test_a_quantized_base_keeps_its_formats(tmp_path, quantized):
 
 def test_a_quantized_base_dequantized(tmp_path, quantized):
     expected = adapters_for(quantized, tmp_path / "a")
-    result = run(
-        "--adapter-path", tmp_path / "a", "--save-path", tmp_path / "f", "--dequantize",
-        "--dtype", "float32",
-    )  # fmt: skip
+    result = run(tmp_path, "--dequantize", "--dtype", "float32")
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / "f" / "config.json").read_text())
     assert "quantization" not in config
     stored = mx.load(str(tmp_path / "f" / "model.safetensors"))
     assert "model.decoder.layers.0.experts.down_proj" in stored  # the name in transformers
-    # The modules without adapters were dequantized from scales in bf16.
     assert difference(models.logits(load_model(tmp_path / "f")[0]), expected) < 1e-5
 
 
@@ -126,14 +124,13 @@ def test_a_quantized_base_dequantized(tmp_path, quantized):
     ("arguments", "words", "code"),
     [
         (["--adapter-path", "{}/nowhere"], "has no adapter_config.json", 1),
-        (["--adapter-path", "{}/a", "--save-path", "{}/a"], "exists already", 2),
-        (["--adapter-path", "{}/a", "--model", "{}/4bit"], "of another base", 1),
-        (["--adapter-path", "{}/a", "--dtype", "int8"], "--dtype int8 is unknown", 2),
+        (["--save-path", "{}/a"], "exists already", 2),
+        (["--model", "{}/4bit"], "of another base", 1),
+        (["--dtype", "int8"], "--dtype int8 is unknown", 2),
     ],
 )
 def test_what_cannot_be_fused_is_said_in_a_line(tmp_path, quantized, arguments, words, code):
     adapters_for(quantized, tmp_path / "a", keys=("attn.q_proj",))
-    model, _ = load_model(quantized)
     other = tmp_path / "4bit"
     other.mkdir()
     for path in quantized.iterdir():
@@ -143,7 +140,7 @@ def test_what_cannot_be_fused_is_said_in_a_line(tmp_path, quantized, arguments, 
     stored[name] = stored[name] + 1
     mx.save_safetensors(str(other / "new.safetensors"), stored)
     (other / "new.safetensors").replace(other / "model.safetensors")
-    result = run(*(a.format(tmp_path) for a in arguments))
+    result = run(tmp_path, *(a.format(tmp_path) for a in arguments))
     assert result.exit_code == code
     assert result.stderr.startswith("error: ")
     assert words in result.stderr
