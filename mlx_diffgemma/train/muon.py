@@ -1,7 +1,7 @@
 """Muon for a whole model: matrices by Muon, all else by Adam.
 
-`mlx.optimizers.Muon` takes a stack of experts for one flat matrix, and leaves norms and the embedding
-to another optimizer. Letters: E experts, O output, I input.
+`mlx.optimizers.Muon` takes a stack of experts for one flat matrix, and norms and the embedding need
+another optimizer. Letters: E experts, O output, I input.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def orthogonalize(matrices: mx.array, steps: int) -> mx.array:
     a, b, c = _NEWTON_SCHULZ
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.swapaxes(-1, -2) if is_tall else matrices
-    x = x / (mx.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)
+    x = x / (mx.linalg.norm(x, axis=[-2, -1], keepdims=True) + 1e-7)
     for _ in range(steps):
         squared = x @ x.swapaxes(-1, -2)
         x = a * x + (b * squared + c * (squared @ squared)) @ x
