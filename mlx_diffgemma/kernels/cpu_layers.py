@@ -20,7 +20,7 @@ class DequantizedLinear(nn.QuantizedLinear):
     """A quantized layer that multiplies by its dequantized weight."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = x @ _dequantized(self, slice(None)).astype(x.dtype).T
+        y = x @ dequantized(self).astype(x.dtype).T
         return y + self.bias if "bias" in self else y
 
 
@@ -39,7 +39,7 @@ class DequantizedSwitchLinear(QuantizedSwitchLinear):
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         if self.training:
             return super().__call__(x, indices, sorted_indices)
-        return _by_expert(x, indices, lambda expert: _dequantized(self, expert))
+        return _by_expert(x, indices, lambda expert: dequantized(self, expert))
 
 
 def use_cpu_layers(model: nn.Module) -> None:
@@ -54,7 +54,8 @@ def use_cpu_layers(model: nn.Module) -> None:
             module.__class__ = forms[type(module)]
 
 
-def _dequantized(layer: nn.Module, where: int | slice) -> mx.array:
+def dequantized(layer: nn.Module, where: int | slice = slice(None)) -> mx.array:
+    """The weight of a quantized layer, or a part of it."""
     biases = layer.get("biases")
     return mx.dequantize(
         layer.weight[where],

@@ -7,11 +7,14 @@ tensors. Letters: B batch, L new prefix positions, C canvas, D hidden, V vocabul
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_diffgemma.config import ModelConfig, TextConfig
+from mlx_diffgemma.kernels import differentiable
+from mlx_diffgemma.kernels.dispatch import training_on_cpu
 from mlx_diffgemma.model.attention import decoder_masks, encoder_masks
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.model.layers import DecoderLayer, SelfConditioning
@@ -80,7 +83,7 @@ class DiffusionGemma(nn.Module):
         A caller that only wants the cache evaluates `cache.arrays()`: the last layer's MLP and the
         final norm are then never computed.
         """
-        x = self._embed(ids)
+        x = self.embed(ids)
         masks = encoder_masks(self.config.text, cache, ids.shape[1])
         offset = cache.rope_offset()
         scalars = self.model.encoder.language_model.layers
@@ -108,7 +111,7 @@ class DiffusionGemma(nn.Module):
         if places is not None:
             canvas = canvas[:, places]
             soft_embeddings = None if soft_embeddings is None else soft_embeddings[:, places]
-        x = self._embed(canvas)
+        x = self.embed(canvas)
         if soft_embeddings is None:
             soft_embeddings = mx.zeros_like(x)
         x = self.model.decoder.self_conditioning(x, soft_embeddings.astype(x.dtype))
@@ -122,7 +125,8 @@ class DiffusionGemma(nn.Module):
         """[B, C, D] -> [B, C, V] in float32, soft-capped."""
         cap = self.config.text.final_logit_softcapping
         raw = self.model.decoder.embed_tokens.as_linear(hidden).astype(mx.float32)
-        return mx.tanh(raw / cap) * cap
+        tanh = differentiable.tanh if training_on_cpu() else mx.tanh
+        return tanh(raw / cap) * cap
 
     def soft_embeddings(self, processed_logits: mx.array) -> mx.array:
         """The embedding that the model expects at each position: [B, C, V] -> [B, C, D].
@@ -130,7 +134,9 @@ class DiffusionGemma(nn.Module):
         `processed_logits` are the logits after the temperature.
         """
         table = self.model.decoder.embed_tokens
-        weights = mx.softmax(processed_logits.astype(mx.float32), axis=-1).astype(self.dtype)
+        logits = processed_logits.astype(mx.float32)
+        softmax = differentiable.softmax if training_on_cpu() else partial(mx.softmax, axis=-1)
+        weights = softmax(logits).astype(self.dtype)
         if isinstance(table, nn.QuantizedEmbedding):
             expected = mx.quantized_matmul(
                 weights, table.weight, table.scales, table.get("biases"), transpose=False,
@@ -145,5 +151,6 @@ class DiffusionGemma(nn.Module):
         # The reference rounds √hidden to the type of the embedding.
         return mx.array(self.config.text.hidden_size**0.5, self.dtype)
 
-    def _embed(self, ids: mx.array) -> mx.array:
+    def embed(self, ids: mx.array) -> mx.array:
+        """Token ids [B, L] -> [B, L, D], scaled by √D."""
         return self.model.decoder.embed_tokens(ids).astype(self.dtype) * self._embed_scale

@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_diffgemma.config import AttentionConfig, TextConfig
+from mlx_diffgemma.kernels.activation import gated_gelu
 from mlx_diffgemma.model.attention import Attention, Mask
 from mlx_diffgemma.model.cache import LayerCache
 from mlx_diffgemma.model.experts import Experts, Router
@@ -21,7 +22,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, dim, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated_gelu(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -94,5 +95,5 @@ class SelfConditioning(nn.Module):
     def __call__(self, embeddings: mx.array, soft_embeddings: mx.array) -> mx.array:
         """[B, C, D] twice -> [B, C, D]."""
         n = self.pre_norm(soft_embeddings)
-        signal = self.down_proj(nn.gelu_approx(self.gate_proj(n)) * self.up_proj(n))
+        signal = self.down_proj(gated_gelu(self.gate_proj(n), self.up_proj(n)))
         return mx.fast.rms_norm(embeddings + signal, None, self._eps)

@@ -57,6 +57,7 @@ class Batch:
         counted: [B, S - 1] whether the encoder's loss counts its guess at the next token; empty
             where that loss has no weight, for then the sequence ends with the prefix.
         conditioned: of how many examples, from the first, the decoder sees its own guess.
+        tokens: how many ids the sequences and canvases hold, padding left out.
     """
 
     sequence: mx.array
@@ -66,6 +67,7 @@ class Batch:
     noise: mx.array
     counted: mx.array
     conditioned: int
+    tokens: int = 0
 
     @property
     def size(self) -> int:

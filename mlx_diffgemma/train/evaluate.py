@@ -1,0 +1,105 @@
+"""How a model does on held-out examples: its loss at fixed noise levels, and what it generates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.diffusion.denoise import generate_canvases
+from mlx_diffgemma.diffusion.events import Finished
+from mlx_diffgemma.diffusion.noise import SeededNoise
+from mlx_diffgemma.kernels.dispatch import training_forms
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.train.batches import Drawn, Sizes, check, clean_canvases, draw_canvas, lay_out
+from mlx_diffgemma.train.config import EVALUATED_NOISE, TrainConfig
+from mlx_diffgemma.train.examples import Example
+from mlx_diffgemma.train.forward import decode, encode
+from mlx_diffgemma.train.noising import corrupt_at
+from mlx_diffgemma.train.objective import cross_entropy, encoder_loss
+
+_SEED = 20_240  # the same canvases and noise at each evaluation, whatever the run's seed
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Losses in nats a token: of the canvas by noise level, and of the encoder's next token."""
+
+    by_noise: dict[float, float]
+    encoder: float
+
+    @property
+    def mean(self) -> float:
+        return sum(self.by_noise.values()) / len(self.by_noise)
+
+
+def held_out_loss(
+    model: DiffusionGemma, examples: Sequence[Example], config: TrainConfig, sizes: Sizes
+) -> HeldOut:
+    """Loss on `config.val_batches` batches of `examples`, without self-conditioning; tokens are
+    replaced one by one. Canvases and noise are the same each time."""
+    limit = len(examples) if config.val_batches == -1 else config.val_batches * config.batch_size
+    rng = np.random.default_rng(_SEED)
+    drawn = [draw_canvas(check(one, config, sizes), rng, sizes.canvas) for one in examples[:limit]]
+    drawn.sort(key=lambda one: len(one.example.tokens))
+    sums = np.zeros(len(EVALUATED_NOISE) + 1)
+    for at in range(0, len(drawn), config.batch_size):
+        part = drawn[at : at + config.batch_size]
+        with training_forms():
+            sums += len(part) * _losses(model, part, config, sizes, rng)
+    means = (sums / len(drawn)).tolist()
+    return HeldOut(dict(zip(EVALUATED_NOISE, means, strict=False)), means[-1])
+
+
+def _losses(
+    model: DiffusionGemma,
+    drawn: Sequence[Drawn],
+    config: TrainConfig,
+    sizes: Sizes,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """The canvas loss at each noise level, and the encoder's loss."""
+    clean = clean_canvases(drawn, sizes)
+    batch = lay_out(drawn, config, sizes, clean, np.zeros(len(drawn)), 0)
+    hidden, kept = encode(model, batch.sequence)
+    losses = []
+    for level in EVALUATED_NOISE:
+        noise, spans = np.full(len(drawn), level), np.zeros(len(drawn), bool)
+        canvas = mx.array(corrupt_at(clean, sizes.vocabulary, rng, noise, spans), mx.int32)
+        seen = decode(model, canvas, kept, batch.prefix)
+        losses.append(cross_entropy(model, seen, batch.canvas).mean())
+        mx.eval(losses)
+    losses.append(encoder_loss(model, hidden, batch))
+    return np.array([one.item() for one in losses])
+
+
+def exact_rate(
+    model: DiffusionGemma,
+    examples: Sequence[Example],
+    config: DiffusionConfig,
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> float:
+    """The share of `examples` whose response generation gives to the token, eos left out."""
+    right = 0
+    for at in range(0, len(examples), batch_size):
+        part = examples[at : at + batch_size]
+        prompts = [one.tokens[: one.prompt] for one in part]
+        for event in generate_canvases(model, prompts, config, SeededNoise(seed + at)):
+            if isinstance(event, Finished):
+                right += sum(
+                    tokens == _spoken(one, config)
+                    for tokens, one in zip(event.tokens, part, strict=True)
+                )
+    return right / len(examples)
+
+
+def _spoken(example: Example, config: DiffusionConfig) -> tuple[int, ...]:
+    """The response up to its first eos."""
+    response = example.response
+    ends = [place for place, token in enumerate(response) if token in config.eos_token_ids]
+    return response[: ends[0]] if ends else response

@@ -1,0 +1,160 @@
+"""Losses and gradients of the batches of a step, and the optimizer's step on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from math import cos, pi
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optimizers
+import numpy as np
+from mlx.utils import tree_map
+
+from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.train.config import TrainConfig
+from mlx_diffgemma.train.examples import Batch
+from mlx_diffgemma.train.objective import loss
+
+Tree = dict[str, Any]
+Losses = tuple[mx.array, mx.array, mx.array]
+
+_CLASSES = {
+    "adam": optimizers.Adam,
+    "adamw": optimizers.AdamW,
+    "muon": optimizers.Muon,
+    "sgd": optimizers.SGD,
+    "adafactor": optimizers.Adafactor,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "adam": {"bias_correction": True},
+    "adamw": {"bias_correction": True},
+    "adafactor": {"relative_step": False, "scale_parameter": False},
+}
+_DROPOUT = 3  # what a seed is for: beside those of `batches`
+_ARRAYS = [field.name for field in fields(Batch) if field.type == "mx.array"]
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of a step, from 1: a linear rise over `warmup` steps, then the schedule."""
+    if step <= config.warmup:
+        return config.learning_rate * step / config.warmup
+    if config.lr_schedule == "constant":
+        return config.learning_rate
+    done = (step - 1 - config.warmup) / max(1, config.iters - config.warmup)
+    left = (1 + cos(pi * min(1.0, done))) / 2 if config.lr_schedule == "cosine" else 1 - done
+    floor = config.final_learning_rate
+    return config.learning_rate * (floor + (1 - floor) * max(0.0, left))
+
+
+def make_optimizer(config: TrainConfig) -> optimizers.Optimizer:
+    """The optimizer with its settings; its learning rate is set anew at each step.
+
+    Raises:
+        UsageError: a setting that the optimizer does not know.
+    """
+    settings = {**_DEFAULTS.get(config.optimizer, {}), **config.optimizer_config}
+    try:
+        return _CLASSES[config.optimizer](learning_rate=config.learning_rate, **settings)
+    except TypeError as error:
+        raise UsageError(f"optimizer_config of {config.optimizer}: {error}.") from None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step computed; nothing is evaluated yet. The losses are means over its batches."""
+
+    parameters: Tree
+    optimizer_state: Tree
+    losses: Losses
+    grad_norm: mx.array
+
+
+class Stepper:
+    """Runs the steps of one model and one optimizer.
+
+    On a CPU the batches of a step can be computed side by side, a thread for each of
+    `config.cpu_streams`; that changes no bit of the result.
+    """
+
+    def __init__(self, model: DiffusionGemma, config: TrainConfig) -> None:
+        self._model, self._config = model, config
+        self._optimizer = make_optimizer(config)
+        on_cpu = mx.default_device() == mx.cpu
+        self._is_compiled = not on_cpu if config.compile is None else config.compile
+        self._streams = [mx.default_stream(mx.default_device())]
+        if on_cpu:
+            wanted = min(config.cpu_streams, config.grad_accumulation_steps)
+            self._streams += [mx.new_stream(mx.cpu) for _ in range(wanted - 1)]
+        self._gradients = lru_cache(maxsize=None)(self._make_gradients)
+        self._update = mx.compile(self._updated) if self._is_compiled else self._updated
+
+    def fresh_state(self, parameters: Tree) -> Tree:
+        """The optimizer's state before the first step."""
+        self._optimizer = make_optimizer(self._config)
+        self._optimizer.init(parameters)
+        return self._optimizer.state
+
+    def step(
+        self, number: int, parameters: Tree, state: Tree, batches: Sequence[Batch]
+    ) -> StepResult:
+        """The step `number`, from 1, on its batches."""
+        results = []
+        for place, batch in enumerate(batches):
+            stream = place % len(self._streams)
+            gradients = self._gradients(stream, batch.conditioned)
+            if self._config.lora_parameters.dropout:
+                mx.random.seed(_seed(self._config.seed, number, place))
+            results.append(gradients(parameters, *(getattr(batch, name) for name in _ARRAYS)))
+        rate = mx.array(learning_rate(self._config, number), mx.float32)
+        state = {**state, "learning_rate": rate}  # the other entries are replaced one by one
+        return StepResult(*self._update(parameters, state, results))
+
+    def _make_gradients(self, stream: int, conditioned: int) -> Callable[..., Any]:
+        model, config = self._model, self._config
+
+        def value(parameters: Tree, batch: Batch) -> Losses:
+            model.update(parameters)
+            return loss(
+                model,
+                batch,
+                encoder_weight=config.encoder_loss_weight,
+                checkpoint=config.grad_checkpoint,
+            )
+
+        differentiate = mx.value_and_grad(value)
+
+        def gradients(parameters: Tree, *arrays: mx.array) -> tuple[Losses, Tree]:
+            with mx.stream(self._streams[stream]):
+                named: dict[str, Any] = dict(zip(_ARRAYS, arrays, strict=True))
+                return differentiate(parameters, Batch(**named, conditioned=conditioned))
+
+        if not self._is_compiled:
+            return gradients
+        random = [mx.random.state]  # dropout draws from it
+        return mx.compile(gradients, inputs=random, outputs=random)
+
+    def _updated(
+        self, parameters: Tree, state: Tree, results: Sequence[tuple[Losses, Tree]]
+    ) -> tuple[Tree, Tree, Losses, mx.array]:
+        share = 1 / len(results)
+
+        def mean(*values: mx.array) -> mx.array:
+            return sum(values[1:], values[0]) * share if len(values) > 1 else values[0]
+
+        gradients = tree_map(mean, *[gradients for _, gradients in results])
+        losses = tree_map(mean, *[losses for losses, _ in results])
+        limit = self._config.clip_norm
+        gradients, norm = optimizers.clip_grad_norm(
+            gradients, float("inf") if limit is None else limit
+        )
+        self._optimizer.state = state
+        updated = self._optimizer.apply_gradients(gradients, parameters)
+        return updated, self._optimizer.state, losses, norm
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence([*numbers, _DROPOUT]).generate_state(1)[0])

@@ -1,0 +1,75 @@
+"""What is minimized.
+
+Letters: B examples, S sequence positions, C canvas, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_diffgemma.kernels.dispatch import training_forms
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.train.examples import Batch
+from mlx_diffgemma.train.forward import KeysValues, decode, encode
+
+
+def loss(
+    model: DiffusionGemma,
+    batch: Batch,
+    *,
+    encoder_weight: float = 1.0,
+    checkpoint: bool = False,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The objective of a batch and its two parts, in nats a token: canvas loss + weight · encoder
+    loss.
+
+    The canvas loss is the mean cross-entropy over whole canvases, the tail of eos included; the
+    encoder's is that of the next token, over the positions that count. The first
+    `batch.conditioned` examples see what a first pass expected, the others zeros, as in the first
+    denoising step; no gradient goes into the first pass.
+    """
+    with training_forms():
+        return _loss(model, batch, encoder_weight, checkpoint)
+
+
+def _loss(
+    model: DiffusionGemma, batch: Batch, encoder_weight: float, checkpoint: bool
+) -> tuple[mx.array, mx.array, mx.array]:
+    hidden, kept = encode(model, batch.sequence, checkpoint=checkpoint)
+    soft = expected_embeddings(model, batch, kept)
+    seen = decode(model, batch.corrupted, kept, batch.prefix, soft, checkpoint=checkpoint)
+    canvas_loss = cross_entropy(model, seen, batch.canvas).mean()
+    if encoder_weight == 0:
+        return canvas_loss, canvas_loss, mx.zeros(())
+    next_token = encoder_loss(model, hidden, batch)
+    return canvas_loss + encoder_weight * next_token, canvas_loss, next_token
+
+
+def encoder_loss(model: DiffusionGemma, hidden: mx.array, batch: Batch) -> mx.array:
+    """Mean cross-entropy of the next token over the positions that count; 0 where none is."""
+    if batch.counted.shape[1] == 0:
+        return mx.zeros(())
+    nats = cross_entropy(model, hidden[:, :-1], batch.sequence[:, 1:])
+    counted = batch.counted.astype(mx.float32)
+    return (nats * counted).sum() / mx.maximum(counted.sum(), 1.0)
+
+
+def expected_embeddings(
+    model: DiffusionGemma, batch: Batch, kept: list[KeysValues]
+) -> mx.array | None:
+    """[B, C, D]: for the conditioned examples what a first pass without self-conditioning expects
+    at temperature 1, zeros for the others; None where no example is conditioned."""
+    rows = batch.conditioned
+    if rows == 0:
+        return None
+    first = [(keys[:rows], values[:rows]) for keys, values in kept]
+    hidden = decode(model, batch.corrupted[:rows], first, batch.prefix[:rows])
+    soft = mx.stop_gradient(model.soft_embeddings(model.logits(hidden)))
+    others = mx.zeros((batch.size - rows, *soft.shape[1:]), soft.dtype)
+    return mx.concatenate([soft, others]) if batch.size > rows else soft
+
+
+def cross_entropy(model: DiffusionGemma, hidden: mx.array, targets: mx.array) -> mx.array:
+    """[B, S, D] and token ids [B, S] -> nats [B, S]."""
+    return nn.losses.cross_entropy(model.logits(hidden), targets)

@@ -1,0 +1,120 @@
+"""A run on the disk: what was trained, and what it takes to go on as if nothing had happened.
+
+`adapters.safetensors` holds the trainable parameters under their names, for `--adapter-path`;
+`state.safetensors` holds them again with the optimizer's state and how far the run is. Each file
+is replaced in one rename, and the state alone is read on resuming, so a run can be killed at any
+moment. What data and random numbers come next follows from the step and the settings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_diffgemma.errors import CheckpointError, UsageError
+from mlx_diffgemma.train.config import TrainConfig
+
+ADAPTERS = "adapters.safetensors"
+STATE = "state.safetensors"
+
+# A run goes on with these as they were; the others may change.
+_FIXED = (
+    "batch_size", "grad_accumulation_steps", "sorted_batches", "seed", "optimizer",
+    "fine_tune_type", "num_layers",
+)  # fmt: skip
+
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run after `step` optimizer steps, which saw `tokens` ids. The trees are of arrays."""
+
+    step: int
+    tokens: int
+    parameters: Tree
+    optimizer: Tree
+
+
+def save(folder: Path, state: RunState, config: TrainConfig) -> Path:
+    """Write both files; returns the path of the adapters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters, optimizer = _flat(state.parameters), _flat(state.optimizer)
+    arrays = {f"parameters.{name}": value for name, value in parameters.items()}
+    arrays |= {f"optimizer.{name}": value for name, value in optimizer.items()}
+    run = {"step": state.step, "tokens": state.tokens, "config": asdict(config)}
+    _replace(folder / STATE, arrays, {"run": json.dumps(run)})
+    _replace(folder / ADAPTERS, parameters, {"format": "mlx"})
+    return folder / ADAPTERS
+
+
+def load(folder: Path, parameters: Tree, config: TrainConfig) -> RunState | None:
+    """The state in `folder`, or None where there is none. `parameters` are the model's trainable
+    ones, which those of the state must be like.
+
+    Raises:
+        CheckpointError: the file is damaged.
+        UsageError: it is of another run.
+    """
+    path = folder / STATE
+    if not path.exists():
+        return None
+    try:
+        arrays, metadata = _read(path)
+        run = json.loads(metadata["run"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is not the state of a run ({error}).") from None
+    for name in _FIXED:
+        if run["config"].get(name) != getattr(config, name):
+            raise UsageError(
+                f"{path} was begun with {name} {run['config'].get(name)}, not "
+                f"{getattr(config, name)}; go on with that, or choose another folder."
+            )
+    saved = _within(arrays, "parameters.")
+    expected = _flat(parameters)
+    if {n: a.shape for n, a in saved.items()} != {n: a.shape for n, a in expected.items()}:
+        raise UsageError(
+            f"{path} holds other parameters than are trained now; use the same model and targets, "
+            "or choose another folder."
+        )
+    return RunState(
+        step=run["step"],
+        tokens=run["tokens"],
+        parameters=tree_unflatten(list(saved.items())),
+        optimizer=tree_unflatten(list(_within(arrays, "optimizer.").items())),
+    )
+
+
+def _flat(tree: Tree) -> dict[str, mx.array]:
+    return dict(tree_flatten(tree))
+
+
+def _within(arrays: Mapping[str, mx.array], prefix: str) -> dict[str, mx.array]:
+    return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+
+
+def _replace(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    """Write a file so that `path` is either the old or the new one, whatever happens."""
+    partial = path.with_name(f".{path.stem}.part.safetensors")
+    mx.save_safetensors(str(partial), arrays, metadata)
+    for entry in (partial, path.parent):
+        if entry == path.parent:
+            partial.replace(path)
+        descriptor = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
+    mx.eval(loaded[0])  # the file is replaced later, so nothing may be left on it
+    return loaded
