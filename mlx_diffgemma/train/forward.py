@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_diffgemma.config import FULL, SLIDING, TextConfig
+from mlx_diffgemma.kernels.dispatch import training_forms, training_on_cpu
 from mlx_diffgemma.model.attention import Mask
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
@@ -127,9 +128,12 @@ def _checkpointed(layer: nn.Module, run: Callable[..., Any]) -> Callable[..., An
     """`run` for this layer, keeping only what goes in; the rest is computed again for the
     gradient."""
 
+    forms = training_on_cpu()
+
     def pure(parameters: dict[str, Any], *arguments: Any) -> Any:
-        layer.update(parameters)
-        return run(layer, *arguments)
+        with training_forms(forms):  # it runs again when the gradient is taken
+            layer.update(parameters)
+            return run(layer, *arguments)
 
     again = mx.checkpoint(pure)
     return lambda *arguments: again(layer.trainable_parameters(), *arguments)

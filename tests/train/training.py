@@ -53,12 +53,12 @@ def gradients(model: DiffusionGemma, batch: Batch, **options) -> tuple[list[floa
 def furthest(ours: dict, theirs: dict) -> tuple[float, str]:
     """The largest difference of any gradient, by the largest entry of that gradient, and whose.
 
-    Gradients below a millionth of the largest are rounding: a norm follows the last layer, so the
+    Gradients below 1e-5 of the largest are rounding: a norm follows the last layer, so the
     gradient of its scalar is 0.
     """
     assert ours.keys() == theirs.keys()
     size = {name: np.abs(gradient).max() for name, gradient in theirs.items()}
-    least = 1e-6 * max(size.values())
+    least = 1e-5 * max(size.values())
     apart = {
         name: np.abs(ours[name] - theirs[name]).max() / (size[name] if size[name] > least else 1.0)
         for name in theirs
