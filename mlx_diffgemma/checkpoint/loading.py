@@ -89,6 +89,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the text model's weights as `load_model` loads them on this machine."""
+    dtype = mx.float32 if mx.default_device() == mx.cpu else None
+    return sum(_loaded_bytes(tensor, dtype) for tensor in _text_tensors(folder).values())
+
+
 def _text_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The stored tensors of the text model, by the name of the parameter they fill."""
     tensors: dict[str, StoredTensor] = {}

@@ -19,6 +19,7 @@ from mlx_diffgemma.cli.fill import fill
 from mlx_diffgemma.cli.fuse import fuse
 from mlx_diffgemma.cli.generate import generate
 from mlx_diffgemma.cli.infill import infill
+from mlx_diffgemma.cli.train import train
 
 app = typer.Typer(
     name="mlx-diffgemma",
@@ -34,6 +35,7 @@ app.command()(edit)
 app.command()(fill)
 app.command()(choose)
 app.command()(demo)
+app.command()(train)
 app.command()(fuse)
 app.command()(bench)
 app.command(

@@ -11,7 +11,6 @@ from mlx.utils import tree_flatten
 from mlx_diffgemma.checkpoint.adapters import (
     ADAPTABLE,
     add_adapters,
-    layer_prefixes,
     modules_of_keys,
 )
 from mlx_diffgemma.checkpoint.names import module_class
@@ -24,6 +23,7 @@ DEFAULT_TARGETS = ("attention", "mlp")
 """Attention and the dense MLP of every layer; not the MLP of the self-conditioning."""
 
 FROZEN = "router"
+_NO_ADAPTER = (FROZEN, "embedding")
 _LAYERS = "model.decoder.layers."
 
 
@@ -70,23 +70,29 @@ def target_modules(
     no layer, that any of the selectors is about. Selectors are those of the converter's `--set`.
 
     Raises:
-        UsageError: a selector matches nothing, or only what stays frozen.
+        UsageError: a selector matches nothing, or only what stays frozen; there are not so many
+            layers.
     """
-    prefixes, total = _prefixes(model, num_layers), len(model.layers)
-    known = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, ADAPTABLE)
-        and (path.startswith(tuple(prefixes)) or not path.startswith(_LAYERS))
-    ]
+    kinds = (*ADAPTABLE, nn.Embedding, nn.QuantizedEmbedding)
+    known = [path for path, module in model.named_modules() if isinstance(module, kinds)]
+    return chosen_paths(known, selectors, num_layers, len(model.layers))
+
+
+def chosen_paths(
+    known: Iterable[str], selectors: Sequence[str], num_layers: int, total: int
+) -> list[str]:
+    """`target_modules` of a model of `total` layers whose matrices have the paths `known`."""
+    first = _first_layer(num_layers, total)
+    within = tuple(f"{_LAYERS}{index}." for index in range(first, total))
+    paths = [p for p in known if p.startswith(within) or not p.startswith(_LAYERS)]
     chosen: set[str] = set()
     for selector in selectors:
-        found = [path for path in known if selects(selector, path, total)]
-        trained = [path for path in found if module_class(path) != FROZEN]
+        found = [path for path in paths if selects(selector, path, total)]
+        trained = [p for p in found if module_class(p) not in _NO_ADAPTER]
         if not trained:
-            raise UsageError(f"target '{selector}' {_why_not(selector, found)}")
+            raise UsageError(f"target '{selector}' {_why_not(found)}")
         chosen.update(trained)
-    return [path for path in known if path in chosen]
+    return [path for path in paths if path in chosen]
 
 
 def keys_of_modules(
@@ -106,10 +112,10 @@ def trainable_count(model: nn.Module) -> int:
     return sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
 
 
-def _why_not(selector: str, found: list[str]) -> str:
-    if found:
+def _why_not(found: list[str]) -> str:
+    if any(module_class(path) == FROZEN for path in found):
         return "names the router, which stays frozen; leave it out."
-    if selector in ("embedding", "embed", "embed_tokens"):
+    if found:
         return "cannot take an adapter: it is also the head; train it with --fine-tune-type full."
     return (
         "matches no module; known are attention, mlp, experts, self_conditioning, one of their "
@@ -117,12 +123,10 @@ def _why_not(selector: str, found: list[str]) -> str:
     )
 
 
-def _prefixes(model: DiffusionGemma, num_layers: int) -> list[str]:
-    if num_layers > len(model.layers):
-        raise UsageError(
-            f"num_layers is {num_layers}, and the model has {len(model.layers)}; -1 takes all."
-        )
-    return layer_prefixes(model, num_layers)
+def _first_layer(num_layers: int, total: int) -> int:
+    if num_layers > total:
+        raise UsageError(f"num_layers is {num_layers}, and the model has {total}; -1 takes all.")
+    return 0 if num_layers < 0 else total - num_layers
 
 
 def _unfreeze(model: DiffusionGemma, num_layers: int, keys: Sequence[str] | None) -> None:
@@ -131,14 +135,14 @@ def _unfreeze(model: DiffusionGemma, num_layers: int, keys: Sequence[str] | None
             "full fine-tuning needs unquantized weights; train adapters (--fine-tune-type lora), "
             "or load the original."
         )
-    prefixes = tuple(_prefixes(model, num_layers))
+    first = _first_layer(num_layers, len(model.layers))
     if keys:
         for path in target_modules(model, keys, num_layers):
             dict(model.named_modules())[path].unfreeze()
     elif num_layers == -1:
         model.unfreeze()
     else:
-        for layer in model.layers[len(model.layers) - len(prefixes) :]:
+        for layer in model.layers[first:]:
             layer.unfreeze()
     for layer in model.layers:
         layer.router.freeze()

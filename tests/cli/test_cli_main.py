@@ -19,7 +19,7 @@ def run(*arguments: str):
     return CliRunner().invoke(app, list(arguments), prog_name="mlx-diffgemma")
 
 
-@pytest.mark.parametrize("command", ["", "generate", "chat", "demo", "convert"])
+@pytest.mark.parametrize("command", ["", "generate", "chat", "demo", "train", "fuse", "convert"])
 def test_help_imports_nothing_heavy(command):
     program = (
         "import sys\n"

@@ -1,0 +1,185 @@
+"""`train --plan`: what memory a run takes, taken apart, and at which batch and length it fits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_diffgemma.cli.options import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from mlx_diffgemma.cli.training import Request
+    from mlx_diffgemma.config import ModelConfig
+    from mlx_diffgemma.train.plan import TrainingMemory
+
+RELEASE = "google/diffusiongemma-26B-A4B-it"
+BATCHES, LENGTHS = (1, 2, 4, 8), (512, 1024, 2048, 4096)
+MACS = (32, 64, 128)
+_RESERVED = 3 * 2**30  # of a Mac's memory, for the system, once Metal's limit is raised
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model to plan for: shapes, bytes of its weights, and of a number between layers."""
+
+    shapes: ModelConfig
+    weights: int
+    activation_bytes: int
+    note: str
+
+
+def show(request: Request, *, as_json: bool) -> None:
+    """Print the plan on stdout."""
+    base = _base(request)
+    if as_json:
+        print(json.dumps(_as_dict(request, base), indent=2))
+    else:
+        _print(request, base)
+
+
+def fits(needed: int, gigabytes: int, *, raised: bool) -> bool:
+    """Whether a Mac with so many (binary) gigabytes holds it: as it comes, where Metal takes two
+    thirds to three quarters, or with the limit raised."""
+    whole = gigabytes * 2**30
+    return needed <= (whole - _RESERVED if raised else whole * (2 / 3 if gigabytes <= 36 else 0.75))
+
+
+def _base(request: Request) -> Base:
+    """The model from its folder; the released ones from built-in shapes, without a download."""
+    from mlx_diffgemma.bench.presets import config_like
+    from mlx_diffgemma.checkpoint import locate
+    from mlx_diffgemma.checkpoint.loading import read_config, weight_bytes
+    from mlx_diffgemma.checkpoint.quantization import RECIPES
+    from mlx_diffgemma.config import ModelConfig
+    from mlx_diffgemma.train import plan
+
+    recipe = {DEFAULT_MODEL: "4bit", RELEASE: "bf16"}.get(request.model)
+    if recipe is not None:
+        shapes = ModelConfig.from_dict(config_like(RELEASE))
+        weights = plan.recipe_weights(shapes, RECIPES[recipe])
+        note = f"{recipe}, from the shapes of the release; activations in bf16, as on a GPU"
+        return Base(shapes, weights, 2, note)
+    if request.model == locate.DEMO or Path(request.model).expanduser().is_dir():
+        folder = locate.locate(request.model)
+        shapes = ModelConfig.from_dict(read_config(folder))
+        note = "from the headers of its weights, as loaded on this machine"
+        return Base(shapes, weight_bytes(folder), plan.activation_bytes(), note)
+    return _on_the_hub(request)
+
+
+def _on_the_hub(request: Request) -> Base:
+    """A repository by the headers of its files; nothing else is downloaded."""
+    from mlx_diffgemma.checkpoint.names import canonical_name, is_vision
+    from mlx_diffgemma.config import ModelConfig
+    from mlx_diffgemma_convert.hub import open_source
+
+    source = open_source(request.model, request.options.get("revision"))
+    tensors = source.tensors.values()
+    text = (t for t in tensors if canonical_name(t.name) is not None and not is_vision(t.name))
+    weights = sum(tensor.nbytes for tensor in text)
+    note = "from the headers of its weights; activations in bf16, as on a GPU"
+    return Base(ModelConfig.from_dict(source.config), weights, 2, note)
+
+
+def _estimate(request: Request, base: Base, **settings: Any) -> TrainingMemory:
+    from mlx_diffgemma.train import plan
+
+    length = settings.pop("length", request.config.max_seq_length)
+    config = replace(request.config, **settings)
+    return plan.estimate(
+        base.shapes, base.weights, config, length=length, activation_bytes=base.activation_bytes
+    )
+
+
+def _grid(request: Request, base: Base) -> list[dict[str, Any]]:
+    """Every batch and length, with and without gradient checkpointing."""
+    rows = []
+    for checkpoint in (False, True):
+        for batch in BATCHES:
+            for length in LENGTHS:
+                needed = _estimate(
+                    request, base, batch_size=batch, grad_checkpoint=checkpoint, length=length
+                ).total
+                rows.append(
+                    {
+                        "grad_checkpoint": checkpoint, "batch_size": batch,
+                        "max_seq_length": length, "bytes": needed,
+                        "fits_gb": [gb for gb in MACS if fits(needed, gb, raised=False)],
+                        "fits_gb_with_raised_limit": [
+                            gb for gb in MACS if fits(needed, gb, raised=True)
+                        ],
+                    }
+                )  # fmt: skip
+    return rows
+
+
+def _as_dict(request: Request, base: Base) -> dict[str, Any]:
+    from mlx_diffgemma.train.plan import trained_numbers
+
+    config, needed = request.config, _estimate(request, base)
+    return {
+        "model": request.model,
+        "batch_size": config.batch_size,
+        "max_seq_length": config.max_seq_length,
+        "grad_checkpoint": config.grad_checkpoint,
+        "trained_parameters": trained_numbers(base.shapes, config),
+        "bytes": {**asdict(needed), "total": needed.total},
+        "grid": _grid(request, base),
+    }
+
+
+def _print(request: Request, base: Base) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mlx_diffgemma.train.plan import gigabytes, trained_numbers
+
+    console, config = Console(highlight=False), request.config
+    count = trained_numbers(base.shapes, config)
+    console.print(f"{request.model} ({base.note})", soft_wrap=True)
+    console.print(
+        f"{config.fine_tune_type}, {count:,} parameters trained with {config.optimizer}; batch "
+        f"{config.batch_size}, {config.max_seq_length:,} tokens, "
+        f"{'with' if config.grad_checkpoint else 'without'} --grad-checkpoint:",
+        soft_wrap=True,
+    )
+    needed = _estimate(request, base)
+    parts = Table(show_header=False, box=None)
+    parts.add_column()
+    parts.add_column(justify="right")
+    for name, size in asdict(needed).items():
+        parts.add_row(name, gigabytes(size))
+    parts.add_row("in all", gigabytes(needed.total))
+    console.print(parts)
+    grid = {
+        (row["grad_checkpoint"], row["batch_size"], row["max_seq_length"]): row
+        for row in _grid(request, base)
+    }
+    for checkpoint in (False, True):
+        title = f"GB at the peak, {'with' if checkpoint else 'without'} --grad-checkpoint"
+        table = Table(title=title, title_justify="left")
+        table.add_column("tokens", justify="right")
+        for batch in BATCHES:
+            table.add_column(f"batch {batch}", justify="right")
+        for length in LENGTHS:
+            cells = (_cell(grid[checkpoint, batch, length]) for batch in BATCHES)
+            table.add_row(f"{length:,}", *cells)
+        console.print(table)
+    console.print(
+        f"Behind each size: the smallest Mac of {', '.join(map(str, MACS))} GB that holds it; in "
+        "brackets after raising iogpu.wired_limit_mb to all but 3 GB. Counted, not measured.",
+        soft_wrap=True,
+    )
+
+
+def _cell(row: dict[str, Any]) -> str:
+    as_is, raised = row["fits_gb"], row["fits_gb_with_raised_limit"]
+    if as_is and as_is[0] == raised[0]:
+        where = f" {as_is[0]}"
+    elif raised:
+        where = f" ({raised[0]})"
+    else:
+        where = " none"
+    return f"{row['bytes'] / 1e9:.1f}{where}"

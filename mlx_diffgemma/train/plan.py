@@ -1,0 +1,168 @@
+"""What memory training takes, in bytes counted from the shapes; 1 GB is 1e9 bytes.
+
+Counted is what a step holds at its peak: weights, what is trained with gradients and optimizer,
+what the backward pass needs of the forward pass, and the logits. Letters: S sequence positions,
+C canvas, D hidden, V vocabulary, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from math import prod
+
+import mlx.core as mx
+
+from mlx_diffgemma.checkpoint.names import expected_shapes, module_class, module_path
+from mlx_diffgemma.checkpoint.quantization import Recipe
+from mlx_diffgemma.config import AttentionConfig, ModelConfig, TextConfig
+from mlx_diffgemma.errors import MemoryShortageError
+from mlx_diffgemma.train.adapt import DEFAULT_TARGETS, FROZEN, chosen_paths
+from mlx_diffgemma.train.config import TrainConfig
+
+_OPTIMIZER_COPIES = {"adam": 2, "adamw": 2, "muon": 1, "sgd": 1, "adafactor": 0.1}
+_LOGIT_COPIES = 5  # float32 copies of logits alive at once: the loss and its gradient
+_TRANSIENT = 2  # copies of a layer's activations while its gradient is computed
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes that a training step holds at its peak.
+
+    Attributes:
+        weights: of the base.
+        trained: the adapters; 0 where the weights themselves are trained.
+        gradients: of what is trained; twice where batches are accumulated.
+        optimizer: its state.
+        activations: kept for the backward pass, and of one layer while its gradient is computed.
+        logits: of canvas and encoder, with their gradient.
+    """
+
+    weights: int
+    trained: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def estimate(
+    shapes: ModelConfig, weights: int, config: TrainConfig, *, length: int, activation_bytes: int
+) -> TrainingMemory:
+    """Memory of a step on `config.batch_size` sequences of `length` tokens.
+
+    Args:
+        weights: bytes of the base.
+        activation_bytes: of a number between layers: 2, or 4 on a CPU.
+
+    Raises:
+        UsageError: a target matches nothing.
+    """
+    text, batch, canvas = shapes.text, config.batch_size, shapes.canvas_length
+    count = trained_numbers(shapes, config)
+    full = config.fine_tune_type == "full"
+    size = activation_bytes if full else 4  # adapters are float32
+    kept, largest = 0, 0
+    for attention in text.attention:
+        layer = 0
+        for new, seen in ((length, length), (canvas, length + canvas)):
+            numbers = new * _numbers_per_token(text, attention)
+            numbers += attention.num_heads * new * seen  # attention weights
+            layer += batch * numbers * activation_bytes
+            largest = max(largest, batch * numbers * activation_bytes)
+        inputs = (length + canvas) * text.hidden_size + length * 2 * _kv(attention)
+        kept += batch * inputs * activation_bytes if config.grad_checkpoint else layer
+    rows = batch * (canvas + (length if config.encoder_loss_weight else 0))
+    return TrainingMemory(
+        weights=weights,
+        trained=0 if full else count * size,
+        gradients=count * size * (2 if config.grad_accumulation_steps > 1 else 1),
+        optimizer=int(count * size * _OPTIMIZER_COPIES[config.optimizer]),
+        activations=int(kept + _TRANSIENT * largest),
+        logits=rows * text.vocab_size * 4 * _LOGIT_COPIES,
+    )
+
+
+def trained_numbers(shapes: ModelConfig, config: TrainConfig) -> int:
+    """How many numbers are trained."""
+    return sum(_trained(shapes, config))
+
+
+def recipe_weights(shapes: ModelConfig, recipe: Recipe, plain_bytes: int = 2) -> int:
+    """Bytes of the text model's weights in the formats of a recipe."""
+    layers, total = shapes.text.num_hidden_layers, 0.0
+    for name, shape in expected_shapes(shapes).items():
+        fmt = recipe.format_for(module_path(name), layers)
+        matrix = len(shape) > 1 and fmt.quantized
+        total += prod(shape) * (fmt.bits_per_weight / 8 if matrix else plain_bytes)
+    return int(total)
+
+
+def activation_bytes() -> int:
+    """Bytes of a number between layers on this machine."""
+    return 4 if mx.default_device() == mx.cpu else 2
+
+
+def require(needed: TrainingMemory, name: str, config: TrainConfig, available: int | None) -> None:
+    """Stop before a run that cannot end well.
+
+    Raises:
+        MemoryShortageError: with the numbers, and what to do.
+    """
+    if available is None or needed.total <= available:
+        return
+    mends = [] if config.grad_checkpoint else ["--grad-checkpoint"]
+    mends += [f"a --batch-size below {config.batch_size}"] if config.batch_size > 1 else []
+    mends += ["shorter examples", "weights in fewer bits"]
+    raise MemoryShortageError(
+        f"training {name} needs about {gigabytes(needed.total)} (weights "
+        f"{gigabytes(needed.weights)}, adapters, gradients and optimizer "
+        f"{gigabytes(needed.trained + needed.gradients + needed.optimizer)}, activations "
+        f"{gigabytes(needed.activations)}, logits {gigabytes(needed.logits)}) and this machine "
+        f"offers {gigabytes(available)}; try {', '.join(mends[:-1])} or {mends[-1]} (see --plan)."
+    )
+
+
+def gigabytes(size: float) -> str:
+    """A size for people."""
+    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
+
+
+def _kv(attention: AttentionConfig) -> int:
+    return attention.num_kv_heads * attention.head_dim
+
+
+def _numbers_per_token(text: TextConfig, attention: AttentionConfig) -> int:
+    """What the backward pass of one layer needs of the forward pass, for one token: the inputs of
+    its norms, projections and products."""
+    dim, queries = text.hidden_size, attention.num_heads * attention.head_dim
+    attended = 3 * queries + 4 * _kv(attention)
+    dense = 4 * text.intermediate_size
+    sparse = text.top_k_experts * (3 * text.moe_intermediate_size + dim)
+    return 8 * dim + attended + dense + sparse
+
+
+def _trained(shapes: ModelConfig, config: TrainConfig) -> Iterator[int]:
+    known = {module_path(n): shape for n, shape in expected_shapes(shapes).items()}
+    layers, keys = shapes.text.num_hidden_layers, config.lora_parameters.keys
+    if config.fine_tune_type == "full" and not keys:
+        first = 0 if config.num_layers < 0 else layers - config.num_layers
+        within = tuple(f"model.decoder.layers.{index}." for index in range(first, layers))
+        for path, shape in known.items():
+            here = config.num_layers < 0 or path.startswith(within)
+            if here and module_class(path) != FROZEN:
+                yield prod(shape)
+        return
+    matrices = [path for path, shape in known.items() if len(shape) > 1]
+    for path in chosen_paths(matrices, keys or DEFAULT_TARGETS, config.num_layers, layers):
+        *experts, outputs, inputs = known[path]
+        if config.fine_tune_type == "full":
+            yield prod(known[path])
+            continue
+        yield prod(experts) * config.lora_parameters.rank * (inputs + outputs)
+        if config.fine_tune_type == "dora":
+            yield outputs
