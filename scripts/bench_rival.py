@@ -11,6 +11,7 @@ checkpoint's. Memory is what a step holds beside the weights, each program measu
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 
 from mlx_diffgemma.bench.openblas import load_openblas
@@ -43,6 +44,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for bits in args.bits or [0, 4]:
         recipe = chosen_recipe(bits or None, None)
+        gc.collect()  # the model before this one would count as memory of a step
         model = random_model(config, recipe, chosen_dtype(args.dtype))
         reports = compare_steps(
             model, settings, prefix=args.prefix, repeats=args.repeats,
@@ -55,6 +57,7 @@ def main() -> None:
                 f"| {run.ours_beyond_weights / 1e6:.0f} | {run.theirs_beyond_weights / 1e6:.0f} |",
                 flush=True,
             )
+        del model
 
 
 if __name__ == "__main__":

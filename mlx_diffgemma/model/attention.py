@@ -11,13 +11,11 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_diffgemma.config import FULL, SLIDING, AttentionConfig, RopeConfig, TextConfig
-from mlx_diffgemma.kernels import differentiable
-from mlx_diffgemma.kernels.dispatch import training_on_cpu
 from mlx_diffgemma.model.cache import LayerCache, PrefixCache
 
 Mask = mx.array | str | None
 
-_SCORE_BYTES = 256 << 20  # most bytes of attention scores to hold at once
+_SCORE_BYTES = 64 << 20  # most bytes of attention scores to hold at once
 
 
 def encoder_masks(config: TextConfig, cache: PrefixCache, new: int) -> dict[str, Mask]:
@@ -99,16 +97,17 @@ class Rope:
         )  # fmt: skip
 
 
-def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:
+def attend(
+    queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, *, bounded: bool = False
+) -> mx.array:
     """Softmax attention with scale 1, [B, H, S, Dh], a block of queries at a time where the scores
-    of all at once would not fit in a fixed budget (long prompts)."""
+    of all at once would not fit in a fixed budget.
+
+    `bounded` evaluates each block before the next is begun: MLX takes the memory of an operation
+    when it is queued, so blocks that are queued together hold it together.
+    """
     batch, heads, new, _ = queries.shape
     total = keys.shape[2]
-    if training_on_cpu():
-        if mask == "causal":
-            mask = _causal_mask(total - new, new, 0, None, None)
-        assert not isinstance(mask, str)
-        return differentiable.attend(queries, keys, values, mask)
     block = max(1, _SCORE_BYTES // (4 * batch * heads * total))
     if new <= block:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
@@ -128,6 +127,8 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> m
                 mask=part,
             )
         )
+        if bounded:
+            mx.eval(outputs[-1])
     return mx.concatenate(outputs, axis=2)
 
 
@@ -155,7 +156,9 @@ class Attention(nn.Module):
     ) -> mx.array:
         """[B, S, D] attends to itself and the prefix, and joins the prefix."""
         queries, keys, values = self._project(x, offset)
-        return self._output(attend(queries, *cache.extend(keys, values), mask))
+        # A gradient is traced, and nothing can be evaluated inside it.
+        bounded = not self.training
+        return self._output(attend(queries, *cache.extend(keys, values), mask, bounded=bounded))
 
     def decode(
         self,

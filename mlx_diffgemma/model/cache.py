@@ -31,8 +31,15 @@ class LayerCache:
         self.window = window
         self.length = 0
         self._canvas = 0
+        self._reserved = 0
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
+
+    def reserve(self, positions: int) -> None:
+        """Make the next buffer long enough for `positions`, where they are all kept: a prefix that
+        is written piece by piece is then never copied from one buffer to a longer one."""
+        if self.window is None:
+            self._reserved = positions
 
     def extend(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append [B, H, S, Dh]; returns all that the new positions may see, themselves included."""
@@ -64,8 +71,9 @@ class LayerCache:
 
     def _write(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         end = self.length + keys.shape[2]
-        self.keys = _with_room(self.keys, keys, self.length, end)
-        self.values = _with_room(self.values, values, self.length, end)
+        room = max(end, self._reserved)
+        self.keys = _with_room(self.keys, keys, self.length, end, room)
+        self.values = _with_room(self.values, values, self.length, end, room)
         self.keys[..., self.length : end, :] = keys
         self.values[..., self.length : end, :] = values
         return self.keys[..., :end, :], self.values[..., :end, :]
@@ -74,12 +82,14 @@ class LayerCache:
         return [array for array in (self.keys, self.values) if array is not None]
 
 
-def _with_room(buffer: mx.array | None, like: mx.array, length: int, end: int) -> mx.array:
-    """`buffer` if it holds `end` positions, else a longer one with its first `length`."""
+def _with_room(
+    buffer: mx.array | None, like: mx.array, length: int, end: int, room: int
+) -> mx.array:
+    """`buffer` if it holds `end` positions, else one for `room` with its first `length`."""
     if buffer is not None and buffer.shape[2] >= end:
         return buffer
     batch, heads, _, size = like.shape
-    capacity = -(-end // _GROWTH) * _GROWTH
+    capacity = -(-room // _GROWTH) * _GROWTH
     longer = mx.zeros((batch, heads, capacity, size), like.dtype)
     if buffer is not None:
         longer[..., :length, :] = buffer[..., :length, :]
@@ -115,6 +125,11 @@ class PrefixCache:
     def rope_offset(self) -> int | mx.array:
         """Position of the next token: one number, or [B] where the padding differs."""
         return self.offset if self.pads is None else mx.array(self.offset - self.pads)
+
+    def reserve(self, positions: int) -> None:
+        """Make room for `positions` more, ahead of writing them piece by piece."""
+        for layer in self.layers:
+            layer.reserve(self.offset + positions)
 
     def arrays(self) -> list[mx.array]:
         """Every array held, for `mx.eval`."""

@@ -136,8 +136,9 @@ def naive_attention(queries, keys, values, seen):
 
 
 @pytest.mark.parametrize("kind", ["causal", "none", "array", "rows"])
+@pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("budget", [256 << 20, 4 * 2 * 4 * 13 * 3, 1])
-def test_attend_equals_a_naive_one_in_blocks_too(monkeypatch, kind, budget):
+def test_attend_equals_a_naive_one_in_blocks_too(monkeypatch, kind, budget, bounded):
     """`budget` bytes of scores: all at once, three queries at a time, one at a time."""
     monkeypatch.setattr(attention, "_SCORE_BYTES", budget)
     rng = np.random.default_rng(0)
@@ -149,6 +150,7 @@ def test_attend_equals_a_naive_one_in_blocks_too(monkeypatch, kind, budget):
         "array": mx.array(np.tri(8, 13, 5, dtype=bool) & ~np.tri(8, 13, 1, dtype=bool))[None, None],
         "rows": mx.array(rng.random((2, 1, 1, 13)) < 0.6),
     }[kind]
-    found = np.array(attend(mx.array(queries), mx.array(keys), mx.array(values), mask))
+    arrays = mx.array(queries), mx.array(keys), mx.array(values)
+    found = np.array(attend(*arrays, mask, bounded=bounded))
     expected = naive_attention(queries, keys, values, spread(mask, 2, 8, 13))
     np.testing.assert_allclose(found, expected, atol=1e-5)

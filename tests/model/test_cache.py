@@ -52,6 +52,19 @@ def test_full_layer_keeps_everything(chunks):
         assert cache.length == end
 
 
+def test_reserved_room_is_taken_once_and_holds_the_same():
+    cache = LayerCache()
+    cache.reserve(700)
+    for start in range(0, 700, 100):
+        seen, _ = cache.extend(numbered(start, start + 100), numbered(start, start + 100))
+        assert positions(seen) == list(range(start + 100))
+        assert cache.keys is not None and cache.keys.shape[2] == 768
+    sliding = LayerCache(8)
+    sliding.reserve(700)
+    sliding.extend(numbered(0, 100), numbered(0, 100))
+    assert sliding.keys is not None and sliding.keys.shape[2] == 7
+
+
 @pytest.mark.parametrize("window", [None, 8])
 def test_canvas_leaves_the_prefix_alone_and_needs_no_new_room(window):
     cache = LayerCache(window)
