@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--bits", type=int, action="append", help="0 for none (repeatable)")
     parser.add_argument("--dtype", help="float32 on a CPU, bfloat16 on a GPU if left out")
-    parser.add_argument("--profile", default="exact")
+    parser.add_argument("--profile", default="balanced")
     parser.add_argument("--prefix", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--openblas", help="path of libopenblas.so.0, on a CPU")

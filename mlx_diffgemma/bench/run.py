@@ -28,6 +28,7 @@ from mlx_diffgemma.bench.speed import (
     measure_profiles,
 )
 from mlx_diffgemma.bench.steps import measure_step, predictor_named
+from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.diffusion.profiles import PROFILES, profile_settings
 from mlx_diffgemma.generation import diffusion_config
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
@@ -57,7 +58,7 @@ class Plan:
     canvas_length: int | None = None
     repeats: int = 5
     seed: int = 0
-    profile: str = "exact"
+    profile: str = DEFAULT_PROFILE
     predictor: str | None = None
     prompt: str = PROMPT
     max_tokens: int | None = None

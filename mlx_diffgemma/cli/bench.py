@@ -11,6 +11,7 @@ import typer
 
 from mlx_diffgemma.bench import openblas as openblas_room
 from mlx_diffgemma.cli import errors, options
+from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.diffusion.profiles import profile_settings
 from mlx_diffgemma.errors import UsageError
 
@@ -101,7 +102,7 @@ def bench(
         typer.Option(
             "--profile", help="Under which the step is taken apart.", rich_help_panel=_WHAT
         ),
-    ] = "exact",
+    ] = DEFAULT_PROFILE,
     predictor: Annotated[
         str | None,
         typer.Option(

@@ -50,6 +50,11 @@ def chat(
     entropy_bound: options.EntropyBound = None,
     stability_threshold: options.StabilityThreshold = None,
     confidence_threshold: options.ConfidenceThreshold = None,
+    stop_at_eos: options.StopAtEos = None,
+    shrink_canvas: options.ShrinkCanvas = None,
+    soft_cutoff: options.SoftCutoff = None,
+    confident_after: options.ConfidentAfter = None,
+    settled_after: options.SettledAfter = None,
     watch: options.Watch = True,
     debug: options.Debug = False,
 ) -> None:
@@ -70,6 +75,11 @@ def chat(
             entropy_bound=entropy_bound,
             stability_threshold=stability_threshold,
             confidence_threshold=confidence_threshold,
+            stop_at_eos=stop_at_eos,
+            shrink_canvas=shrink_canvas,
+            soft_cutoff=soft_cutoff,
+            confident_after=confident_after,
+            settled_after=settled_after,
         )
         loading = {
             "revision": revision,

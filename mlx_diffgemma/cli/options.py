@@ -14,6 +14,7 @@ from mlx_diffgemma.errors import UsageError
 DEFAULT_MODEL = "mlx-community/diffusiongemma-26B-A4B-it-4bit"
 
 _MODEL, _PROMPT, _DIFFUSION, _OUTPUT = "Model", "Prompt", "Denoising", "Output"
+_SPEED = "What a profile sets"
 
 # The model.
 Model = Annotated[
@@ -163,6 +164,49 @@ ConfidenceThreshold = Annotated[
         "--confidence-threshold",
         help="Mean entropy in nats below which a canvas may be done.",
         rich_help_panel=_DIFFUSION,
+    ),
+]
+
+# What a profile is made of, one by one.
+StopAtEos = Annotated[
+    bool | None,
+    typer.Option(
+        "--stop-at-eos/--no-stop-at-eos",
+        help="Look no further than the first certain eos when deciding whether a canvas is done.",
+        rich_help_panel=_SPEED,
+    ),
+]
+ShrinkCanvas = Annotated[
+    bool | None,
+    typer.Option(
+        "--shrink-canvas/--no-shrink-canvas",
+        help="Draft no more than --max-tokens leaves.",
+        rich_help_panel=_SPEED,
+    ),
+]
+SoftCutoff = Annotated[
+    float | None,
+    typer.Option(
+        "--soft-cutoff",
+        help="Leave tokens out of the self-conditioning that are e^-N times less likely than the "
+        "likeliest.",
+        rich_help_panel=_SPEED,
+    ),
+]
+ConfidentAfter = Annotated[
+    int | None,
+    typer.Option(
+        "--confident-after",
+        help="Step from which confidence alone ends a canvas.",
+        rich_help_panel=_SPEED,
+    ),
+]
+SettledAfter = Annotated[
+    int | None,
+    typer.Option(
+        "--settled-after",
+        help="Steps after which a certain position is computed rarely (an experiment).",
+        rich_help_panel=_SPEED,
     ),
 ]
 

@@ -26,7 +26,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "fast": FAST,
     "turbo": TURBO,
 }
-DEFAULT = "exact"
+DEFAULT = "balanced"
 
 
 def profile_settings(name: str) -> dict[str, Any]:

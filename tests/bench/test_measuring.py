@@ -91,7 +91,7 @@ def test_tables_show_what_there_is(report):
     text = StringIO()
     Console(file=text, width=110).print(as_tables(full))
     shown = " ".join(text.getvalue().split())
-    assert "profile exact, batch 2, canvas 6, prefix 7" in shown
+    assert "profile balanced, batch 2, canvas 6, prefix 7" in shown
     assert "│ exact │ 120 │ 2 │ 40 │ 3.0 │ 33.3 │" in shown
     assert "│ other 1.0 │ 500 │ 2000 │ 0.25 │ 10 │ 99 │" in shown
     assert "│ twin │ 64 │ 50.0 │ – │ – │" in shown

@@ -57,7 +57,8 @@ def test_every_option_arrives(program):
         "--chat-template t --system-prompt s --no-thinking --prefill-step-size 64 -p hi -m 9 "
         "--seed 3 --steps 4 --canvas-length 32 --t-min 0.1 --t-max 0.2 --entropy-bound 0.3 "
         "--stability-threshold 2 --confidence-threshold 0.01 --sampler ddim "
-        "--accept-threshold 0.5 --profile fast --no-watch"
+        "--accept-threshold 0.5 --profile fast --no-stop-at-eos --shrink-canvas --soft-cutoff 8 "
+        "--confident-after 6 --settled-after 2 --no-watch"
     )
     assert program(*arguments.split()).exit_code == 0
     assert program.script.loads == [
@@ -91,6 +92,11 @@ def test_every_option_arrives(program):
         "sampler": "ddim",
         "accept_threshold": 0.5,
         "profile": "fast",
+        "stop_at_eos": False,
+        "shrink_canvas": True,
+        "soft_cutoff": 8.0,
+        "confident_after": 6,
+        "settled_after": 2,
     }
 
 
