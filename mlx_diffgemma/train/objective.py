@@ -27,7 +27,8 @@ def loss(
     The canvas loss is the mean cross-entropy over whole canvases, the tail of eos included; the
     encoder's is that of the next token, over the positions that count. The first
     `batch.conditioned` examples see what a first pass expected, the others zeros, as in the first
-    denoising step; no gradient goes into the first pass.
+    denoising step. No gradient goes into the first pass; the embedding gets that of the expectation
+    over its rows, as in the reference.
     """
     with training_forms():
         return _loss(model, batch, encoder_weight, checkpoint)
@@ -65,7 +66,7 @@ def expected_embeddings(
         return None
     first = [(keys[:rows], values[:rows]) for keys, values in kept]
     hidden = decode(model, batch.corrupted[:rows], first, batch.prefix[:rows])
-    soft = mx.stop_gradient(model.soft_embeddings(model.logits(hidden)))
+    soft = model.soft_embeddings(mx.stop_gradient(model.logits(hidden)))
     others = mx.zeros((batch.size - rows, *soft.shape[1:]), soft.dtype)
     return mx.concatenate([soft, others]) if batch.size > rows else soft
 
