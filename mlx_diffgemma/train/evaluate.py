@@ -16,10 +16,11 @@ from mlx_diffgemma.kernels.dispatch import training_forms
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.train.batches import Drawn, Sizes, check, clean_canvases, draw_canvas, lay_out
 from mlx_diffgemma.train.config import EVALUATED_NOISE, TrainConfig
+from mlx_diffgemma.train.cross_entropy import cross_entropy
 from mlx_diffgemma.train.examples import Example
 from mlx_diffgemma.train.forward import decode, encode
 from mlx_diffgemma.train.noising import corrupt_at
-from mlx_diffgemma.train.objective import cross_entropy, encoder_loss
+from mlx_diffgemma.train.objective import encoder_loss
 
 _SEED = 20_240  # the same canvases and noise at each evaluation, whatever the run's seed
 

@@ -6,10 +6,10 @@ Letters: B examples, S sequence positions, C canvas, D hidden, V vocabulary.
 from __future__ import annotations
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_diffgemma.kernels.dispatch import training_forms
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.train.cross_entropy import cross_entropy
 from mlx_diffgemma.train.examples import Batch
 from mlx_diffgemma.train.forward import KeysValues, decode, encode
 
@@ -69,8 +69,3 @@ def expected_embeddings(
     soft = model.soft_embeddings(mx.stop_gradient(model.logits(hidden)))
     others = mx.zeros((batch.size - rows, *soft.shape[1:]), soft.dtype)
     return mx.concatenate([soft, others]) if batch.size > rows else soft
-
-
-def cross_entropy(model: DiffusionGemma, hidden: mx.array, targets: mx.array) -> mx.array:
-    """[B, S, D] and token ids [B, S] -> nats [B, S]."""
-    return nn.losses.cross_entropy(model.logits(hidden), targets)
