@@ -46,6 +46,7 @@ def bench(
         ),
     ] = None,
     model: options.Model = None,
+    adapter_path: options.AdapterPath = None,
     random: Annotated[
         bool,
         typer.Option(
@@ -159,6 +160,8 @@ def bench(
                 raise UsageError(f"{name} must be at least 1, not {value}.")
         if random and model is not None:
             raise UsageError("--model and --random exclude each other: drop one.")
+        if adapter_path is not None and (random or against):
+            raise UsageError("--adapter-path goes with --model; fuse it to compare others.")
         shapes = Shapes(like, layers, bits, recipe, dtype) if random else None
         if not random and (layers, bits, recipe, dtype, like) != (None,) * 4 + (RELEASE,):
             raise UsageError("--like, --layers, --bits, --recipe and --dtype go with --random.")
@@ -176,7 +179,7 @@ def bench(
             prompt=prompt or PROMPT, max_tokens=max_tokens, rival=rival, twin=twin_model,
             blas=blas, say=_say,
         )  # fmt: skip
-        report = _measure(model, shapes, plan)
+        report = _measure(model, adapter_path, shapes, plan)
         if json:
             print(report.as_json())
         else:
@@ -185,13 +188,15 @@ def bench(
     errors.run(body, debug=errors.debugging(ctx))
 
 
-def _measure(model: str | None, shapes: Shapes | None, plan: Plan) -> BenchReport:
+def _measure(
+    model: str | None, adapter_path: str | None, shapes: Shapes | None, plan: Plan
+) -> BenchReport:
     from mlx_diffgemma.bench.run import run_bench
 
     if shapes is None:
         from mlx_diffgemma.cli import session
 
-        opened = session.open_model(model)
+        opened = session.open_model(model, adapter_path=adapter_path)
         return run_bench(opened.model, plan, name=opened.name, tokenizer=opened.tokenizer)
     from mlx_diffgemma.bench.presets import config_like
     from mlx_diffgemma.bench.random_model import chosen_dtype, chosen_recipe, random_model

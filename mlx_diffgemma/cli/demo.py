@@ -27,6 +27,7 @@ def demo(
         int | None,
         typer.Option("--seed", help="Makes the puzzles and the answers repeatable."),
     ] = None,
+    adapter_path: options.AdapterPath = None,
     watch: options.Watch = True,
     debug: options.Debug = False,
 ) -> None:
@@ -34,12 +35,12 @@ def demo(
 
     def body() -> None:
         options.generation_settings(seed=seed, prefill_step_size=None)
-        _show(seed, watch)
+        _show(seed, watch, adapter_path)
 
     errors.run(body, debug=errors.debugging(ctx))
 
 
-def _show(seed: int | None, watch: bool) -> None:
+def _show(seed: int | None, watch: bool, adapter_path: str | None) -> None:
     import numpy as np
 
     from mlx_diffgemma.cli import display, output, session
@@ -48,7 +49,7 @@ def _show(seed: int | None, watch: bool) -> None:
         seed = secrets.randbelow(2**16)
     rng = np.random.default_rng(seed)
     watch = output.can_draw(watch)
-    opened = session.open_model("demo")
+    opened = session.open_model("demo", adapter_path=adapter_path)
     console = output.terminal()
     print(f"Fresh 6×6 sudokus for a DiffusionGemma of 2.2 million parameters (seed {seed}).")
     if watch:

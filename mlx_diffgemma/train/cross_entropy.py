@@ -17,8 +17,8 @@ import mlx.nn as nn
 from mlx_diffgemma.kernels.dispatch import training_forms, training_on_cpu
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
-BLOCK = 1 << 25
-"""Most logits of a block: 128 rows of the release's vocabulary, 134 MB in float32."""
+BLOCK = 1 << 24
+"""Most logits of a block: 64 rows of the release's vocabulary, 67 MB in float32."""
 
 _Loss = Callable[..., mx.array]
 

@@ -15,9 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_diffgemma.config import FULL, SLIDING, TextConfig
-from mlx_diffgemma.kernels.dispatch import training_forms, training_on_cpu
 from mlx_diffgemma.model.attention import Mask
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.train.recompute import recomputed
 
 KeysValues = tuple[mx.array, mx.array]
 
@@ -75,7 +75,7 @@ def encode(
     kept = []
     scalars = model.model.encoder.language_model.layers
     for layer, own in zip(model.layers, scalars, strict=True):
-        run = _checkpointed(layer, _encode_layer) if checkpoint else _bound(layer, _encode_layer)
+        run = recomputed(layer, _encode_layer) if checkpoint else _bound(layer, _encode_layer)
         mask = masks[layer.self_attn.sizes.kind]
         x, keys, values = run(x, mask, own.layer_scalar)
         kept.append((keys, values))
@@ -100,7 +100,7 @@ def decode(
     length = kept[0][0].shape[2]
     masks = canvas_masks(model.config.text, prefix, length, canvas.shape[1])
     for layer, (keys, values) in zip(model.layers, kept, strict=True):
-        run = _checkpointed(layer, _decode_layer) if checkpoint else _bound(layer, _decode_layer)
+        run = recomputed(layer, _decode_layer) if checkpoint else _bound(layer, _decode_layer)
         x = run(x, masks[layer.self_attn.sizes.kind], keys, values, prefix)
     return model.model.decoder.norm(x)
 
@@ -122,18 +122,3 @@ def _decode_layer(
 
 def _bound(layer: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *arguments: run(layer, *arguments)
-
-
-def _checkpointed(layer: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run` for this layer, keeping only what goes in; the rest is computed again for the
-    gradient."""
-
-    forms = training_on_cpu()
-
-    def pure(parameters: dict[str, Any], *arguments: Any) -> Any:
-        with training_forms(forms):  # it runs again when the gradient is taken
-            layer.update(parameters)
-            return run(layer, *arguments)
-
-    again = mx.checkpoint(pure)
-    return lambda *arguments: again(layer.trainable_parameters(), *arguments)

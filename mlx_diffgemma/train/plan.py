@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from math import prod
+from math import ceil, prod
 
 import mlx.core as mx
 
@@ -19,10 +19,14 @@ from mlx_diffgemma.config import AttentionConfig, ModelConfig, TextConfig
 from mlx_diffgemma.errors import MemoryShortageError
 from mlx_diffgemma.train.adapt import DEFAULT_TARGETS, FROZEN, chosen_paths
 from mlx_diffgemma.train.config import TrainConfig
+from mlx_diffgemma.train.cross_entropy import BLOCK
 
 _OPTIMIZER_COPIES = {"adam": 2, "adamw": 2, "muon": 1, "sgd": 1, "adafactor": 0.1}
-_LOGIT_COPIES = 5  # float32 copies of logits alive at once: the loss and its gradient
-_TRANSIENT = 2  # copies of a layer's activations while its gradient is computed
+# Float32 copies of logits alive at once, loss and gradient, as MLX was seen to hold them: of all,
+# where they are one block, and of a block else; on a CPU, whose forms take more, and on a GPU.
+_LOGIT_COPIES = {4: (13, 20), 2: (7, 15)}
+_GUESS_COPIES = 3  # in the first pass, for the examples that see their own guess
+_TRANSIENT = 3.5  # copies of a layer's activations while its gradient is computed
 
 
 @dataclass(frozen=True)
@@ -76,15 +80,25 @@ def estimate(
             largest = max(largest, batch * numbers * activation_bytes)
         inputs = (length + canvas) * text.hidden_size + length * 2 * _kv(attention)
         kept += batch * inputs * activation_bytes if config.grad_checkpoint else layer
-    rows = batch * (canvas + (length if config.encoder_loss_weight else 0))
     return TrainingMemory(
         weights=weights,
         trained=0 if full else count * size,
         gradients=count * size * (2 if config.grad_accumulation_steps > 1 else 1),
         optimizer=int(count * size * _OPTIMIZER_COPIES[config.optimizer]),
         activations=int(kept + _TRANSIENT * largest),
-        logits=rows * text.vocab_size * 4 * _LOGIT_COPIES,
+        logits=_logits(shapes, config, length, activation_bytes),
     )
+
+
+def _logits(shapes: ModelConfig, config: TrainConfig, length: int, activation_bytes: int) -> int:
+    vocabulary, canvases = shapes.text.vocab_size, config.batch_size * shapes.canvas_length
+    whole, block = _LOGIT_COPIES[activation_bytes]
+    copies = 0
+    for rows in (canvases, config.batch_size * length if config.encoder_loss_weight else 0):
+        most = max(1, BLOCK // vocabulary)
+        copies += rows * whole if rows <= most else most * block
+    guessed = ceil(config.batch_size * config.self_conditioning) * shapes.canvas_length
+    return vocabulary * 4 * max(copies, guessed * _GUESS_COPIES)
 
 
 def trained_numbers(shapes: ModelConfig, config: TrainConfig) -> int:
