@@ -41,6 +41,8 @@ class TrainConfig:
         learning_rate: at its highest.
         lr_schedule: what follows the warm-up: "cosine" or "linear" down to `final_learning_rate`,
             or "constant".
+        decay: share of the steps after the warm-up that the schedule takes, the last ones; before,
+            the rate stays at its highest, so that a run can still be made longer.
         warmup: steps over which the learning rate rises from 0.
         final_learning_rate: what the schedule ends with, as a share of `learning_rate`.
         steps_per_report, steps_per_eval, save_every: how often; 0 for never (the end is saved
@@ -75,6 +77,7 @@ class TrainConfig:
     val_batches: int = 25
     learning_rate: float = 1e-4
     lr_schedule: str = "cosine"
+    decay: float = 1.0
     warmup: int = 0
     final_learning_rate: float = 0.0
     steps_per_report: int = 10
@@ -114,7 +117,7 @@ class TrainConfig:
         _check_number("encoder_loss_weight", self.encoder_loss_weight, 0.0, inclusive=True)
         if self.clip_norm is not None:
             _check_number("clip_norm", self.clip_norm, 0.0)
-        for name in ("final_learning_rate", "self_conditioning", "span_fraction"):
+        for name in ("decay", "final_learning_rate", "self_conditioning", "span_fraction"):
             _check_share(name, getattr(self, name))
         _check_share("min_noise", self.min_noise, below=True)
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)

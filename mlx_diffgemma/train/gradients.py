@@ -17,6 +17,7 @@ from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.train.config import TrainConfig
 from mlx_diffgemma.train.examples import Batch
+from mlx_diffgemma.train.muon import Muon
 from mlx_diffgemma.train.objective import loss
 
 Tree = dict[str, Any]
@@ -25,7 +26,7 @@ Losses = tuple[mx.array, mx.array, mx.array]
 _CLASSES = {
     "adam": optimizers.Adam,
     "adamw": optimizers.AdamW,
-    "muon": optimizers.Muon,
+    "muon": Muon,
     "sgd": optimizers.SGD,
     "adafactor": optimizers.Adafactor,
 }
@@ -39,12 +40,14 @@ _ARRAYS = [field.name for field in fields(Batch) if field.type == "mx.array"]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of a step, from 1: a linear rise over `warmup` steps, then the schedule."""
+    """The learning rate of a step, from 1: a linear rise over `warmup` steps, then the schedule, of
+    which the share `decay` falls."""
     if step <= config.warmup:
         return config.learning_rate * step / config.warmup
     if config.lr_schedule == "constant":
         return config.learning_rate
-    done = (step - 1 - config.warmup) / max(1, config.iters - config.warmup)
+    falling = config.decay * (config.iters - config.warmup)
+    done = max(0.0, (step - 1 - config.iters + falling) / max(1.0, falling))
     left = (1 + cos(pi * min(1.0, done))) / 2 if config.lr_schedule == "cosine" else 1 - done
     floor = config.final_learning_rate
     return config.learning_rate * (floor + (1 - floor) * max(0.0, left))

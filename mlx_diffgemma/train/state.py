@@ -87,7 +87,8 @@ def load(folder: Path, parameters: Tree, config: TrainConfig) -> RunState | None
     return RunState(
         step=run["step"],
         tokens=run["tokens"],
-        parameters=tree_unflatten(list(saved.items())),
+        # In the order of the model, in which the norm of the gradients is summed.
+        parameters=tree_unflatten([(name, saved[name]) for name in expected]),
         optimizer=tree_unflatten(list(_within(arrays, "optimizer.").items())),
     )
 

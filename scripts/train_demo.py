@@ -1,0 +1,303 @@
+"""Train the demo's model from nothing, on endless fresh exercises, in as many sittings as it takes.
+
+    python scripts/train_demo.py RUN --hours 1 --openblas /usr/lib/.../libopenblas.so.0
+    python scripts/train_demo.py RUN --hours 2 --cores 2        # goes on, to the step
+    python scripts/train_demo.py RUN --examples 300000          # makes the run longer
+    python scripts/train_demo.py RUN --finish                   # writes RUN/model, examined
+
+RUN holds `recipe.json` (of the first sitting, with what later ones changed), `start/` (the random
+checkpoint that it began with), the state of the training, and `log.jsonl`. A sitting ends when its
+hours are over or all examples were seen, and may be killed at any moment: it loses what came after
+the last save. `--finish` writes, from whatever state there is, a checkpoint in the layout of
+`mlx_diffgemma/demo/checkpoint` with a card, and the curve of exact answers over the cap on steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_diffgemma.bench.openblas import load_openblas
+
+if TYPE_CHECKING:
+    from mlx_diffgemma.bench.exam import Marks
+    from mlx_diffgemma.train.config import TrainConfig
+    from mlx_diffgemma.train.examples import Stream
+
+SCRIPTS = Path(__file__).parent
+SHIPPED = SCRIPTS.parent / "mlx_diffgemma" / "demo" / "checkpoint"
+EXAM_SEED = 2026
+MICRO_BATCH = 8
+"""Examples that a core computes at once."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the course of a run.
+
+    Attributes:
+        examples: how many there are to be, from the beginning.
+        shares: of the tasks among them.
+        ramp: the share of the examples over which they become as hard as those of an exam.
+        batch: examples of an optimizer step.
+        rate: learning rate of the matrices (Muon); that of the rest is a tenth of it (Adam).
+        decay: share of the examples over which the rates fall to nothing, at the end.
+        seed: of everything.
+    """
+
+    examples: int = 160_000
+    shares: Mapping[str, float] = field(
+        default_factory=lambda: {
+            "one": 0.35, "two": 0.3, "bare": 0.1,
+            "record": 0.07, "sort": 0.06, "count": 0.06, "fill": 0.06,
+        }
+    )  # fmt: skip
+    ramp: float = 0.2
+    batch: int = 16
+    rate: float = 0.02
+    decay: float = 0.3
+    seed: int = 0
+
+
+def training(recipe: Recipe, cores: int) -> TrainConfig:
+    """The recipe as settings of the training loop."""
+    from mlx_diffgemma.train.config import TrainConfig
+
+    steps = recipe.examples // recipe.batch
+    return TrainConfig(
+        batch_size=MICRO_BATCH,
+        grad_accumulation_steps=recipe.batch // MICRO_BATCH,
+        cpu_streams=cores,
+        iters=steps,
+        optimizer="muon",
+        optimizer_config={"weight_decay": 0.02},
+        learning_rate=recipe.rate,
+        lr_schedule="linear",
+        decay=recipe.decay,
+        warmup=min(60, steps),
+        fine_tune_type="full",
+        encoder_loss_weight=0.0,
+        min_noise=0.01,
+        span_fraction=0.25,
+        seed=recipe.seed,
+        steps_per_report=50,
+        steps_per_eval=1000,
+        save_every=100,
+    )
+
+
+def begin(folder: Path, seed: int) -> None:
+    """Write the random checkpoint that a run starts from, in the shipped one's shapes."""
+    from make_tiny_checkpoint import write_checkpoint
+
+    partial = folder / "start.part"
+    shutil.rmtree(partial, ignore_errors=True)
+    write_checkpoint(partial, json.loads((SHIPPED / "config.json").read_text()), seed=seed)
+    for path in SHIPPED.glob("*"):
+        if path.name.startswith(("tokenizer", "chat_template", "generation_config")):
+            shutil.copy(path, partial)
+    partial.rename(folder / "start")
+
+
+def stream_of(recipe: Recipe, tokenizer: Any) -> Stream:
+    """The examples of a run, by number."""
+    from mlx_diffgemma.demo.tasks import Curriculum
+    from mlx_diffgemma.text.control_tokens import ControlTokens
+    from mlx_diffgemma.text.prompt import encode_prompt
+    from mlx_diffgemma.text.response import encode_response, end_of_turn
+    from mlx_diffgemma.text.tokenizer import hf_tokenizer
+    from mlx_diffgemma.train.examples import Example
+
+    curriculum = Curriculum(recipe.shares, round(recipe.ramp * recipe.examples), recipe.seed)
+    controls, end = ControlTokens(hf_tokenizer(tokenizer)), end_of_turn(tokenizer)
+
+    def stream(first: int, count: int) -> list[Example]:
+        examples = []
+        for number in range(first, first + count):
+            exercise = curriculum[number]
+            prompt = encode_prompt(tokenizer, exercise.prompt)
+            response = encode_response(controls, exercise.answer, end)
+            examples.append(Example((*prompt, *response), len(prompt)))
+        return examples
+
+    return stream
+
+
+def examine(
+    model: Any, tokenizer: Any, names: Sequence[str], count: int, **settings: Any
+) -> dict[str, Marks]:
+    """How the model answers `count` inputs of each task, with the default settings but these."""
+    from mlx_diffgemma.bench import exam
+    from mlx_diffgemma.generation import diffusion_config
+
+    config, marks = diffusion_config(model, **settings), {}
+    for name, exercises in exam.make_tasks(count, EXAM_SEED, names).items():
+        marks[name] = exam.Marks()
+        for start in range(0, count, 8):
+            part = exercises[start : start + 8]
+            prompts = [exercise.prompt for exercise in part]
+            answers = exam.answer(model, tokenizer, config, prompts, seed=start)
+            marks[name] += exam.mark(answers, part)
+    return marks
+
+
+def sit(folder: Path, recipe: Recipe, cores: int, hours: float, say: Callable[..., None]) -> bool:
+    """Train until the examples or the hours are over; returns whether all examples were seen."""
+    from mlx_diffgemma import load
+    from mlx_diffgemma.train.events import Evaluation, Finished, Report, Saved
+    from mlx_diffgemma.train.loop import train
+
+    model, tokenizer = load(folder / "start")
+    model.unfreeze()
+    ends = time.monotonic() + 3600 * hours
+    config = training(recipe, cores)
+
+    def exact(model: Any) -> float:
+        if not (folder / "state.safetensors").exists():
+            return 0.0  # a random model takes all the steps and canvases that there are
+        capped = {"max_denoising_steps": 16, "max_tokens": 192}
+        marks = examine(model, tokenizer, list(recipe.shares), 16, **capped)
+        say("exam", **{name: round(mark.rate, 3) for name, mark in marks.items()})
+        return sum(mark.exact for mark in marks.values()) / sum(m.count for m in marks.values())
+
+    stream = stream_of(recipe, tokenizer)
+    held_out = stream(1 << 40, 64)
+    for event in train(model, config, stream, held_out, folder, resume=True, generate_exact=exact):
+        match event:
+            case Report():
+                say("report", examples=event.step * recipe.batch, loss=round(event.loss, 4),
+                    rate=round(event.learning_rate, 5), norm=round(event.grad_norm, 3),
+                    per_second=round(event.examples_per_second, 1),
+                    memory=round(event.peak_memory, 2))  # fmt: skip
+            case Evaluation():
+                losses = {str(noise): round(loss, 4) for noise, loss in event.by_noise.items()}
+                say(
+                    "evaluation", examples=event.step * recipe.batch, loss=losses, exact=event.exact
+                )
+            case Saved() if time.monotonic() > ends:
+                say("stopped", examples=event.step * recipe.batch)
+                return False
+            case Finished():
+                say("finished", examples=event.step * recipe.batch)
+    return True
+
+
+def write_model(folder: Path) -> Path:
+    """`model`: what was trained, in bf16, written and verified by the converter."""
+    from mlx_diffgemma.checkpoint.quantization import Recipe as Formats
+    from mlx_diffgemma_convert.job import convert
+    from mlx_diffgemma_convert.journal import Journal
+    from mlx_diffgemma_convert.overlay import OverlaidSource
+    from mlx_diffgemma_convert.plan import make_plan
+
+    target = folder / "model"
+    shutil.rmtree(target, ignore_errors=True)
+    source = OverlaidSource(folder / "start", [folder / "adapters.safetensors"], "train_demo")
+    plan = make_plan(source, Formats("plain", ()), dtype="bf16")
+    with Journal(target) as journal:
+        convert(plan, journal, restart=True)
+    return target
+
+
+def write_card(model: Path, text: str) -> None:
+    """Put this card in place of the converter's, in its record too."""
+    from mlx_diffgemma_convert.record import read_record, write_record
+
+    record = read_record(model)
+    record["files"]["README.md"] = sha256(text.encode()).hexdigest()
+    (model / "README.md").write_bytes(text.encode())
+    write_record(model, record)
+
+
+def finish(folder: Path, recipe: Recipe, count: int, openblas: str | None) -> None:
+    """Write the model with its card, and the curve of the exact rate over the cap on steps."""
+    from demo_card import card
+    from mlx.utils import tree_flatten
+
+    from mlx_diffgemma import load
+
+    target = write_model(folder)
+    model, tokenizer = load(target)
+    marks = examine(model, tokenizer, [name for name, part in recipe.shares.items() if part], count)
+    size = sum(array.size for _, array in tree_flatten(model.parameters()))
+    text = card(recipe, size, steps_done(folder) * recipe.batch, marks, count, EXAM_SEED)
+    write_card(target, text)
+    print(text, flush=True)
+    curve = [sys.executable, str(SCRIPTS / "bench_profiles.py"), "--model", str(target), "--only",
+             "cap", "--count", str(count), "--out", str(folder)]  # fmt: skip
+    (folder / "profiles.jsonl").unlink(missing_ok=True)  # it may be of another state of the run
+    subprocess.run(curve + (["--openblas", openblas] if openblas else []), check=True)
+
+
+def steps_done(folder: Path) -> int:
+    """Optimizer steps of the state in `folder`."""
+    import mlx.core as mx
+
+    _, metadata = mx.load(str(folder / "state.safetensors"), return_metadata=True)
+    return int(json.loads(metadata["run"])["step"])
+
+
+def recipe_of(folder: Path, given: Mapping[str, Any]) -> Recipe:
+    """The recipe of the run in `folder`, with what is given; written down for later sittings."""
+    path = folder / "recipe.json"
+    recipe = Recipe(**json.loads(path.read_text())) if path.exists() else Recipe()
+    recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(asdict(recipe), indent=2))
+    partial.replace(path)
+    return recipe
+
+
+def share(text: str) -> tuple[str, float]:
+    """`one=0.5` -> ("one", 0.5)."""
+    name, _, number = text.partition("=")
+    return name, float(number)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of the run; made if it is not there")
+    parser.add_argument("--hours", type=float, default=1.0, help="most hours of this sitting")
+    parser.add_argument("--cores", type=int, default=1, help="on a CPU")
+    parser.add_argument("--openblas", help="path of libopenblas.so.0, on a CPU")
+    parser.add_argument("--finish", action="store_true", help="train no more; write the model")
+    parser.add_argument("--count", type=int, default=200, help="inputs a task of the final exam")
+    parser.add_argument(
+        "--share", type=share, action="append", dest="shares", metavar="TASK=SHARE",
+        help="repeatable; replaces the shares of all tasks",
+    )  # fmt: skip
+    for name, kind in (("examples", int), ("batch", int), ("seed", int), ("ramp", float),
+                       ("rate", float), ("decay", float)):  # fmt: skip
+        parser.add_argument(f"--{name}", type=kind, help="of the recipe; kept for later sittings")
+    args = parser.parse_args()
+    if args.openblas:
+        load_openblas(args.openblas)
+    args.run.mkdir(parents=True, exist_ok=True)
+    given = {f.name: getattr(args, f.name) for f in fields(Recipe)}
+    if args.shares:
+        given["shares"] = dict(args.shares)
+    recipe = recipe_of(args.run, given)
+    if not (args.run / "start").exists():
+        begin(args.run, recipe.seed)
+
+    def say(kind: str, **what: Any) -> None:
+        line = json.dumps({"at": time.strftime("%H:%M:%S"), "kind": kind, **what})
+        with (args.run / "log.jsonl").open("a") as log:
+            print(line, file=log)
+        print(line, flush=True)
+
+    if args.finish or sit(args.run, recipe, args.cores, args.hours, say):
+        finish(args.run, recipe, args.count, args.openblas)
+
+
+if __name__ == "__main__":
+    main()
