@@ -10,6 +10,9 @@ checkpoint that it began with), the state of the training, and `log.jsonl`. A si
 hours are over or all examples were seen, and may be killed at any moment: it loses what came after
 the last save. `--finish` writes, from whatever state there is, a checkpoint in the layout of
 `mlx_diffgemma/demo/checkpoint` with a card, and the curve of exact answers over the cap on steps.
+
+On an AMD with AVX-512, `OPENBLAS_CORETYPE=SKYLAKEX MALLOC_ARENA_MAX=1` in the environment, and
+`MALLOC_MMAP_THRESHOLD_`, `MALLOC_TRIM_THRESHOLD_` and `MALLOC_TOP_PAD_` large, are worth a half more.
 """
 
 from __future__ import annotations
@@ -77,6 +80,7 @@ def training(recipe: Recipe, cores: int) -> TrainConfig:
         batch_size=MICRO_BATCH,
         grad_accumulation_steps=recipe.batch // MICRO_BATCH,
         cpu_streams=cores,
+        compile=shutil.which("g++") is not None or None,
         iters=steps,
         optimizer="muon",
         optimizer_config={"weight_decay": 0.02},

@@ -61,7 +61,7 @@ def test_two_sittings_are_one_and_end_in_a_checkpoint(script, tmp_path, monkeypa
     monkeypatch.setattr(
         script,
         "training",
-        lambda recipe, cores: usual(recipe, cores).override(warmup=1, save_every=2),
+        lambda recipe, cores: usual(recipe, cores).override(warmup=1, save_every=2, compile=False),
     )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     kinds = [
