@@ -50,9 +50,9 @@ class ReplayPredictor:
         self.inner, self.canvases = MaterializedPredictor(model), canvases
 
     def __call__(
-        self, canvas, cache, soft_embeddings, temperature, keys, constraint=None
+        self, canvas, cache, soft_embeddings, temperature, keys, constraint=None, last=False
     ) -> Prediction:
-        prediction = self.inner(canvas, cache, soft_embeddings, temperature, keys, constraint)
+        prediction = self.inner(canvas, cache, soft_embeddings, temperature, keys, constraint, last)
         draws = []
         for place, step in np.array(keys).tolist():
             row, index = divmod(place, _ROWS)

@@ -239,5 +239,6 @@ class _Predicted:
         temperature: float,
         keys: mx.array,
         constraint: CanvasConstraint | None = None,
+        last: bool = False,
     ) -> Prediction:
         return self._prediction

@@ -50,21 +50,24 @@ class ActiveSetPredictor:
         temperature: float,
         keys: mx.array,
         constraint: CanvasConstraint | None = None,
+        last: bool = False,
     ) -> Prediction:
         if soft_embeddings is None:  # a new canvas
             self._last, self._streak = None, np.zeros(canvas.shape, int)
-        last, places = self._last, None
-        if last is not None and constraint is None and cache.pads is None:
+        known, places = self._last, None
+        if known is not None and constraint is None and cache.pads is None:
             places = self._active()
         prediction = None
-        if last is not None and places is not None:
-            part = self.inner(canvas, cache, soft_embeddings, temperature, keys, None, places)
-            prediction = _merged(last, part, places)
+        if known is not None and places is not None and not last:
+            part = self.inner(canvas, cache, soft_embeddings, temperature, keys, places=places)
+            prediction = _merged(known, part, places)
             self._since_full += 1
             if self._looks_done(prediction):
                 prediction = None
         if prediction is None:
-            prediction = self.inner(canvas, cache, soft_embeddings, temperature, keys, constraint)
+            prediction = self.inner(
+                canvas, cache, soft_embeddings, temperature, keys, constraint, last
+            )
             self._since_full = 0
         self._count(prediction)
         return prediction

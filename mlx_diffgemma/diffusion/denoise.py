@@ -44,13 +44,16 @@ def denoising_step(
     temperature: float,
     noise: StepNoise,
     constraint: CanvasConstraint | None = None,
+    last: bool = False,
 ) -> tuple[Prediction, Proposal]:
     """One pass over `canvas` [R, C]: predict, then accept and renoise. Nothing is evaluated yet.
 
     A fixed position has no entropy, so it takes nothing of the entropy bound; where a sampler goes
     by confidence, it takes no share of what is accepted either.
     """
-    prediction = predictor(canvas, cache, soft_embeddings, temperature, noise.keys(), constraint)
+    prediction = predictor(
+        canvas, cache, soft_embeddings, temperature, noise.keys(), constraint, last
+    )
     if constraint is None:
         return prediction, sampler.advance(canvas, prediction, noise)
     confidence = mx.where(constraint.is_open, prediction.confidence, 0.0)
@@ -109,6 +112,7 @@ def denoise_canvas(
             temperature=schedule.at(step),
             noise=StepNoise(noise, rows, canvas_index, step, *shape),
             constraint=constraint,
+            last=step == config.max_denoising_steps,
         )
         canvas, soft_embeddings = proposal.canvas, prediction.soft_embeddings
         mx.eval(canvas, soft_embeddings, proposal.draft, proposal.accepted, prediction.entropy)

@@ -28,20 +28,21 @@ class Prediction:
         argmax: [R, C] int32, the most likely tokens: the draft.
         draw: [R, C] int32, one sample a position.
         entropy: [R, C] float32, in nats.
-        soft_embeddings: [R, C, D], the expected embeddings, for the next step.
+        soft_embeddings: [R, C, D], the expected embeddings, for the next step; None after the last.
         confidence: [R, C] float32, the probability of `draw`.
     """
 
     argmax: mx.array
     draw: mx.array
     entropy: mx.array
-    soft_embeddings: mx.array
+    soft_embeddings: mx.array | None
     confidence: mx.array
 
 
 class Predictor(Protocol):
     """One forward pass over a canvas [R, C] that continues the prefix in `cache`, at a
-    temperature, under a constraint, drawing row r with `keys[r]` [2]."""
+    temperature, under a constraint, drawing row r with `keys[r]` [2]. No step follows the `last`
+    one, so it needs no soft embeddings."""
 
     def __call__(
         self,
@@ -51,6 +52,7 @@ class Predictor(Protocol):
         temperature: float,
         keys: mx.array,
         constraint: CanvasConstraint | None = None,
+        last: bool = False,
     ) -> Prediction: ...
 
 
@@ -69,6 +71,7 @@ class MaterializedPredictor:
         temperature: float,
         keys: mx.array,
         constraint: CanvasConstraint | None = None,
+        last: bool = False,
         places: mx.array | None = None,
     ) -> Prediction:
         hidden = self.model.decode(canvas, cache, soft_embeddings, places)
@@ -81,7 +84,7 @@ class MaterializedPredictor:
             argmax=mx.argmax(processed, axis=-1).astype(mx.int32),
             draw=draw,
             entropy=entropy(processed),
-            soft_embeddings=self.model.soft_embeddings(self._cut(processed)),
+            soft_embeddings=None if last else self.model.soft_embeddings(self._cut(processed)),
             confidence=mx.exp(drawn - mx.logsumexp(processed, axis=-1)),
         )
 
@@ -106,6 +109,7 @@ class TiledPredictor:
         temperature: float,
         keys: mx.array,
         constraint: CanvasConstraint | None = None,
+        last: bool = False,
         places: mx.array | None = None,
     ) -> Prediction:
         hidden = self.model.decode(canvas, cache, soft_embeddings, places)
@@ -117,13 +121,13 @@ class TiledPredictor:
             softcap=softcap,
             temperature=temperature,
             keys=keys,
+            need_soft=not last,
             soft_cutoff=self.soft_cutoff,
             guess=None if self.soft_cutoff is None or places is not None else canvas,
             allowed=None if constraint is None else constraint.allowed_words,
             fixed=None if constraint is None else constraint.fixed_tokens,
         )
         assert seen.draw is not None and seen.draw_log_probability is not None
-        assert seen.soft_embeddings is not None
         return Prediction(
             argmax=seen.argmax,
             draw=seen.draw,

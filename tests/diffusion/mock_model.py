@@ -8,6 +8,7 @@ is computed row by row in numpy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -47,7 +48,7 @@ class MockPredictor:
         self.canvases: list[np.ndarray] = []
 
     def __call__(
-        self, canvas, cache, soft_embeddings, temperature, keys, constraint=None
+        self, canvas, cache, soft_embeddings, temperature, keys, constraint=None, last=False
     ) -> Prediction:
         assert constraint is None
         self.calls += 1
@@ -68,7 +69,8 @@ class MockPredictor:
         if self.calls == self.nan_at:
             entropy[-1, 3] = np.nan
         confidence = np.exp(-np.array(entropy))
-        return Prediction(*map(mx.array, (argmax, draw, entropy, soft, confidence)))
+        found = Prediction(*map(mx.array, (argmax, draw, entropy, soft, confidence)))
+        return replace(found, soft_embeddings=None) if last else found
 
     def row(self, prefix, canvas, soft, temperature, key):
         """argmax [C], draw [C], entropy [C], soft embeddings [C, D] of one row."""

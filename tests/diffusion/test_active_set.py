@@ -52,8 +52,10 @@ class Passes:
     def __init__(self, model, certain: np.ndarray) -> None:
         self.inner, self.certain, self.sizes = MaterializedPredictor(model), certain, []
 
-    def __call__(self, canvas, cache, soft, temperature, keys, constraint=None, places=None):
-        prediction = self.inner(canvas, cache, soft, temperature, keys, constraint, places)
+    def __call__(
+        self, canvas, cache, soft, temperature, keys, constraint=None, last=False, places=None
+    ):
+        prediction = self.inner(canvas, cache, soft, temperature, keys, constraint, last, places)
         chosen = np.arange(canvas.shape[1]) if places is None else np.array(places)
         self.sizes.append(len(chosen))
         entropy = np.where(self.certain[chosen], 0.0, 1.0)[None].repeat(canvas.shape[0], 0)

@@ -29,7 +29,9 @@ class RandomPredictor:
         self.table = mx.array(rng.normal(0, 3, (VOCAB, VOCAB)).astype(np.float32))
         self.calls = 0
 
-    def __call__(self, canvas, cache, soft_embeddings, temperature, keys, constraint=None):
+    def __call__(
+        self, canvas, cache, soft_embeddings, temperature, keys, constraint=None, last=False
+    ):
         self.calls += 1
         logits = self.table[canvas] + mx.roll(self.table[canvas], 1, axis=1)
         processed = constraint.restrict(logits / temperature)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -108,6 +110,18 @@ def test_confidence_is_needed_too(stability):
     assert run([[3]], at, predictor=Doubtful())[-1].steps == ((12,),)
     above = at.override(confidence_threshold=0.21)
     assert run([[3]], above, predictor=Doubtful())[-1].steps == ((stability + 1,),)
+
+
+def test_the_predictor_knows_the_last_step():
+    class Told(MockPredictor):
+        told: ClassVar[list[bool]] = []
+
+        def __call__(self, *arguments):
+            self.told.append(arguments[-1])
+            return super().__call__(*arguments)
+
+    run([[3]], settings(stability_threshold=99, max_tokens=1), predictor=Told())
+    assert Told.told == [False] * 11 + [True]
 
 
 def test_rows_are_independent():

@@ -81,6 +81,19 @@ def test_tiles_and_whole_logits_agree(
         )
 
 
+@pytest.mark.parametrize("form", [MaterializedPredictor, TiledPredictor])
+def test_the_last_step_leaves_out_the_soft_embeddings_alone(setting, form) -> None:
+    model, cache, canvas, soft = setting
+    keys = mx.random.split(mx.random.key(4), 2)
+    before, last = (
+        form(model, 10.0)(canvas, cache, soft, 0.5, keys, constraint(canvas), last)
+        for last in (False, True)
+    )
+    assert before.soft_embeddings is not None and last.soft_embeddings is None
+    for name in ("argmax", "draw", "entropy", "confidence"):
+        assert mx.array_equal(getattr(before, name), getattr(last, name))
+
+
 def test_draws_follow_the_distribution(setting) -> None:
     model, cache, canvas, soft = setting
     draws = []

@@ -14,7 +14,6 @@ from mlx_diffgemma.kernels.allowed_tokens import pack_allowed, unpack_allowed
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
 from mlx_diffgemma.kernels.materialized import materialized
 from mlx_diffgemma.kernels.vocabulary import VocabularyResult, vocabulary_pass
-from mlx_diffgemma.kernels.vocabulary_argmax import vocabulary_argmax
 
 SOFTCAP = 30.0
 FORMS = ["float32", "bfloat16", "float16", "affine-4", "affine-8", "mxfp4", "mxfp8", "nvfp4"]
@@ -238,19 +237,6 @@ def test_allowed_sets_and_fixed_tokens(form: str) -> None:
         draw = np.array(result.draw)
         inside = np.take_along_axis(allowed, draw[..., None], axis=-1)[..., 0]
         assert (inside | (fixed >= 0)).all()
-
-
-@pytest.mark.parametrize("form", ["float32", "bfloat16", "affine-4", "mxfp4"])
-def test_the_last_step_needs_only_the_argmax(form: str) -> None:
-    table, hidden = make_table(700, 64, form), make_hidden(2, 12, 64)
-    allowed = np.random.default_rng(1).random((2, 12, 700)) < 0.02
-    allowed[:, :, 699] = True
-    fixed = mx.full((2, 12), -1, dtype=mx.int32).at[1, 5].add(124)
-    for constraint in ({}, {"allowed": pack_allowed(mx.array(allowed)), "fixed": fixed}):
-        whole = materialized(hidden, table, softcap=SOFTCAP, temperature=0.5, **constraint)
-        ours = vocabulary_argmax(hidden, table, tile=256, **constraint)
-        assert ours.dtype == mx.int32
-        assert np.array_equal(ours, whole.argmax)
 
 
 @pytest.mark.parametrize("form", ["float32", "affine-4", "mxfp4"])
