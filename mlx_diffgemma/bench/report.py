@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+from mlx_diffgemma.bench.constraint import ConstraintCost
 from mlx_diffgemma.bench.device import Device
 from mlx_diffgemma.bench.prefill import PrefillReport
 from mlx_diffgemma.bench.rival import RivalReport
@@ -48,6 +49,7 @@ class BenchReport:
     load: float | None
     prefill: tuple[PrefillReport, ...]
     step: StepReport
+    constraints: tuple[ConstraintCost, ...] = ()
     speeds: tuple[ProfileSpeed, ...] = ()
     limits: tuple[ProfileLimit, ...] = ()
     rivals: tuple[RivalReport, ...] = ()

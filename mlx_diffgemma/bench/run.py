@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mlx_diffgemma.bench.constraint import ConstraintCost, measure_constraints
 from mlx_diffgemma.bench.counting import Weights
 from mlx_diffgemma.bench.device import measure_device
 from mlx_diffgemma.bench.prefill import measure_prefill
@@ -47,6 +48,7 @@ class Plan:
         prefill: lengths of the prompts to encode; the prefix of a step has `prefix` tokens.
         profile: under which to measure steps; all profiles are compared beside it.
         predictor: one of `predict`'s by name; None takes the loop's own.
+        constraints: whether to run steps with and without a constraint.
         rival: whether to run mlx-vlm beside it.
         twin: an autoregressive model to run mlx-lm with.
         blas: what OpenBLAS calls itself where it was loaded.
@@ -62,6 +64,7 @@ class Plan:
     predictor: str | None = None
     prompt: str = PROMPT
     max_tokens: int | None = None
+    constraints: bool = False
     rival: bool = False
     twin: str | None = None
     blas: str | None = None
@@ -112,6 +115,12 @@ def run_bench(
             model, tokenizer, plan.prompt,
             profile=plan.profile, max_tokens=plan.max_tokens, seed=plan.seed,
         )  # fmt: skip
+    constraints: tuple[ConstraintCost, ...] = ()
+    if plan.constraints:
+        plan.say("constraining")
+        constraints = measure_constraints(
+            model, chosen, prefix=plan.prefix, repeats=plan.repeats, seed=plan.seed
+        )
     rivals: tuple[RivalReport, ...] = ()
     twins: tuple[TwinReport, ...] = ()
     if plan.rival:
@@ -134,7 +143,8 @@ def run_bench(
             random=tokenizer is None,
         ),
         device=device, profile=plan.profile, seed=plan.seed, load=load, prefill=prefill,
-        step=step, speeds=speeds, limits=limits, rivals=rivals, twins=twins,
+        step=step, constraints=constraints, speeds=speeds, limits=limits, rivals=rivals,
+        twins=twins,
     )  # fmt: skip
 
 

@@ -21,6 +21,15 @@ def _parts(report: BenchReport) -> Iterator[RenderableType]:
     if report.prefill:
         yield _prefill(report)
     yield _step(report)
+    if report.constraints:
+        yield _table(
+            "One denoising step under a constraint, of one canvas",
+            ("constraint", "ms", "of none"),
+            [
+                (cost.name, _ms(cost.seconds), f"{cost.ratio:.3f}")
+                for cost in report.constraints
+            ],
+        )  # fmt: skip
     if report.speeds:
         yield _table(
             "Answers by profile",

@@ -8,12 +8,14 @@ from statistics import median
 
 import mlx.core as mx
 
+Clock = Callable[[], float]
 
-def seconds(run: Callable[[], object]) -> float:
+
+def seconds(run: Callable[[], object], clock: Clock = time.perf_counter) -> float:
     """How long one call takes; `run` evaluates what it computes."""
-    start = time.perf_counter()
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def median_seconds(run: Callable[[], object], repeats: int, warmup: int = 1) -> float:
@@ -30,13 +32,16 @@ def least_seconds(run: Callable[[], object], repeats: int) -> float:
 
 
 def alternate(
-    runs: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 1,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each of several things, run in turns so that a busy machine slows all alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(warmup + repeats):
         for name, run in runs.items():
-            taken = seconds(run)
+            taken = seconds(run, clock)
             if turn >= warmup:
                 times[name].append(taken)
     return times

@@ -112,6 +112,14 @@ def bench(
             rich_help_panel=_WHAT,
         ),
     ] = None,
+    constraints: Annotated[
+        bool,
+        typer.Option(
+            "--constraints",
+            help="Also run steps with and without constraints, in turns.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = False,
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", "-p", help="What to answer.", rich_help_panel=_WHAT),
@@ -176,8 +184,8 @@ def bench(
         plan = Plan(
             prefill=lengths, prefix=prefix, batch=batch, canvas_length=canvas_length,
             repeats=repeats, seed=seed or 0, profile=profile, predictor=predictor,
-            prompt=prompt or PROMPT, max_tokens=max_tokens, rival=rival, twin=twin_model,
-            blas=blas, say=_say,
+            prompt=prompt or PROMPT, max_tokens=max_tokens, constraints=constraints, rival=rival,
+            twin=twin_model, blas=blas, say=_say,
         )  # fmt: skip
         report = _measure(model, adapter_path, shapes, plan)
         if json:

@@ -41,7 +41,7 @@ class CanvasConstraint:
         if not any(layout.allowed for layout in layouts):
             return cls(fixed)
         allowed = np.empty((*fixed.shape, -(-vocab // 32)), np.uint32)
-        allowed[:] = token_mask(range(vocab), vocab)
+        allowed[:] = every_token(vocab)
         for row, layout in enumerate(layouts):
             for place, mask in layout.allowed.items():
                 allowed[row, place] = mask
@@ -138,3 +138,11 @@ def token_mask(tokens: Iterable[int], vocab: int) -> np.ndarray:
     bits = np.zeros(-(-vocab // 32) * 32, bool)
     bits[list(tokens)] = True
     return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
+
+
+def every_token(vocab: int) -> np.ndarray:
+    """The set of all token ids as a bit mask [W] uint32."""
+    mask = np.full(-(-vocab // 32), 0xFFFFFFFF, np.uint32)
+    if vocab % 32:
+        mask[-1] = (1 << vocab % 32) - 1
+    return mask

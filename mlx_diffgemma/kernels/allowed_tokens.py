@@ -1,11 +1,14 @@
 """Sets of allowed tokens as packed bits: bit `v % 32` of word `v // 32` says that token v may be.
 
-Letters: V vocabulary, W words of 32 tokens.
+Letters: N positions, V vocabulary, W words of 32 tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
+import numpy as np
 
 WORD = 32
 FORBIDDEN = -3e38  # a logit so low that its exponential is zero; finite, so that 0 · it is 0
@@ -30,3 +33,20 @@ def forbid(logits: mx.array, words: mx.array | None) -> mx.array:
     if words is None:
         return logits
     return mx.where(unpack_allowed(words, logits.shape[-1]), logits, FORBIDDEN)
+
+
+def restricted_rows(
+    words: mx.array, starts: Sequence[int], tile: int, vocab: int
+) -> list[np.ndarray]:
+    """For every tile of tokens, the rows of `words` [N, W] that do not allow all of it.
+
+    Most sets allow all but a few tokens, so most tiles need no look at them.
+    """
+    full = np.full(words.shape[-1], 0xFFFFFFFF, np.uint32)
+    if vocab % WORD:
+        full[vocab // WORD] = (1 << vocab % WORD) - 1
+    lacking = np.array(words, copy=False) != full
+    return [
+        np.flatnonzero(lacking[:, start // WORD : -(-(start + tile) // WORD)].any(axis=-1))
+        for start in starts
+    ]

@@ -34,6 +34,10 @@ class Uniforms:
         drawn = mx.stack(rows, axis=1).reshape(2 * tiles + 1, -1)
         return cls(drawn[:tiles], drawn[tiles:-1], drawn[-1])
 
+    def at(self, places: mx.array) -> Uniforms:
+        """Those of some of the positions."""
+        return Uniforms(self.tile[:, places], self.block[:, places], self.token[places])
+
 
 @dataclass(frozen=True)
 class Reservoir:

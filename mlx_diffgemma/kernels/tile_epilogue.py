@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_diffgemma.kernels.allowed_tokens import FORBIDDEN, forbid
 from mlx_diffgemma.kernels.dispatch import Implementation, Launcher, MetalKernel, launcher_for
@@ -56,19 +57,23 @@ def tile_epilogue(
     softcap: float,
     temperature: float,
     dtype: mx.Dtype | None,
+    restricted: np.ndarray | None = None,
     implementation: Implementation | Launcher = "auto",
 ) -> TileStatistics:
     """[N, v] products of a tile and the running maximum [N] before it -> its statistics.
 
-    `dtype` is that of the exponentials, or None if they are not needed.
+    `dtype` is that of the exponentials, or None if they are not needed. `restricted` names the rows
+    that are not allowed the whole tile, where that is known.
 
     The running maximum is exact where a fixed shift by the softcap is not: at a temperature of 0.4
     the exponential of the smallest possible logit is e^-150 of the largest, and a row whose maximum
     is below −5 would lose all its mass in float32.
     """
+    if restricted is not None and not len(restricted):
+        words = None
     launch = launcher_for(implementation)
     if launch is None:
-        return _in_mlx(raw, maximum, words, softcap, temperature, dtype)
+        return _in_mlx(raw, maximum, words, softcap, temperature, dtype, restricted)
     count, tokens = raw.shape
     blocks = -(-tokens // BLOCK)
     shape = raw.shape if dtype is not None else (1, 1)
@@ -203,8 +208,14 @@ def _in_mlx(
     softcap: float,
     temperature: float,
     dtype: mx.Dtype | None,
+    restricted: np.ndarray | None,
 ) -> TileStatistics:
-    x = processed_logits(raw, words, softcap, temperature)
+    if words is None or restricted is None or len(restricted) > raw.shape[0] // 2:
+        x = processed_logits(raw, words, softcap, temperature)
+    else:
+        x = processed_logits(raw, None, softcap, temperature)
+        rows = mx.array(restricted)
+        x[rows] = forbid(x[rows], words[rows])
     blocks = _blocks(x, FORBIDDEN)
     count, size = blocks.shape[:2]
     block_maxima = blocks.max(axis=-1)

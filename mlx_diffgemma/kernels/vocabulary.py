@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_diffgemma.kernels.allowed_tokens import WORD
+from mlx_diffgemma.kernels.allowed_tokens import WORD, restricted_rows
 from mlx_diffgemma.kernels.dispatch import Implementation, Launcher
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
 from mlx_diffgemma.kernels.soft_sum import AllTokens, LikelyTokens, SoftSum, Summing
@@ -44,7 +45,8 @@ class VocabularyResult:
         draw: [R, C] int32, or None if no keys were given.
         entropy: [R, C] float32, in nats; NaN where nothing is allowed.
         soft_embeddings: [R, C, D] in the type of the hidden states, or None if not asked for.
-        log_sum: [R, C] float32, the logarithm of the sum of the exponentials of the logits.
+        log_sum: [R, C] float32, the logarithm of the sum of the exponentials of the logits; 0
+            where a token is fixed.
         draw_log_probability: [R, C] float32, that of the token drawn, or None without a draw.
         dropped_mass: [R, C] float32, the probability that `soft_embeddings` leaves out.
     """
@@ -104,7 +106,7 @@ def vocabulary_pass(
         keys: [R, 2] uint32, one a row, from which alone the row draws; None draws nothing.
         allowed: [R, C, W] uint32, the tokens that a position may take (see `pack_allowed`).
         fixed: [R, C] int32, a token that a position is bound to, or −1: its argmax and draw, with
-            entropy 0.
+            entropy 0. It takes no part in the pass over the vocabulary.
         need_soft: whether to compute the soft embeddings, √D · (p @ table).
         soft_cutoff: leave tokens out of them that are e^-soft_cutoff times less likely than the
             likeliest; None leaves out none.
@@ -121,21 +123,31 @@ def vocabulary_pass(
         raise ValueError(f"temperature is {temperature}; it must be above 0.")
     rows, canvas, width = hidden.shape
     dtype = table.product_dtype
+    starts = range(0, table.vocab_size, tile)
     queries = hidden.reshape(-1, width).astype(dtype)
     words = None if allowed is None else allowed.reshape(rows * canvas, -1)
-    starts = range(0, table.vocab_size, tile)
+    guess = None if guess is None else guess.flatten()
     uniforms = None if keys is None else Uniforms.of(keys, canvas, len(starts))
+    places = None if fixed is None else _open_places(fixed)
+    if places is not None:  # what is bound needs no look at the vocabulary
+        queries = queries[places]
+        words = None if words is None else words[places]
+        guess = None if guess is None else guess[places]
+        uniforms = None if uniforms is None else uniforms.at(places)
+    restricted = None
+    if words is not None:
+        restricted = restricted_rows(words, starts, tile, table.vocab_size)
 
     summing: Summing | None = None
     if need_soft and soft_cutoff is not None:
         floor = None
         if guess is not None:
-            floor = _floor(queries, table, guess.flatten(), words, softcap, temperature)
+            floor = _floor(queries, table, guess, words, softcap, temperature)
         summing = LikelyTokens(soft_cutoff, table, floor, implementation)
     elif need_soft:
         summing = AllTokens()
 
-    state = _start(rows * canvas, width, dtype, softcap / temperature, summing, uniforms, words)
+    state = _start(len(queries), width, dtype, softcap / temperature, summing, uniforms, words)
     for place, start in enumerate(starts):
         stop = min(start + tile, table.vocab_size)
         embeddings = table.rows(start, stop, dtype)
@@ -148,6 +160,7 @@ def vocabulary_pass(
             softcap=softcap,
             temperature=temperature,
             dtype=dtype if need_soft else None,
+            restricted=None if restricted is None else restricted[place],
             implementation=implementation,
         )
         before, state = state, _merge(state, seen, start)
@@ -163,25 +176,33 @@ def vocabulary_pass(
         mx.async_eval(state.arrays())
         mx.eval(before.arrays())
 
+    def placed(values: mx.array, *shape: int) -> mx.array:
+        """What is known of each position that was looked at, in the shape of the canvas."""
+        if places is not None:
+            all_values = mx.zeros((rows * canvas, *values.shape[1:]), values.dtype)
+            all_values[places] = values
+            values = all_values
+        return values.reshape(rows, canvas, *shape)
+
     entropy = mx.log(state.total) - state.weighted / state.total
     log_sum = state.maximum + mx.log(state.total)
     draw = draw_log_p = soft = None
     if uniforms is not None and state.reservoir is not None:
         draw, logit = _draw(state, uniforms.token, softcap, temperature, table.vocab_size)
-        draw, draw_log_p = draw.reshape(rows, canvas), (logit - log_sum).reshape(rows, canvas)
+        draw, draw_log_p = placed(draw), placed(mx.minimum(logit - log_sum, 0.0))
     dropped = mx.zeros_like(entropy)
     if summing is not None and state.soft is not None:
         expected, dropped = summing.finish(state.soft, state.maximum, state.total)
-        soft = (expected * table.scale).astype(hidden.dtype).reshape(hidden.shape)
+        soft = placed((expected * table.scale).astype(hidden.dtype), width)
     result = VocabularyResult(
-        argmax=state.argmax.reshape(rows, canvas),
+        argmax=placed(state.argmax),
         draw=draw,
         # Rounding may leave a certain position a hair below zero.
-        entropy=mx.maximum(entropy, 0.0).reshape(rows, canvas),
+        entropy=placed(mx.maximum(entropy, 0.0)),
         soft_embeddings=soft,
-        log_sum=log_sum.reshape(rows, canvas),
-        draw_log_probability=None if draw_log_p is None else mx.minimum(draw_log_p, 0.0),
-        dropped_mass=dropped.reshape(rows, canvas),
+        log_sum=placed(log_sum),
+        draw_log_probability=draw_log_p,
+        dropped_mass=placed(dropped),
     )
     return result if fixed is None else bind(result, fixed, table)
 
@@ -198,10 +219,18 @@ def bind(result: VocabularyResult, fixed: mx.array, table: EmbeddingTable) -> Vo
         draw=None if result.draw is None else mx.where(bound, fixed, result.draw),
         entropy=mx.where(bound, 0.0, result.entropy),
         soft_embeddings=soft,
-        log_sum=result.log_sum,
+        log_sum=mx.where(bound, 0.0, result.log_sum),
         draw_log_probability=None if log_p is None else mx.where(bound, 0.0, log_p),
         dropped_mass=mx.where(bound, 0.0, result.dropped_mass),
     )
+
+
+def _open_places(fixed: mx.array) -> mx.array | None:
+    """The positions that no token is bound to, at least one; None for all."""
+    places = np.flatnonzero(np.array(fixed).reshape(-1) < 0)
+    if len(places) == fixed.size:
+        return None
+    return mx.array(places if len(places) else [0])
 
 
 def _start(

@@ -66,7 +66,7 @@ def test_json_has_every_field(report):
     found = json.loads(report.as_json())
     assert set(found) == {
         "model", "device", "profile", "seed", "load", "prefill", "step", "speeds", "limits",
-        "rivals", "twins",
+        "rivals", "twins", "constraints",
     }  # fmt: skip
     assert found["model"] == {
         "name": "tiny", "layers": report.model.layers, "format": "unquantized",
@@ -154,3 +154,17 @@ def test_peak_is_of_the_call_alone():
 
     large, small = peak_bytes(hold(64)), peak_bytes(hold(4))
     assert large - small > 50_000_000
+
+
+@pytest.mark.usefixtures("known_device")
+def test_constraints_are_measured_beside_none(model):
+    plan = Plan(prefill=(), prefix=2, canvas_length=8, repeats=1, constraints=True)
+    report = run_bench(model, plan, name="x")
+    none, *others = report.constraints
+    assert (none.name, none.ratio) == ("none", 1.0)
+    assert len(others) == 5
+    for cost in others:
+        assert cost.ratio == cost.seconds / none.seconds
+    text = StringIO()
+    Console(file=text, width=110).print(as_tables(report))
+    assert "│ every second position fixed │" in " ".join(text.getvalue().split())

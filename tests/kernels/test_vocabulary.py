@@ -239,6 +239,44 @@ def test_allowed_sets_and_fixed_tokens(form: str) -> None:
         assert (inside | (fixed >= 0)).all()
 
 
+def test_few_restricted_positions_and_tiles() -> None:
+    """Most positions may hold anything, and what is forbidden lies in one tile."""
+    table, hidden = make_table(700, 64, "float32"), make_hidden(2, 12, 64)
+    allowed = np.ones((2, 12, 700), bool)
+    allowed[0, 3, :] = np.arange(700) == 20
+    allowed[1, 7, 256:512] = False
+    expected = in_float64(hidden, table, 0.6, allowed)
+    result = vocabulary_pass(
+        hidden, table, softcap=SOFTCAP, temperature=0.6, tile=256,
+        keys=mx.array([[1, 2], [3, 4]], mx.uint32), allowed=pack_allowed(mx.array(allowed)),
+    )  # fmt: skip
+    np.testing.assert_allclose(result.entropy, expected.entropy, atol=2e-5)
+    np.testing.assert_allclose(result.soft_embeddings, expected.soft, atol=1e-3)
+    assert np.array_equal(result.argmax, expected.logits.argmax(axis=-1))
+    assert result.draw[0, 3].item() == 20
+    assert not 256 <= result.draw[1, 7].item() < 512
+
+
+@pytest.mark.parametrize("bound", [[(0, 0), (1, 5), (1, 11)], "all"])
+def test_fixed_positions_leave_the_others_as_they_are(bound) -> None:
+    table, hidden = make_table(700, 64, "float32"), make_hidden(2, 12, 64)
+    fixed = np.full((2, 12), -1 if bound != "all" else 9, np.int32)
+    for place in bound if bound != "all" else []:
+        fixed[place] = 123
+    settings = {"softcap": SOFTCAP, "temperature": 0.6, "soft_cutoff": 9.0, "tile": 256}
+    settings["keys"] = mx.array([[1, 2], [3, 4]], mx.uint32)
+    settings["guess"] = mx.full((2, 12), 7, mx.int32)
+    free = vocabulary_pass(hidden, table, **settings)
+    some = vocabulary_pass(hidden, table, fixed=mx.array(fixed), **settings)
+    is_open = fixed < 0
+    for name in ("argmax", "draw", "entropy", "soft_embeddings", "log_sum", "dropped_mass"):
+        seen, alone = np.array(getattr(some, name)), np.array(getattr(free, name))
+        np.testing.assert_allclose(seen[is_open], alone[is_open], rtol=1e-5, atol=1e-5)
+    for name in ("argmax", "draw"):
+        assert np.array_equal(np.array(getattr(some, name))[~is_open], fixed[~is_open])
+    assert (np.array(some.entropy)[~is_open] == 0).all()
+
+
 @pytest.mark.parametrize("form", ["float32", "affine-4", "mxfp4"])
 @pytest.mark.parametrize("constrained", [False, True])
 @pytest.mark.parametrize(
