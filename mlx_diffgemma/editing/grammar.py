@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,10 @@ class GrammarMatcher:
 
     def forced(self) -> list[int]:
         return list(self._inner.compute_ff_tokens())
+
+    def signature(self) -> Hashable:
+        # In bytes: tokens would have to be encoded each time.
+        return self._inner.compute_bitmask(), self._inner.compute_ff_bytes()
 
     @property
     def may_end(self) -> bool:

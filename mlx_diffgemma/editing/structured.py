@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_diffgemma.diffusion.events import CanvasCommitted
-from mlx_diffgemma.diffusion.matching import MatchingSettings, generate_matching
+from mlx_diffgemma.diffusion.matching import BrokenOffError, MatchingSettings, generate_matching
 from mlx_diffgemma.editing.grammar import (
     GrammarMatcher,
     choices_matcher,
@@ -85,8 +85,8 @@ def generate_structured(
 
     Raises:
         UsageError: the constraint is malformed or impossible, or max_tokens is too small for it.
-        UnmetConstraintError: the constraint grew too complex on the way; it keeps the partial
-            answer.
+        UnmetConstraintError: the constraint grew too complex on the way, or the model failed; it
+            keeps the partial answer.
     """
     given = [constraint for constraint in (json_schema, regex, choices) if constraint is not None]
     if len(given) != 1:
@@ -142,10 +142,8 @@ def _run(session: Session, vocabulary: Vocabulary, matcher: GrammarMatcher) -> S
                 now = event.entropy[0]
                 latest[: len(now)] = np.where(now > 0, now, latest[: len(now)])
                 session.stepped(event)
-    except DiffGemmaError as error:
-        if not tokens:
-            raise
-        raise UnmetConstraintError(str(error), vocabulary.decode(tokens)) from error
+    except BrokenOffError as error:
+        raise UnmetConstraintError(str(error), vocabulary.decode(error.tokens)) from error
     return Structured(
         text=vocabulary.decode(tokens),
         tokens=tuple(tokens),

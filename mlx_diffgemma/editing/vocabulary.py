@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -106,14 +106,15 @@ class _ForGrammars:
     """What llguidance asks of a tokenizer."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        self._encode = vocabulary.encode
+        # What a grammar forces is asked for again and again.
+        self._encode = lru_cache(maxsize=4096)(vocabulary.encode)
         self.tokens = vocabulary.pieces
         self.eos_token_id = vocabulary.eos[0]
         self.bos_token_id = None
         self.special_token_ids = list(vocabulary.eos)
 
     def __call__(self, text: bytes | str) -> list[int]:
-        return self._encode(text.decode() if isinstance(text, bytes) else text)
+        return list(self._encode(text.decode() if isinstance(text, bytes) else text))
 
 
 def _spelling(tokenizer: Any, entries: dict[str, int]) -> Callable[[str], bytes]:

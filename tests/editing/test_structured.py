@@ -9,13 +9,29 @@ import jsonschema
 import numpy as np
 import pytest
 from json_schemas import random_schema
-from small_models import demo, tiny
+from small_models import demo, tiny, vocabulary
 
+from mlx_diffgemma.demo import sudoku
 from mlx_diffgemma.diffusion.closing import ClosingError
-from mlx_diffgemma.editing.structured import generate_structured
-from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.editing.grammar import GrammarMatcher, json_schema_matcher
+from mlx_diffgemma.editing.structured import UnmetConstraintError, generate_structured
+from mlx_diffgemma.errors import DiffGemmaError, UsageError
 
 COUNT = 110  # schemas for each of the two models
+
+
+def choices_in(model, tokenizer, schema, tokens):
+    """How many of the tokens the schema leaves open, the end included."""
+    matcher = json_schema_matcher(vocabulary(model, tokenizer), schema)
+    left, count = list(tokens), 0
+    while True:
+        forced = matcher.forced()
+        matcher.advance(forced)
+        left = left[len(forced) :]
+        if not left:
+            return count + (not matcher.must_end)
+        matcher.advance(left[:1])
+        left, count = left[1:], count + 1
 
 
 def has_what_the_vocabulary_lacks(schema, load) -> bool:
@@ -26,24 +42,27 @@ def has_what_the_vocabulary_lacks(schema, load) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("load", [tiny, demo])
 def test_json_always_validates(load):
-    """Beside: forward passes, in all, against the one a token that decoding token by token takes
-    (run with -s to see them)."""
+    """And takes hardly more forward passes than there are tokens to choose, which is what decoding
+    token by token takes (run with -s to see them)."""
     model, tokenizer = load()
     rng = np.random.default_rng(3)
-    passes = tokens = done = 0
+    passes = tokens = choices = done = 0
     while done < COUNT:
         schema = random_schema(rng)
         if has_what_the_vocabulary_lacks(schema, load):
             continue
         found = generate_structured(
             model, tokenizer, "x", 160, raw=True, json_schema=schema, seed=done,
-            max_denoising_steps=4,
+            max_denoising_steps=20,
         )  # fmt: skip
         jsonschema.validate(json.loads(found.text), schema)
+        open_tokens = choices_in(model, tokenizer, schema, found.tokens)
+        assert found.passes <= open_tokens + len(found.denoising_steps)  # one wait a canvas
         assert len(found.tokens) == len(found.entropy) <= 160
         assert found.passes == sum(found.denoising_steps)
         passes, tokens, done = passes + found.passes, tokens + len(found.tokens), done + 1
-    print(f"\n{load.__name__}: {done} schemas, {tokens} tokens, {passes} passes")
+        choices += open_tokens
+    print(f"\n{load.__name__}: {done} schemas, {tokens} tokens, {choices} open, {passes} passes")
 
 
 @pytest.mark.parametrize("load", [tiny, demo])
@@ -61,6 +80,47 @@ def test_a_regex_matches_across_canvases(load, pattern):
         assert re.fullmatch(pattern, found.text)
         assert len(found.tokens) <= 48
         assert len(found.denoising_steps) >= len(found.tokens) / 8
+
+
+def test_what_is_forced_ahead_is_seen_before_it_is_reached():
+    """The givens of a sudoku in a pattern: the model needs those behind a cell to fill it."""
+    model, tokenizer = demo()
+    rng, right, passes = np.random.default_rng(4), 0, 0
+    for seed in range(6):
+        puzzle = sudoku.make_puzzle(rng)
+        pattern = puzzle.givens.replace(".", "[1-6]").replace("\n", "\\n")
+        found = generate_structured(model, tokenizer, "sudoku", regex=pattern, seed=seed)
+        right, passes = right + (found.text == puzzle.solution), passes + found.passes
+    assert right >= 4
+    assert passes <= 6 * 8
+
+
+def test_an_error_on_the_way_keeps_what_was_written(monkeypatch):
+    model, tokenizer = tiny()
+    advance, copy = GrammarMatcher.advance, GrammarMatcher.copy
+    written: list[int] = []
+
+    def failing(self, tokens):
+        if not hasattr(self, "copied"):
+            if len(written) > 6:
+                raise DiffGemmaError("the constraint cannot be followed: too complex")
+            written.extend(tokens)
+        advance(self, tokens)
+
+    def copied(self):
+        other = copy(self)
+        other.copied = True
+        return other
+
+    monkeypatch.setattr(GrammarMatcher, "advance", failing)
+    monkeypatch.setattr(GrammarMatcher, "copy", copied)
+    with pytest.raises(UnmetConstraintError, match=r"^the constraint cannot be followed") as error:
+        generate_structured(
+            model, tokenizer, "x", 40, raw=True, regex="<<a[0-9]{20}", seed=0,
+            max_denoising_steps=3, canvas_length=8,
+        )  # fmt: skip
+    assert error.value.partial == vocabulary(model, tokenizer).decode(written)
+    assert re.fullmatch("<<a[0-9]+", error.value.partial)
 
 
 def test_choices_and_json_values():

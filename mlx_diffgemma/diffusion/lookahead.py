@@ -1,0 +1,71 @@
+"""What a grammar says of the positions behind the next one: what may stand there, whatever is
+chosen before.
+
+Where only few ways lead on, all of them are followed, a position at a time, and what any of them
+allows is allowed. So what the grammar forces stands in the canvas before what comes in front of it
+is decided, and the model drafts with it in view. This is a hint: states that look alike are taken
+for one, and what is committed is matched token by token all the same. Letters: W words of a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+_WAYS = 32  # tokens that are followed from one state, and states that are followed at a time
+_STATES = 256  # followed in all, or as many as have masks of
+_WORDS = 1 << 19  # so many words together
+
+
+class State(Protocol):
+    """The part of a matcher that looking ahead needs."""
+
+    def advance(self, tokens: Sequence[int]) -> None: ...
+    def allowed(self) -> np.ndarray: ...
+    def signature(self) -> Hashable: ...
+    @property
+    def must_end(self) -> bool: ...
+    def copy(self) -> State: ...
+
+
+def look_ahead(state: State, depth: int, end: np.ndarray) -> list[np.ndarray]:
+    """Masks [W] of what may stand at the next `depth` positions, as far as that is known; at least
+    for the first. `end` [W] holds every eos; behind one of them stand others."""
+    masks: list[np.ndarray] = []
+    front, ended, followed = [state], False, 0
+    most = min(_STATES, _WORDS // len(end))
+    while len(masks) < depth:
+        if not front:
+            return [*masks, *[end] * (depth - len(masks))]
+        known = end.copy() if ended else np.zeros_like(end)
+        following: dict[Hashable, State] = {}
+        complete = True
+        for current in front:
+            allowed = current.allowed()
+            known |= allowed
+            ended = ended or bool((allowed & end).any())
+            tokens = tokens_in(allowed & ~end)
+            followed += len(tokens)
+            if len(tokens) > _WAYS or followed > most:
+                complete = False
+                continue
+            for token in tokens:
+                after = current.copy()
+                after.advance([token])
+                if after.must_end:
+                    ended = True
+                    continue
+                following.setdefault(after.signature(), after)
+        masks.append(known)
+        if not complete or len(following) > _WAYS:
+            break
+        front = list(following.values())
+    return masks
+
+
+def tokens_in(mask: np.ndarray) -> list[int]:
+    """The tokens of a mask [W] uint32."""
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+    return [int(token) for token in np.flatnonzero(bits)]
