@@ -2,10 +2,10 @@
 
     python scripts/bench_constraints.py --count 200            # every variant of the mechanism
     python scripts/bench_constraints.py --count 500 --only "as shipped"
-    python scripts/bench_constraints.py --cost                 # CPU time a step, with and without
 
 Each puzzle's givens are pinned in the canvas; the prompt is the bare word `sudoku`. Puzzles are
-fresh: made from `--seed`, the same for every variant.
+fresh: made from `--seed`, the same for every variant. What a constraint costs in time is shown by
+`mlx-diffgemma bench --constraints`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -25,8 +25,9 @@ from mlx_diffgemma.demo import sudoku
 from mlx_diffgemma.diffusion.config import SAMPLERS
 from mlx_diffgemma.diffusion.constraints import FREE, CanvasConstraint, token_mask
 from mlx_diffgemma.diffusion.denoise import generate_canvases
-from mlx_diffgemma.diffusion.events import DenoisingStep, Finished
+from mlx_diffgemma.diffusion.events import Finished
 from mlx_diffgemma.diffusion.noise import SeededNoise
+from mlx_diffgemma.diffusion.predict import MaterializedPredictor, Prediction
 from mlx_diffgemma.diffusion.profiles import PROFILES, profile_settings
 from mlx_diffgemma.generation import diffusion_config
 from mlx_diffgemma.text.prompt import encode_prompt
@@ -70,11 +71,30 @@ class NoiseWithin(CanvasConstraint):
         return super().pin(mx.where(allowed == 1, canvas, fitting.astype(mx.int32)))
 
 
+class SoftOfTheModel(MaterializedPredictor):
+    """Fixed positions tell the next step what the model believes of them."""
+
+    def __call__(self, *inputs: Any) -> Prediction:
+        *others, constraint = inputs
+        bound, free = super().__call__(*others, constraint), super().__call__(*others)
+        return replace(bound, soft_embeddings=free.soft_embeddings)
+
+
+class EntropyOfTheModel(MaterializedPredictor):
+    """Fixed positions take of the entropy bound what the model is unsure of them."""
+
+    def __call__(self, *inputs: Any) -> Prediction:
+        *others, constraint = inputs
+        bound, free = super().__call__(*others, constraint), super().__call__(*others)
+        return replace(bound, entropy=free.entropy)
+
+
 @dataclass(frozen=True)
 class Variant:
     """What is pinned, and how."""
 
     kind: type[CanvasConstraint] = CanvasConstraint
+    predictor: type[MaterializedPredictor] | None = None
     tail: str = "eos"  # what holds behind the answer: "eos", "pad" or "free"
     newlines: bool = True  # whether the line ends are pinned as well
     digits: bool = False  # whether blanks are restricted to digits
@@ -87,7 +107,9 @@ VARIANTS: dict[str, Variant] = {
     "tail free": Variant(tail="free"),
     "givens only": Variant(tail="free", newlines=False),
     "pinned in the first canvas only": Variant(PinnedAtFirst),
-    "distribution not one-hot": Variant(FreeDistribution),
+    "self-conditioning not one-hot": Variant(predictor=SoftOfTheModel),
+    "pinned positions take of the bound": Variant(predictor=EntropyOfTheModel),
+    "neither, nor the draft one-hot": Variant(FreeDistribution),
     "pinned positions count in the stop": Variant(EveryPositionCounts),
     "blanks restricted to digits": Variant(digits=True),
     "  and renoised within digits": Variant(NoiseWithin, digits=True),
@@ -152,6 +174,7 @@ def measure(
             [prompt] * len(some),
             config,
             SeededNoise(first),
+            predictor=None if variant.predictor is None else variant.predictor(model),
             constrain=lambda index, rows, pinned=pinned: pinned.rows(rows),
         ):
             finished = event
@@ -175,43 +198,6 @@ def measure(
     }
 
 
-def cost(model: Any, tokenizer: Any, repeats: int) -> None:
-    """CPU time a denoising step takes (other programs do not count): without a constraint, with
-    pins, and with allowed sets."""
-    config = diffusion_config(
-        model, max_tokens=model.config.canvas_length, max_denoising_steps=20, stability_threshold=20
-    )
-    prompt = encode_prompt(tokenizer, sudoku.BARE_PROMPT)
-    length, vocab = model.config.canvas_length, model.config.text.vocab_size
-    puzzle = [sudoku.make_puzzle(np.random.default_rng(0))]
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
-    cases = {
-        "free": None,
-        "pinned": constraint(puzzle, Variant(), encode, length, vocab, 5),
-        "pinned and restricted": constraint(puzzle, Variant(digits=True), encode, length, vocab, 5),
-    }
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(repeats):
-        for name, pinned in cases.items():
-            start, count = time.process_time(), 0
-            for event in generate_canvases(
-                model,
-                [prompt],
-                config,
-                SeededNoise(0),
-                constrain=lambda index, rows, pinned=pinned: pinned,
-            ):
-                count += isinstance(event, DenoisingStep)
-            times[name].append((time.process_time() - start) / count)
-    base = min(times["free"])
-    for name, seconds in times.items():
-        best = min(seconds)
-        print(f"{name:24} {best * 1e3:7.2f} ms of CPU a step at best  {best / base:5.2f}×")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo")
@@ -219,12 +205,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--only", action="append", choices=list(VARIANTS))
-    parser.add_argument("--cost", action="store_true")
     arguments = parser.parse_args()
     model, tokenizer = load(arguments.model)
-    if arguments.cost:
-        cost(model, tokenizer, repeats=25)
-        return
     rng = np.random.default_rng(arguments.seed)
     puzzles = [sudoku.make_puzzle(rng) for _ in range(arguments.count)]
     print(f"{'variant':36} {'exact':>6} {'±':>6} {'valid':>6} {'kept':>6} {'steps':>6} {'s':>6}")

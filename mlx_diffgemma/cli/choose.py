@@ -108,6 +108,7 @@ def _choose(
                     "best": each.best,
                     "probabilities": each.probabilities,
                     "spread": each.spread,
+                    "tokens": each.tokens,
                 }
                 for each in found
             ],

@@ -34,6 +34,7 @@ class Chosen:
         question: what was asked.
         probabilities: by choice, the mean over the draws.
         spread: by choice, the standard deviation over the draws; 0 for one draw.
+        tokens: by choice, the token ids that stand in the answer's place.
         passes: forward passes over a canvas, for all questions together.
         seed: the seed of every random draw.
     """
@@ -41,6 +42,7 @@ class Chosen:
     question: str
     probabilities: dict[str, float]
     spread: dict[str, float]
+    tokens: dict[str, tuple[int, ...]]
     passes: int
     seed: int
 
@@ -123,6 +125,7 @@ def choose(
             question=question,
             probabilities=dict(zip(choices, each.mean(axis=0).tolist(), strict=True)),
             spread=dict(zip(choices, each.std(axis=0).tolist(), strict=True)),
+            tokens=dict(zip(choices, map(tuple, answers), strict=True)),
             passes=session.passes,
             seed=session.seed,
         )

@@ -37,6 +37,27 @@ class Filled:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What speaks for the lengths of some gaps, at first sight, in nats.
+
+    Attributes:
+        around: log-probability of all that stands around the gaps.
+        inside: mean confidence, the negative entropy, in what fills them.
+        alone: the same with nothing but noise around them: what these lengths bring by themselves;
+            None where it was not asked for.
+    """
+
+    around: float
+    inside: float
+    alone: float | None = None
+
+    @property
+    def score(self) -> float:
+        """How much the model believes in the lengths."""
+        return self.around + self.inside
+
+
+@dataclass(frozen=True)
 class FilledText:
     """A text without gaps: `literals` as they were, with `gaps` between them.
 
@@ -94,7 +115,10 @@ def choose_lengths(
     Raises:
         UsageError: none of the candidates fits in the canvas.
     """
-    found = score_lengths(session, literals, gaps)
+    found = {
+        lengths: evidence.score
+        for lengths, evidence in look_at_lengths(session, literals, gaps).items()
+    }
     best = max(found, key=lambda lengths: found[lengths])
     scores: list[dict[int, float]] = [{} for _ in gaps]
     for place, length in enumerate(best):
@@ -117,17 +141,17 @@ def read(
     )
 
 
-def score_lengths(
-    session: Session, literals: Sequence[str], gaps: Sequence[Gap]
-) -> dict[tuple[int, ...], float]:
-    """How much the model believes in lengths of the first gaps, at first sight: the
-    log-probability of all that stands around them, and its mean confidence in what fills them,
-    less the confidence that it has at these lengths whatever surrounds them.
+def look_at_lengths(
+    session: Session, literals: Sequence[str], gaps: Sequence[Gap], *, alone: bool = False
+) -> dict[tuple[int, ...], Evidence]:
+    """What speaks for each combination of lengths of the first gaps, in one pass over all of them;
+    with `alone`, in one more.
 
-    That one pass shows how well a length fits, once the bias that lengths bring by themselves is
-    taken off, is the idea of "Diffusion LMs Can Approximate Optimal Infilling Lengths Implicitly"
-    (https://arxiv.org/abs/2602.00476). A model that replaces tokens, rather than masks, also says
-    how well what is around a gap stands where this length puts it.
+    That one pass shows how well a length fits is the idea of "Diffusion LMs Can Approximate Optimal
+    Infilling Lengths Implicitly" (https://arxiv.org/abs/2602.00476), which takes off the bias that
+    lengths bring by themselves. A model that replaces tokens, rather than masks, also says how well
+    what is around a gap stands where this length puts it, and with that the bias no longer matters:
+    `scripts/bench_infill.py` compares them.
 
     Raises:
         UsageError: none of them fits in the canvas.
@@ -158,14 +182,19 @@ def score_lengths(
         together = max(1, visible)
     cache = session.prefix(windows[0].prefix)
     seen = session.first_look(cache, [window.layout for window in windows])
-    alone = session.first_look(cache, [_alone(window, together) for window in windows])
-    scores = {}
+    bias = None
+    if alone:
+        bias = session.first_look(cache, [_alone(window, together) for window in windows])
+    found = {}
     for row, (lengths, window) in enumerate(zip(combinations, windows, strict=True)):
         inside = _inside(window, together)
         fixed = np.array(window.layout.tokens) != FREE
-        gain = np.mean(seen[row, inside]) - np.mean(alone[row, inside])
-        scores[lengths] = float(seen[row, fixed].sum() + gain)
-    return scores
+        found[lengths] = Evidence(
+            around=float(seen[row, fixed].sum()),
+            inside=float(seen[row, inside].mean()),
+            alone=None if bias is None else float(bias[row, inside].mean()),
+        )
+    return found
 
 
 def _inside(window: Window, count: int) -> list[int]:

@@ -16,6 +16,7 @@ from mlx_diffgemma.diffusion.events import DenoisingStep
 from mlx_diffgemma.diffusion.noise import SeededNoise, fresh_seed
 from mlx_diffgemma.diffusion.predict import entropy, make_predictor
 from mlx_diffgemma.diffusion.prefill import DEFAULT_STEP_SIZE, prefill
+from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.generation import diffusion_config, fit_to_context, reuse_prefix
@@ -60,10 +61,12 @@ class Session:
         thinking: bool | None = None,
         prefill_step_size: int | None = None,
         on_step: OnStep | None = None,
+        profile: str = DEFAULT_PROFILE,
         **settings: Any,
     ) -> None:
         self.model = model
-        self.config = replace(diffusion_config(model, **settings), shrink_canvas=False)
+        # How long a canvas is follows from what must be in it.
+        self.config = replace(diffusion_config(model, profile, **settings), shrink_canvas=False)
         self.seed = fresh_seed() if seed is None else seed
         if self.seed < 0:
             raise UsageError(f"seed must not be negative, and is {self.seed}.")

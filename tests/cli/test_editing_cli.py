@@ -108,6 +108,7 @@ def test_choose_ranks_the_choices():
     (each,) = found["questions"]
     assert each["best"] == "6"
     assert sum(each["probabilities"].values()) == pytest.approx(1)
+    assert [len(each["tokens"][choice]) for choice in "456"] == [1, 1, 1]
     assert found["passes"] == 2
 
 
