@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
+from math import log10
 from pathlib import Path
 from typing import Any
 
-from mlx_diffgemma.chart import Chart, linear_axis
+from mlx_diffgemma.chart import Chart, decade_axis, linear_axis
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.train.events import Evaluation, Event, Finished, Report
 
@@ -75,16 +76,18 @@ class History:
     def draw(self) -> Path | None:
         """Draw `loss.svg` anew; None where nothing was reported yet."""
         records = self.records()
-        trained = [(r["step"], r["loss"]) for r in records if r["event"] == "report"]
+        trained = [(r["step"], _log(r["loss"])) for r in records if r["event"] == "report"]
         held_out = [
-            (r["step"], r["loss"]) for r in records if r["event"] == "evaluation" and r["by_noise"]
+            (r["step"], _log(r["loss"]))
+            for r in records
+            if r["event"] == "evaluation" and r["by_noise"]
         ]
         if not trained:
             return None
         losses = [loss for _, loss in trained + held_out]
         chart = Chart(
             linear_axis("optimizer step", 0, max(step for step, _ in trained + held_out)),
-            linear_axis("loss, nats a token", 0.0, max(losses)),
+            decade_axis("loss, nats a token", min(losses), max(losses)),
         )
         names = [("training: canvas and encoder", _TRAINED)]
         chart.line(trained, _TRAINED)
@@ -96,6 +99,10 @@ class History:
         chart.legend(names)
         chart.write(self._folder / CHART)
         return self._folder / CHART
+
+
+def _log(loss: float) -> float:
+    return log10(max(loss, 1e-6))
 
 
 def _parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
