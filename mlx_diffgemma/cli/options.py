@@ -33,7 +33,11 @@ Revision = Annotated[
 ]
 AdapterPath = Annotated[
     str | None,
-    typer.Option("--adapter-path", help="Folder of a LoRA adapter.", rich_help_panel=_MODEL),
+    typer.Option(
+        "--adapter-path",
+        help="Folder of adapters; without --model, their base is loaded.",
+        rich_help_panel=_MODEL,
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool,

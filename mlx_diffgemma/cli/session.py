@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_diffgemma.cli.options import DEFAULT_MODEL
@@ -33,12 +35,14 @@ class Opened:
 
 
 def open_model(name: str | None, **loading: Any) -> Opened:
-    """Load a model; without a name, the default one.
+    """Load a model; without a name, that of the adapters where they say it, or the default one.
 
     Raises:
         DiffGemmaError: it cannot be loaded. Where the user named none, the message also points
             to the model that ships with the program.
     """
+    if name is None and loading.get("adapter_path"):
+        name = _base_of(Path(loading["adapter_path"]).expanduser())
     chosen = name or DEFAULT_MODEL
     if sys.stderr.isatty():
         print(f"loading {chosen}", file=sys.stderr)
@@ -54,6 +58,15 @@ def open_model(name: str | None, **loading: Any) -> Opened:
             f"{error} For the small model that ships with the program: --model demo"
         ) from error
     return Opened(chosen, model, tokenizer, time.perf_counter() - start)
+
+
+def _base_of(adapters: Path) -> str | None:
+    """The model that adapters were trained on, as their folder says it."""
+    try:
+        config = json.loads((adapters / "adapter_config.json").read_text(encoding="utf-8"))
+        return str(config["model"]) if config.get("model") else None
+    except (OSError, ValueError, AttributeError):  # loading them will say what is wrong
+        return None
 
 
 def pieces_of(tokenizer: Any) -> Callable[[GenerationResponse], list[str]]:

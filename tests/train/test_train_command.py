@@ -93,6 +93,14 @@ def test_what_a_run_writes(trained):
     assert any(mx.abs(array).max().item() for name, array in stored.items() if "lora_b" in name)
 
 
+def test_adapters_say_which_model_they_are_for(trained):
+    folder, _ = trained
+    arguments = ["generate", "--adapter-path", str(folder), "-p", "say it", "--json"]
+    result = CliRunner().invoke(app, [*arguments, "-m", "8", "--steps", "1"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["model"] == "demo"
+
+
 def test_a_finished_run_is_not_written_over_but_goes_on(trained, data):
     folder, _ = trained
     refused(run(*QUICK, "--data", data, "--adapter-path", folder), "holds a run already")
