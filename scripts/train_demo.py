@@ -5,11 +5,12 @@
     python scripts/train_demo.py RUN --examples 300000          # makes the run longer
     python scripts/train_demo.py RUN --finish                   # writes RUN/model, examined
 
-RUN holds `recipe.json` (of the first sitting, with what later ones changed), `start/` (the random
-checkpoint that it began with), the state of the training, and `log.jsonl`. A sitting ends when its
-hours are over or all examples were seen, and may be killed at any moment: it loses what came after
-the last save. `--finish` writes, from whatever state there is, a checkpoint in the layout of
-`mlx_diffgemma/demo/checkpoint` with a card, and the curve of exact answers over the cap on steps.
+RUN holds `recipe.json` (of the first sitting, with what later ones changed), `start/` (the
+checkpoint that it began with: random, or that of `--start`), the state of the training, and
+`log.jsonl`. A sitting ends when its hours are over or all examples were seen, and may be killed at
+any moment: it loses what came after the last save. `--finish` writes, from whatever state there is,
+a checkpoint in the layout of `mlx_diffgemma/demo/checkpoint` with a card, and the curve of exact
+answers over the cap on steps.
 
 On a CPU with AVX-512 that OpenBLAS takes for an older one, OPENBLAS_CORETYPE=SKYLAKEX in the
 environment makes products twice as fast.
@@ -99,12 +100,17 @@ def training(recipe: Recipe, cores: int) -> TrainConfig:
     )
 
 
-def begin(folder: Path, seed: int) -> None:
-    """Write the random checkpoint that a run starts from, in the shipped one's shapes."""
+def begin(folder: Path, seed: int, model: Path | None = None) -> None:
+    """Write the checkpoint that a run starts from: a copy of `model`, or a random one in the shapes
+    of the shipped one."""
     from make_tiny_checkpoint import write_checkpoint
 
     partial = folder / "start.part"
     shutil.rmtree(partial, ignore_errors=True)
+    if model is not None:
+        shutil.copytree(model, partial)
+        partial.rename(folder / "start")
+        return
     write_checkpoint(partial, json.loads((SHIPPED / "config.json").read_text()), seed=seed)
     for path in SHIPPED.glob("*"):
         if path.name.startswith(("tokenizer", "chat_template", "generation_config")):
@@ -273,6 +279,7 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=1.0, help="most hours of this sitting")
     parser.add_argument("--cores", type=int, default=1, help="on a CPU")
     parser.add_argument("--openblas", help="path of libopenblas.so.0, on a CPU")
+    parser.add_argument("--start", type=Path, help="a checkpoint to begin with, not random weights")
     parser.add_argument("--finish", action="store_true", help="train no more; write the model")
     parser.add_argument("--count", type=int, default=200, help="inputs a task of the final exam")
     parser.add_argument(
@@ -291,7 +298,7 @@ def main() -> None:
         given["shares"] = dict(args.shares)
     recipe = recipe_of(args.run, given)
     if not (args.run / "start").exists():
-        begin(args.run, recipe.seed)
+        begin(args.run, recipe.seed, args.start)
 
     def say(kind: str, **what: Any) -> None:
         line = json.dumps({"at": time.strftime("%H:%M:%S"), "kind": kind, **what})

@@ -86,6 +86,10 @@ def test_two_sittings_are_one_and_end_in_a_checkpoint(script, tmp_path, monkeypa
     start = load(parts / "start")[0].layers[1].mlp.up_proj.weight
     assert float(mx.abs(start - trained).max()) > 1e-3
     assert tokenizer.encode("sudoku")
+
+    script.begin(tmp_path, 1, parts / "model")
+    again = load(tmp_path / "start")[0]  # a run can begin where another ended
+    assert (again.layers[1].mlp.up_proj.weight == trained).all()
     card = (parts / "model" / "README.md").read_text()
     assert "Seen: 32 examples, of which 50% one, 50% sort" in card
     assert "| one | 0.750 ±" in card and "| sort | 0.750 ±" in card
