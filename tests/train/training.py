@@ -5,7 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
+from tiny_models import make_config
 
+from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.kernels.cpu_layers import use_cpu_layers
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.train.examples import Batch, Example
 from mlx_diffgemma.train.objective import loss
@@ -71,3 +74,33 @@ def copy_task(number: int, length: int = 4) -> Example:
     """Say the prompt again: bos, `length` of the ids 7 to 14, a mark, the same ids, eos."""
     digits = np.random.default_rng([number, 8]).integers(7, 15, length).tolist()
     return Example((2, *digits, 6, *digits, 1), length + 2)
+
+
+def small_model(seed: int = 0) -> DiffusionGemma:
+    """Two layers with random weights as training from nothing starts from, for `copy_task`."""
+    raw = make_config(
+        0,
+        hidden_size=64,
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+        num_experts=4,
+        top_k_experts=2,
+        vocab_size=64,
+        head_dim=16,
+        global_head_dim=16,
+        num_key_value_heads=2,
+        num_global_key_value_heads=2,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        sliding_window=32,
+    )
+    mx.random.seed(seed)
+    model = DiffusionGemma(ModelConfig.from_dict({**raw, "canvas_length": 8}))
+    use_cpu_layers(model)
+    mx.eval(model.parameters())
+    return model
+
+
+def copies(first: int, count: int) -> list[Example]:
+    """A stream of `copy_task`."""
+    return [copy_task(number) for number in range(first, first + count)]
