@@ -24,7 +24,7 @@ def plain(monkeypatch):
 
 
 @pytest.mark.parametrize("conditioned", [0, 2, 3])
-@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("seed", [1, 6])
 def test_loss_and_gradients_are_those_of_the_plain_forms(tiny_model, plain, seed, conditioned):
     model = tiny_model(seed)
     batch = random_batch(model, conditioned=conditioned, seed=seed)
