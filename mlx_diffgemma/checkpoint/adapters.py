@@ -30,22 +30,22 @@ _LEAVES = ("lora_a", "lora_b", "m")
 _SMALL = 2.0**-10  # below it fp16 and bf16 may store a weight differently
 
 
-def load_adapters(model: DiffusionGemma, adapter_path: str | Path) -> None:
-    """Put adapters onto `model`, which is then ready to run.
+def load_adapters(
+    model: DiffusionGemma, adapter_path: str | Path, *, base: str | None = None
+) -> None:
+    """Put adapters onto `model`, which is then ready to run. `base` is its fingerprint, if known.
 
     Raises:
         CheckpointError: the folder has no adapters, they are damaged, or of another base.
     """
     folder = Path(adapter_path).expanduser()
     config = read_adapter_config(folder)
-    trained_on, found = config.get("fingerprint"), None
-    if trained_on is not None:
-        found = fingerprint(model)
-        if not same_base(str(trained_on), found):
-            raise CheckpointError(
-                f"{folder}: these adapters are of another base model "
-                f"({config.get('model') or 'not named'}); load that one, or train new ones."
-            )
+    trained_on = config.get("fingerprint")
+    if trained_on is not None and not same_base(str(trained_on), base or fingerprint(model)):
+        raise CheckpointError(
+            f"{folder}: these adapters are of another base model "
+            f"({config.get('model') or 'not named'}); load that one, or train new ones."
+        )
     if config.get("fine_tune_type", "lora") != "full":
         _add_layers(model, config, folder)
     weights = _read_weights(folder / WEIGHTS)
@@ -123,20 +123,25 @@ def adapted_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if "lora_a" in module}
 
 
-def fingerprint(model: DiffusionGemma) -> str:
+def fingerprint(model: DiffusionGemma, *, release: bool = False) -> str:
     """What tells the base of adapters from other bases: three short hashes, `norms-formats-rows`.
 
     Norms and scalars are stored alike in every format, so the first is the same for a model in 4
     and in 16 bits, and an adapter may go from one to the other. The last is of one row of every
     matrix, as packed: it tells a model from one fine-tuned from it, if both are in one format.
+    `release` lets go of every weight once it is read: a model that was loaded lazily is then never
+    in memory as a whole, and is of no use afterwards.
     """
     norms, formats, rows = sha256(), sha256(), sha256()
     parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    for name, array in sorted(parameters.items()):
+    for name in sorted(parameters):
+        array = parameters.pop(name)
         if array.ndim < 2:
             norms.update(name.encode() + _content(array))
         elif name.endswith(".weight"):
             rows.update(name.encode() + _content(array[(0,) * (array.ndim - 1)]))
+        if release:
+            model.update(tree_unflatten([(name, mx.zeros(()))]))
     for path, module in sorted(model.named_modules()):
         if hasattr(module, "bits"):
             formats.update(f"{path} {module.mode} {module.bits} {module.group_size}\n".encode())

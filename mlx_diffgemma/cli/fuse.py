@@ -80,7 +80,11 @@ def _fuse(
     dequantize: bool,
     dtype: str | None,
 ) -> None:
-    from mlx_diffgemma.checkpoint.adapters import load_adapters, read_adapter_config
+    from mlx_diffgemma.checkpoint.adapters import (
+        fingerprint,
+        load_adapters,
+        read_adapter_config,
+    )
     from mlx_diffgemma.checkpoint.loading import load_model
     from mlx_diffgemma.checkpoint.locate import locate
 
@@ -88,8 +92,9 @@ def _fuse(
     if not base:
         raise UsageError(f"{adapters} does not say of which model it is; name it with --model.")
     folder = locate(base, revision)
+    mark = fingerprint(load_model(folder, lazy=True)[0], release=True)
     loaded, _ = load_model(folder, lazy=True)
-    load_adapters(loaded, adapters)
+    load_adapters(loaded, adapters, base=mark)
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as room:
         files = _write_fused(loaded, folder, adapters, Path(room), dequantize, dtype)
@@ -128,6 +133,9 @@ def _write_fused(
     for path, module in layers.items():
         values = "scales" if hasattr(module.linear, "bits") else "weight"
         arrays = fused_arrays(module, dequantize=dequantize, dtype=type_of(f"{path}.{values}"))
+        mx.eval(arrays)
+        for name in module.linear.parameters():
+            module.linear[name] = mx.zeros(())  # or the whole base would stay in memory
         waiting |= {f"{path}.{name}": array for name, array in arrays.items()}
         flush(_FILE_BYTES)
     if not layers:  # full fine-tuning: the weights themselves

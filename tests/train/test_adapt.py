@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_diffgemma import load_model
 from mlx_diffgemma.checkpoint.adapters import adapted_modules, fingerprint, load_adapters
 from mlx_diffgemma.errors import CheckpointError, UsageError
 from mlx_diffgemma.train.adapt import DEFAULT_TARGETS, prepare, target_modules
@@ -219,6 +220,15 @@ def test_adapters_fit_their_base_in_any_format_and_no_other(tmp_path):
         with pytest.raises(CheckpointError, match=r"are of another base model \(base\)") as caught:
             load_adapters(wrong, tmp_path)
         assert "\n" not in str(caught.value)
+
+
+def test_a_fingerprint_need_not_hold_the_model_in_memory():
+    model, _ = load_model("demo", lazy=True)
+    mark = fingerprint(load_model("demo")[0])
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    assert fingerprint(model, release=True) == mark
+    assert mx.get_active_memory() - before < 200_000  # of 9 MB
 
 
 @pytest.mark.parametrize(
