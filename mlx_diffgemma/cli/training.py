@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mlx_diffgemma.train.data import Splits
 
 _STATE = "state.safetensors"
+_KEPT = ("revision", "chat_template", "trust_remote_code", "eval_generate")  # on resuming
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ def _train(request: Request, model: DiffusionGemma, splits: Splits) -> None:
     content = adapter_config(
         config, model=request.model, data=str(options["data"]), keys=keys, fingerprint=mark
     )
+    content |= {name: options[name] for name in _KEPT if options.get(name)}
     reporter = Reporter(options.get("report_to"), options.get("project_name"), folder, content)
     write_adapter_config(folder, content)
     history = History(folder, resume=request.resume)

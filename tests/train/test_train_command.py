@@ -108,6 +108,7 @@ def test_a_finished_run_is_not_written_over_but_goes_on(trained, data):
     assert result.exit_code == 0, result.output
     assert "step 3/3" in result.stderr
     assert "step 2/3" not in result.stderr
+    assert "exact answers" in result.stderr  # --eval-generate of the first sitting
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["iters"], config["batch_size"]) == (3, 2)
 
