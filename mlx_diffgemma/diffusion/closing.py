@@ -69,6 +69,11 @@ class Closer:
         assert found is not None, "an ending was within reach before"
         return found
 
+    def shortest(self, state: State, most: int) -> int:
+        """Length of the shortest ending found; `most` where there is none within it."""
+        found = self._find(state, most)
+        return most if found is None else len(found)
+
     def affordable(self, state: State, tokens: Sequence[int], room: int) -> list[int]:
         """As many of the `tokens` as leave room for an ending within `room` tokens in all."""
         count = min(len(tokens), room)

@@ -77,12 +77,14 @@ def denoise_canvas(
     vocab_size: int,
     initial_canvas: mx.array | None = None,
     constraint: CanvasConstraint | None = None,
+    counted: np.ndarray | None = None,
     first_step: int = 1,
 ) -> Generator[DenoisingStep, None, tuple[np.ndarray, np.ndarray]]:
     """Denoise one canvas for every row until each is done or the steps are used up.
 
     A row that is done keeps its draft while the others go on. A `first_step` above 1 enters the
-    schedule late, for a canvas that is partly right already. Returns the drafts [R, C] of the last
+    schedule late, for a canvas that is partly right already. `counted` [R, C] says which positions
+    decide when it is done, of those that are not fixed. Returns the drafts [R, C] of the last
     step that each row ran, which are what is committed, and the number of those steps [R].
 
     Raises:
@@ -95,7 +97,8 @@ def denoise_canvas(
     if constraint is not None:
         constraint.check(len(rows), *shape)
         canvas = constraint.pin(canvas)
-    counted = None if constraint is None else constraint.open
+    if constraint is not None:
+        counted = constraint.open if counted is None else constraint.open & counted
     schedule = LinearTemperature(config.t_min, config.t_max, config.max_denoising_steps)
     sampler, stop = make_sampler(config, vocab_size), make_stop_rule(config)
     soft_embeddings, draft = None, None

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from mlx_diffgemma.diffusion.closing import Closer
+from mlx_diffgemma.diffusion.constraints import token_mask
+from mlx_diffgemma.diffusion.lookahead import look_ahead
 from mlx_diffgemma.editing.gaps import Filled, choose_lengths, fill_gaps, read
 from mlx_diffgemma.editing.grammar import GrammarMatcher, closer, regex_matcher
 from mlx_diffgemma.editing.infill import LENGTHS
 from mlx_diffgemma.editing.scoring import Option, comparable, option_log_probs, softmax
 from mlx_diffgemma.editing.session import OnStep, Session
 from mlx_diffgemma.editing.template import Slot, parse_template
-from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.editing.window import Gap, lay_out
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
@@ -144,7 +145,7 @@ class _Filler:
             middle = sorted(len(vocabulary.encode(choice)) for choice in slot.choices)
             return Gap((max(1, middle[len(middle) // 2]),), joins=False)
         if slot.kind == "regex":
-            return Gap(self.lengths, joins=False)
+            return Gap(self._lengths(self._matcher(slot)), joins=False)
         kinds: dict[str, Callable[[bytes], bool]] = {"digits": _is_digits, "word": _is_word}
         return Gap(self.lengths, vocabulary.mask(kinds[slot.kind]), joins=False)
 
@@ -174,14 +175,12 @@ class _Filler:
     def _match(self, literals: Sequence[str], gaps: Sequence[Gap], slot: Slot) -> Filled:
         """Pin what matches of each draft and restrict what comes next, as `generate_matching`."""
         session, vocabulary = self.session, self.session.vocabulary
-        matcher = regex_matcher(vocabulary, slot.pattern, f"the pattern of slot '{slot.name}'")
-        longest = max(self.lengths)
-        self.closer.require(matcher, longest)
-        shortest = len(self.closer.ending(matcher, longest))
+        matcher = self._matcher(slot)
+        self.closer.require(matcher, max(self.lengths))
         if matcher.may_end and matcher.must_end:
             return Filled("")
-        lengths = tuple(n for n in self.lengths if n >= max(1, shortest))
-        first = replace(gaps[0], lengths=lengths, following=_continuing(matcher, vocabulary))
+        lengths = gaps[0].lengths
+        first = replace(gaps[0], following=self._ahead(matcher, max(lengths)))
         chosen = [first, *gaps[1:]]
         scores: dict[int, float] = {}
         if len(lengths) > 1:
@@ -193,8 +192,10 @@ class _Filler:
             matcher.advance(forced)
             given += forced
             entropy += [0.0] * len(forced)
-            following = _continuing(matcher, vocabulary)
-            if matcher.must_end or len(given) == length or not following.any():
+            if matcher.must_end or len(given) == length:
+                break
+            following = self._ahead(matcher, length - len(given))
+            if not following[0].any():
                 break
             gap = replace(first, lengths=(length,), given=tuple(given), following=following)
             window = lay_out(
@@ -208,6 +209,7 @@ class _Filler:
                 session.prefix(window.prefix),
                 window.layout,
                 initial=canvas,
+                watched=window.spans[0].places,
                 first_step=1 if canvas is None else config.max_denoising_steps,
             )
             canvas, self.cut = done.tokens, max(self.cut, window.cut)
@@ -226,6 +228,34 @@ class _Filler:
                 break  # what the model would go on with does not match, and it is complete
         return Filled(vocabulary.decode(given), tuple(given), tuple(entropy), steps, scores)
 
+    def _matcher(self, slot: Slot) -> GrammarMatcher:
+        return regex_matcher(
+            self.session.vocabulary, slot.pattern, f"the pattern of slot '{slot.name}'"
+        )
+
+    def _lengths(self, matcher: GrammarMatcher) -> tuple[int, ...]:
+        """How many tokens a pattern may take: as the slots may, but where it is known better."""
+        longest, ends = max(self.lengths), self._ends
+        shortest = self.closer.shortest(matcher, longest)
+        ahead = look_ahead(matcher, longest + 1, ends)
+        able = [n for n, mask in enumerate(ahead) if n and (mask & ends).any()]
+        known = len(ahead) > longest
+        fitting = tuple(n for n in self.lengths if n >= shortest and (n in able or not known))
+        return fitting or tuple(able) or (max(1, shortest),)
+
+    def _ahead(self, matcher: GrammarMatcher, depth: int) -> tuple[np.ndarray, ...]:
+        """Masks of the text that may stand at the next positions, as far as that is known."""
+        text = self.session.vocabulary.text
+        return tuple(
+            mask & text if place == 0 or (mask & text).any() else text
+            for place, mask in enumerate(look_ahead(matcher, depth, self._ends))
+        )
+
+    @property
+    def _ends(self) -> np.ndarray:
+        """Mask of what ends a slot."""
+        return token_mask(self.session.vocabulary.eos, self.session.vocabulary.size)
+
 
 def _with_known(
     literals: Sequence[str], slots: Sequence[Slot], known: dict[str, Filled]
@@ -239,11 +269,6 @@ def _with_known(
             open_slots.append(slot)
             around.append(literal)
     return around, open_slots
-
-
-def _continuing(matcher: GrammarMatcher, vocabulary: Vocabulary) -> np.ndarray:
-    """Mask of the text that may follow."""
-    return matcher.allowed() & vocabulary.text
 
 
 def _holds_no_newline(piece: bytes) -> bool:

@@ -94,7 +94,11 @@ def fill_gaps(
         if len(waiting[0].lengths) > 1:
             scores[len(filled) :] = choose_lengths(session, [left, *rest], waiting)
         window = _window(session, [left, *rest], waiting)
-        done = session.denoise(session.prefix(window.prefix), window.layout)
+        done = session.denoise(
+            session.prefix(window.prefix),
+            window.layout,
+            watched=window.spans[0].places if first_only else None,
+        )
         cut = max(cut, window.cut)
         for span in window.spans:
             if len(waiting[0].lengths) > 1 or (first_only and filled):

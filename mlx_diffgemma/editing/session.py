@@ -118,11 +118,15 @@ class Session:
         layout: Layout,
         *,
         initial: Sequence[int] | None = None,
+        watched: range | None = None,
         first_step: int = 1,
         config: DiffusionConfig | None = None,
     ) -> Denoised:
         """Denoise one canvas that must be as `layout` says; `initial` is what it starts from
-        instead of noise."""
+        instead of noise, and the `watched` positions decide when it is done (all if None)."""
+        counted = None
+        if watched is not None:
+            counted = np.isin(np.arange(self.length), list(watched))[None]
         steps = denoise_canvas(
             self.predictor,
             cache,
@@ -134,6 +138,7 @@ class Session:
             vocab_size=self.vocabulary.size,
             initial_canvas=None if initial is None else mx.array([list(initial)], mx.int32),
             constraint=CanvasConstraint.of([layout], self.vocabulary.size),
+            counted=counted,
             first_step=first_step,
         )
         last = None

@@ -26,14 +26,15 @@ class Gap:
         allowed: mask [W] of what each of its positions may hold; None for any text.
         joins: whether its ends may share a token with the text around it.
         given: tokens that it begins with.
-        following: mask [W] of what the position behind `given` may hold; None for `allowed`.
+        following: masks [W] of what the first positions behind `given` may hold; the others hold
+            what is `allowed`.
     """
 
     lengths: tuple[int, ...]
     allowed: np.ndarray | None = None
     joins: bool = True
     given: tuple[int, ...] = ()
-    following: np.ndarray | None = None
+    following: tuple[np.ndarray, ...] = ()
 
     @property
     def middle(self) -> int:
@@ -50,6 +51,11 @@ class Span:
     stop: int
     before: bytes = b""
     after: bytes = b""
+
+    @property
+    def places(self) -> range:
+        """Its positions."""
+        return range(self.start, self.stop)
 
     def bytes_in(self, vocabulary: Vocabulary, canvas: Sequence[int]) -> bytes:
         """What fills the gap, without the text around it."""
@@ -169,8 +175,8 @@ def _cells(
 def _add_gap(cells: _Cells, vocabulary: Vocabulary, gap: Gap, length: int) -> None:
     cells.tokens += gap.given[:length]
     for place in range(len(gap.given), length):
-        mask = gap.following if place == len(gap.given) else None
-        mask = gap.allowed if mask is None else mask
+        behind = place - len(gap.given)
+        mask = gap.following[behind] if behind < len(gap.following) else gap.allowed
         cells.allowed[len(cells.tokens)] = vocabulary.text if mask is None else mask
         cells.tokens.append(FREE)
 
