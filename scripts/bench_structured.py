@@ -1,6 +1,7 @@
 """How many forward passes does valid JSON take, beside one token at a time?
 
-    python scripts/bench_structured.py --model demo --steps 4
+    python scripts/bench_structured.py --model demo
+    python scripts/bench_structured.py --model demo --sudokus 80
     python scripts/bench_structured.py --model OUT_4BIT --prompt "Describe the Eiffel tower."
 
 One token at a time is the same canvas and the same grammar, but every pass pins the next token
@@ -11,12 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
+
 from mlx_diffgemma import generate_structured, load
+from mlx_diffgemma.demo import sudoku
 from mlx_diffgemma.diffusion.constraints import FREE, Layout
-from mlx_diffgemma.editing.grammar import json_schema_matcher
+from mlx_diffgemma.editing.grammar import GrammarMatcher, json_schema_matcher, regex_matcher
 from mlx_diffgemma.editing.session import Session
+from mlx_diffgemma.editing.vocabulary import Vocabulary
 
 TEXT = {"type": "string", "maxLength": 12}
 YEAR = {"type": "integer", "minimum": 0, "maximum": 2100}
@@ -70,26 +77,62 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+Start = Callable[[Vocabulary], GrammarMatcher]
+
+
 def one_at_a_time(
-    model: Any, tokenizer: Any, prompt: str, schema: Any, seed: int
-) -> tuple[int, int]:
-    """Tokens and forward passes of the naive loop, at most a canvas of tokens."""
+    model: Any, tokenizer: Any, prompt: str, start: Start, seed: int
+) -> tuple[str, int, int]:
+    """Text, tokens and forward passes of the naive loop."""
     session = Session(model, tokenizer, prompt, seed=seed, max_denoising_steps=1)
-    matcher = json_schema_matcher(session.vocabulary, schema)
-    pinned: list[int] = []
+    matcher = start(session.vocabulary)
+    written: list[int] = []
     while True:
         forced = matcher.forced()
         matcher.advance(forced)
-        pinned += forced
-        if matcher.must_end or len(pinned) >= session.length:
-            return len(pinned), session.passes
-        free = [FREE] * (session.length - len(pinned))
-        layout = Layout((*pinned, *free), {len(pinned): matcher.allowed()})
-        token = session.denoise(session.prefix(), layout).tokens[len(pinned)]
-        if token in session.vocabulary.eos:
-            return len(pinned), session.passes
+        written += forced
+        held = len(written) // session.length * session.length
+        pinned = written[held:]
+        layout = Layout(
+            (*pinned, *[FREE] * (session.length - len(pinned))), {len(pinned): matcher.allowed()}
+        )
+        if not matcher.must_end:
+            done = session.denoise(session.prefix(written[:held]), layout)
+            token = done.tokens[len(pinned)]
+        if matcher.must_end or token in session.vocabulary.eos:
+            return session.vocabulary.decode(written), len(written), session.passes
         matcher.advance([token])
-        pinned.append(token)
+        written.append(token)
+
+
+def sudokus(model: Any, tokenizer: Any, count: int) -> None:
+    """How often what matches is also right: the demo model's own task under a pattern."""
+    rng = np.random.default_rng(5)
+    puzzles = [sudoku.make_puzzle(rng) for _ in range(count)]
+    grid = r"([1-6]{6}\n){5}[1-6]{6}"
+    print(f"{'pattern':34} {'right':>6} {'passes':>7} | one at a time: right passes")
+    for name in ("of a grid, puzzle in the prompt", "of a grid, no puzzle", "with the givens"):
+        right = passes = naive_right = naive_passes = 0
+        for seed, puzzle in enumerate(puzzles):
+            prompt, pattern = sudoku.BARE_PROMPT, grid
+            if name == "of a grid, puzzle in the prompt":
+                prompt = sudoku.prompt([puzzle])
+            if name == "with the givens":
+                pattern = puzzle.givens.replace(".", "[1-6]").replace("\n", "\\n")
+            found = generate_structured(model, tokenizer, prompt, regex=pattern, seed=seed)
+            text, _, steps = one_at_a_time(
+                model, tokenizer, prompt, partial(regex_matcher, pattern=pattern), seed
+            )
+            fits = puzzle.solution.__eq__
+            if name == "of a grid, no puzzle":
+                fits = sudoku.is_valid_grid
+            right, naive_right = right + fits(found.text), naive_right + fits(text)
+            passes, naive_passes = passes + found.passes, naive_passes + steps
+        print(
+            f"{name:34} {right / count:6.3f} {passes / count:7.1f} | "
+            f"{naive_right / count:20.3f} {naive_passes / count:6.1f}",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -98,8 +141,12 @@ def main() -> None:
     parser.add_argument("--prompt", default="sudoku")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, help="most denoising steps of a canvas")
+    parser.add_argument("--sudokus", type=int, help="how many sudokus to write under a pattern")
     arguments = parser.parse_args()
     model, tokenizer = load(arguments.model)
+    if arguments.sudokus:
+        sudokus(model, tokenizer, arguments.sudokus)
+        return
     print(
         f"{'schema':14} {'tokens':>7} {'passes':>7} {'per pass':>9} | one at a time: tokens passes"
     )
@@ -116,8 +163,9 @@ def main() -> None:
             )
             json.loads(found.text)
             tokens, passes = tokens + len(found.tokens), passes + found.passes
-            one = one_at_a_time(model, tokenizer, arguments.prompt, schema, seed)
-            naive_tokens, naive_passes = naive_tokens + one[0], naive_passes + one[1]
+            start = partial(json_schema_matcher, schema=schema)
+            _, length, steps = one_at_a_time(model, tokenizer, arguments.prompt, start, seed)
+            naive_tokens, naive_passes = naive_tokens + length, naive_passes + steps
         print(
             f"{name:14} {tokens:7} {passes:7} {tokens / passes:9.1f} | {naive_tokens:21} "
             f"{naive_passes:6}",
