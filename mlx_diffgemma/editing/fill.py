@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -238,7 +239,12 @@ class _Filler:
         longest, ends = max(self.lengths), self._ends
         shortest = self.closer.shortest(matcher, longest)
         ahead = look_ahead(matcher, longest + 1, ends)
-        able = [n for n, mask in enumerate(ahead) if n and (mask & ends).any()]
+        # It may end behind n tokens where an eos may be, and something else before that.
+        able = [
+            n
+            for n, (last, mask) in enumerate(pairwise(ahead), 1)
+            if (mask & ends).any() and (last & ~ends).any()
+        ]
         known = len(ahead) > longest
         fitting = tuple(n for n in self.lengths if n >= shortest and (n in able or not known))
         return fitting or tuple(able) or (max(1, shortest),)

@@ -165,6 +165,7 @@ def test_fill_chooses_what_fits_on_the_demo_model():
     done = fill(model, tokenizer, template, lengths=[4, 5, 6, 7], seed=1, **BARE)
     assert done.text == GRID
     assert done.slots == {"row": GRID[7:13], "cell": GRID[30], "last": GRID[35:]}
+    assert done.filled["last"].scores == {}  # a pattern of one length leaves no choice
 
 
 def test_templates_are_read():
