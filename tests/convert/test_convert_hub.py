@@ -72,7 +72,7 @@ def test_source_shards_are_deleted_one_by_one(hub, shards, tmp_path):
     assert result.returncode == 0, result.stderr
     check(tmp_path, shards)
     assert len(held) == len(list(shards[0].glob("*.safetensors")))
-    assert max(held) <= 1  # the reader is a few blocks ahead of the writer
+    assert max(held) <= 2  # the reader is 16 blocks ahead at most, and one shard has only 8
     assert not list((tmp_path / "home").rglob("model*.safetensors"))
     assert not (tmp_path / "out.partial").exists()
 
