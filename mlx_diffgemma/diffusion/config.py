@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
+from mlx_diffgemma.checks import check_integer, check_number, overridden
 from mlx_diffgemma.errors import ConfigError, UsageError
 
 SAMPLERS = ("entropy-bound", "confidence-threshold", "block-refinement", "ddim")
@@ -58,25 +59,25 @@ class DiffusionConfig:
     settled_after: int | None = None
 
     def __post_init__(self) -> None:
-        _check_integer("max_tokens", self.max_tokens, 1)
-        _check_integer("max_denoising_steps", self.max_denoising_steps, 1)
-        _check_integer("stability_threshold", self.stability_threshold, 0)
+        check_integer("max_tokens", self.max_tokens, 1)
+        check_integer("max_denoising_steps", self.max_denoising_steps, 1)
+        check_integer("stability_threshold", self.stability_threshold, 0)
         if self.canvas_length is not None:
-            _check_integer("canvas_length", self.canvas_length, 1)
+            check_integer("canvas_length", self.canvas_length, 1)
         for name in ("confident_after", "settled_after"):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
+                check_integer(name, getattr(self, name), 1)
         if self.soft_cutoff is not None:
-            _check_number("soft_cutoff", self.soft_cutoff, 0.0)
+            check_number("soft_cutoff", self.soft_cutoff, 0.0)
         if self.sampler not in SAMPLERS:
             raise UsageError(f"unknown sampler '{self.sampler}'; known are {', '.join(SAMPLERS)}.")
-        _check_number("accept_threshold", self.accept_threshold, 0.0)
+        check_number("accept_threshold", self.accept_threshold, 0.0)
         for token in (*self.eos_token_ids, self.pad_token_id):
-            _check_integer("a token id", token, 0)
-        _check_number("t_min", self.t_min, 0.0, inclusive=True)
-        _check_number("t_max", self.t_max, 0.0)
-        _check_number("entropy_bound", self.entropy_bound, 0.0)
-        _check_number("confidence_threshold", self.confidence_threshold, 0.0)
+            check_integer("a token id", token, 0)
+        check_number("t_min", self.t_min, 0.0, inclusive=True)
+        check_number("t_max", self.t_max, 0.0)
+        check_number("entropy_bound", self.entropy_bound, 0.0)
+        check_number("confidence_threshold", self.confidence_threshold, 0.0)
         if self.t_max < self.t_min:
             raise UsageError(f"t_max ({self.t_max:g}) must not be below t_min ({self.t_min:g}).")
 
@@ -86,11 +87,7 @@ class DiffusionConfig:
         Raises:
             UsageError: a setting is unknown or out of range.
         """
-        known = {f.name for f in fields(self)}
-        for name in settings:
-            if name not in known:
-                raise UsageError(f"unknown setting '{name}'; known are {', '.join(sorted(known))}.")
-        return replace(self, **{k: v for k, v in settings.items() if v is not None})
+        return overridden(self, settings)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DiffusionConfig:
@@ -123,15 +120,3 @@ class DiffusionConfig:
             return cls().override(**settings, **{key: data.get(key) for key in same_name})
         except UsageError as error:
             raise ConfigError(f"generation_config.json: {error}") from None
-
-
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UsageError(f"{name} must be an integer of at least {least}, not {value!r}.")
-
-
-def _check_number(name: str, value: Any, bound: float, *, inclusive: bool = False) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (value >= bound if inclusive else value > bound) or value == float("inf"):
-        sign = "at least" if inclusive else "above"
-        raise UsageError(f"{name} must be a number {sign} {bound:g}, not {value!r}.")

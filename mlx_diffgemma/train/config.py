@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_diffgemma.checks import (
+    check_choice,
+    check_integer,
+    check_number,
+    check_share,
+    overridden,
+)
 from mlx_diffgemma.errors import UsageError
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
@@ -25,9 +32,9 @@ class LoraParameters:
     keys: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check_integer("rank", self.rank, 1)
-        _check_number("scale", self.scale, 0.0)
-        _check_share("dropout", self.dropout, below=True)
+        check_integer("rank", self.rank, 1)
+        check_number("scale", self.scale, 0.0)
+        check_share("dropout", self.dropout, below=True)
 
 
 @dataclass(frozen=True)
@@ -106,23 +113,23 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "iters", "max_seq_length", "grad_accumulation_steps",
                      "sorted_batches", "cpu_streams"):  # fmt: skip
-            _check_integer(name, getattr(self, name), 1)
+            check_integer(name, getattr(self, name), 1)
         for name in ("steps_per_report", "steps_per_eval", "save_every", "warmup", "seed",
                      "clear_cache_threshold"):  # fmt: skip
-            _check_integer(name, getattr(self, name), 0)
+            check_integer(name, getattr(self, name), 0)
         for name in ("val_batches", "num_layers"):
             if getattr(self, name) != -1:
-                _check_integer(name, getattr(self, name), 1)
-        _check_number("learning_rate", self.learning_rate, 0.0)
-        _check_number("encoder_loss_weight", self.encoder_loss_weight, 0.0, inclusive=True)
+                check_integer(name, getattr(self, name), 1)
+        check_number("learning_rate", self.learning_rate, 0.0)
+        check_number("encoder_loss_weight", self.encoder_loss_weight, 0.0, inclusive=True)
         if self.clip_norm is not None:
-            _check_number("clip_norm", self.clip_norm, 0.0)
+            check_number("clip_norm", self.clip_norm, 0.0)
         for name in ("decay", "final_learning_rate", "self_conditioning", "span_fraction"):
-            _check_share(name, getattr(self, name))
-        _check_share("min_noise", self.min_noise, below=True)
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        _check_choice("lr_schedule", self.lr_schedule, SCHEDULES)
-        _check_choice("fine_tune_type", self.fine_tune_type, KINDS)
+            check_share(name, getattr(self, name))
+        check_share("min_noise", self.min_noise, below=True)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("lr_schedule", self.lr_schedule, SCHEDULES)
+        check_choice("fine_tune_type", self.fine_tune_type, KINDS)
         if self.warmup > self.iters:
             raise UsageError(f"warmup ({self.warmup}) must not be above iters ({self.iters}).")
 
@@ -132,31 +139,4 @@ class TrainConfig:
         Raises:
             UsageError: a setting is unknown or out of range.
         """
-        known = {f.name for f in fields(self)}
-        for name in settings:
-            if name not in known:
-                raise UsageError(f"unknown setting '{name}'; known are {', '.join(sorted(known))}.")
-        return replace(self, **{k: v for k, v in settings.items() if v is not None})
-
-
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UsageError(f"{name} must be an integer of at least {least}, not {value!r}.")
-
-
-def _check_number(name: str, value: Any, bound: float, *, inclusive: bool = False) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (value >= bound if inclusive else value > bound) or value == float("inf"):
-        sign = "at least" if inclusive else "above"
-        raise UsageError(f"{name} must be a number {sign} {bound:g}, not {value!r}.")
-
-
-def _check_share(name: str, value: Any, *, below: bool = False) -> None:
-    _check_number(name, value, 0.0, inclusive=True)
-    if value > 1 or (below and value == 1):
-        raise UsageError(f"{name} must be {'below' if below else 'at most'} 1, not {value!r}.")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"{name} '{value}' is unknown; known are {', '.join(choices)}.")
+        return overridden(self, settings)
