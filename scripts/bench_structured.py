@@ -107,13 +107,13 @@ def one_at_a_time(
 
 def sudokus(model: Any, tokenizer: Any, count: int) -> None:
     """How often what matches is also right: the demo model's own task under a pattern."""
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng(1701)  # not the puzzles that the rule was chosen on
     puzzles = [sudoku.make_puzzle(rng) for _ in range(count)]
     grid = r"([1-6]{6}\n){5}[1-6]{6}"
     print(f"{'pattern':34} {'right':>6} {'passes':>7} | one at a time: right passes")
     for name in ("of a grid, puzzle in the prompt", "of a grid, no puzzle", "with the givens"):
         right = passes = naive_right = naive_passes = 0
-        for seed, puzzle in enumerate(puzzles):
+        for seed, puzzle in enumerate(puzzles, 9000):
             prompt, pattern = sudoku.BARE_PROMPT, grid
             if name == "of a grid, puzzle in the prompt":
                 prompt = sudoku.prompt([puzzle])
