@@ -29,9 +29,10 @@ It says nothing about the quality of the released 26B model, with which it share
 and no weight.
 
 **Data.** Fresh exercises from the generators of `mlx_diffgemma/demo/tasks.py`, one token a
-character. Seen: {seen:,} examples, of which {shares}.
+character. Seen: {seen:,} examples; the mix of the last sitting was {shares}.
 
-**Recipe.** Muon at {recipe.rate:g} for matrices, Adam at a tenth of that for the rest;
+**Recipe** of the last sitting. Muon at {recipe.rate:g} for matrices, Adam at a tenth of that for
+the rest;
 {recipe.batch} examples a step; rates constant, then linear to nothing over the last
 {recipe.decay:.0%}; exercises grow to full difficulty over the first {recipe.ramp:.0%}; corruption
 by uniform tokens with t ~ U(0.01, 1), in a quarter of the examples as one span; self-conditioning

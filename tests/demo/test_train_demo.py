@@ -91,7 +91,7 @@ def test_two_sittings_are_one_and_end_in_a_checkpoint(script, tmp_path, monkeypa
     again = load(tmp_path / "start")[0]  # a run can begin where another ended
     assert (again.layers[1].mlp.up_proj.weight == trained).all()
     card = (parts / "model" / "README.md").read_text()
-    assert "Seen: 32 examples, of which 50% one, 50% sort" in card
+    assert "Seen: 32 examples; the mix of the last sitting was 50% one, 50% sort" in card
     assert "| one | 0.750 ±" in card and "| sort | 0.750 ±" in card
 
 
