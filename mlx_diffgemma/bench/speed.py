@@ -85,7 +85,7 @@ class Answerer:
         seed: int = 0,
     ) -> None:
         self._model, self._tokenizer, self._prompt = model, tokenizer, prompt
-        self._settings = profile_settings(profile)
+        self._profile = profile
         self._max_tokens, self._seed = max_tokens, seed
         self.responses: list[GenerationResponse] = []
 
@@ -97,7 +97,7 @@ class Answerer:
             self._max_tokens,
             seed=self._seed + len(self.responses),
             draft=False,
-            **self._settings,
+            profile=self._profile,
         )
         self.responses.append(last)
 

@@ -18,7 +18,9 @@ from mlx_diffgemma.bench.rival import compare_steps, rival_model, rival_version
 from mlx_diffgemma.bench.speed import Answerer, compare_twin
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.diffusion.profiles import PROFILES
 from mlx_diffgemma.errors import CheckpointError
+from mlx_diffgemma.generation import diffusion_config
 
 INSTALLED = find_spec("mlx_vlm") is not None
 
@@ -91,6 +93,21 @@ def test_an_autoregressive_model_answers_in_turns_with_ours(twin):
     assert report.ours_tokens_per_second == ours.responses[-1].generation_tps
     assert report.ratio == report.ours_tokens_per_second / report.tokens_per_second
     assert len(ours.responses) == 2  # one to warm up
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_an_answer_runs_under_its_profile_alone(monkeypatch, profile):
+    model, tokenizer = load(demo_path())
+    configs = []
+
+    def generate(model, prompts, config, noise, **options):
+        configs.append(config)
+        return iter(())
+
+    monkeypatch.setattr("mlx_diffgemma.generation.generate_canvases", generate)
+    with pytest.raises(ValueError, match="unpack"):  # no response came
+        Answerer(model, tokenizer, "sudoku", profile=profile)()
+    assert configs == [diffusion_config(model, profile)]
 
 
 def test_an_autoregressive_model_alone_has_no_ratio(twin):
