@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlx_diffgemma.errors import UsageError
 
-Settings = TypeVar("Settings")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 def check_integer(name: str, value: Any, least: int) -> None:
@@ -44,9 +47,9 @@ def overridden(settings: Settings, given: Mapping[str, Any]) -> Settings:
     Raises:
         UsageError: a field is unknown, or the dataclass refuses a value.
     """
-    known = {field.name for field in fields(settings)}  # type: ignore[arg-type]
+    known = {field.name for field in fields(settings)}
     for name in given:
         if name not in known:
             raise UsageError(f"unknown setting '{name}'; known are {', '.join(sorted(known))}.")
     changes = {name: value for name, value in given.items() if value is not None}
-    return replace(settings, **changes)  # type: ignore[type-var]
+    return replace(settings, **changes)

@@ -97,7 +97,6 @@ def denoise_canvas(
     if constraint is not None:
         constraint.check(len(rows), *shape)
         canvas = constraint.pin(canvas)
-    if constraint is not None:
         counted = constraint.open if counted is None else constraint.open & counted
     schedule = LinearTemperature(config.t_min, config.t_max, config.max_denoising_steps)
     sampler, stop = make_sampler(config, vocab_size), make_stop_rule(config)

@@ -32,7 +32,7 @@ def prefill(
     """Append `ids` [B, L] to the prefix, `step_size` positions at a time, so that memory does not
     grow with the square of the prompt. Yields before the first chunk and after each."""
     total = ids.shape[1]
-    cache.reserve(total)
+    cache.reserve(total + model.config.canvas_length)
     yield PrefillProgress(0, total)
     for start in range(0, total, step_size):
         model.encode(ids[:, start : start + step_size], cache)

@@ -67,14 +67,6 @@ def reference_gradients(model, batch: Batch, encoder_weight: float) -> tuple[flo
     return total.item(), weights
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(
     ("seed", "encoder_weight", "conditioned"),
     [(0, 1.0, 0), (1, 1.0, 2), (6, 0.7, 3), (5, 1.0, 1), (3, 0.0, 2)],

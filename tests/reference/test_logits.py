@@ -13,7 +13,6 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-import torch
 from reference_model import Closeness, Prefix, RouterGaps, build_reference
 from tiny_models import make_config, make_model, make_weights
 from transformers import DiffusionGemmaConfig
@@ -24,14 +23,6 @@ pytestmark = pytest.mark.reference
 
 SEEDS = range(6)
 MEDIAN, P999, ARGMAX, LARGEST = 1e-5, 1e-4, 0.999, 3.0
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Pair:

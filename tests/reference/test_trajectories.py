@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from demo_checkpoint import demo_config, demo_weights, two_puzzles
 from recording import RecordedStep, Recording, record
 from reference_model import ROUTER_TIE, RouterGaps, build_reference
@@ -173,14 +172,6 @@ def report(name: str, comparisons: list[Comparison], least_equal: float = 0.6) -
         sep="\n  ",
     )
     assert batch - len(parted) >= least_equal * batch
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
