@@ -1,7 +1,7 @@
 """How many examples a second does the training of the demo's model take here?
 
     OPENBLAS_CORETYPE=SKYLAKEX python scripts/bench_train.py --openblas PATH/libopenblas.so.0
-    python scripts/bench_train.py --plain --batch 32 --accumulate 2 --streams 2 --compile
+    python scripts/bench_train.py --plain --batch 32 --accumulate 2 --compile
 
 Random examples (48 tokens of prompt, 42 of response), the demo's shapes, AdamW, self-conditioning
 in half of the examples. CPU seconds are those of all threads: on a machine with other work they say
@@ -27,7 +27,6 @@ def main() -> None:
     parser.add_argument("--openblas", help="libopenblas.so.0, to put under MLX")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--accumulate", type=int, default=1, help="batches a step")
-    parser.add_argument("--streams", type=int, default=1, help="batches at the same time")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--encoder-weight", type=float, default=0.0)
     parser.add_argument("--compile", action="store_true")
@@ -58,7 +57,6 @@ def main() -> None:
     config = TrainConfig(
         batch_size=options.batch,
         grad_accumulation_steps=options.accumulate,
-        cpu_streams=options.streams,
         compile=options.compile,
         encoder_loss_weight=options.encoder_weight,
         fine_tune_type="full",

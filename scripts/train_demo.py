@@ -1,7 +1,7 @@
 """Train the demo's model from nothing, on endless fresh exercises, in as many sittings as it takes.
 
     python scripts/train_demo.py RUN --hours 1 --openblas /usr/lib/.../libopenblas.so.0
-    python scripts/train_demo.py RUN --hours 2 --cores 2        # goes on, to the step
+    python scripts/train_demo.py RUN --hours 2 --processes 2    # goes on, to the step
     python scripts/train_demo.py RUN --examples 300000          # makes the run longer
     python scripts/train_demo.py RUN --finish                   # writes RUN/model, examined
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
 SCRIPTS = Path(__file__).parent
 SHIPPED = SCRIPTS.parent / "mlx_diffgemma" / "demo" / "checkpoint"
 EXAM_SEED = 2026
-MICRO_BATCH = 8
-"""Examples that a core computes at once."""
+MICRO_BATCH = 16
+"""Examples that a process computes at once."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,13 @@ class Recipe:
         }
     )  # fmt: skip
     ramp: float = 0.2
-    batch: int = 16
+    batch: int = 32
     rate: float = 0.02
     decay: float = 0.3
     seed: int = 0
 
 
-def training(recipe: Recipe, cores: int) -> TrainConfig:
+def training(recipe: Recipe) -> TrainConfig:
     """The recipe as settings of the training loop."""
     from mlx_diffgemma.train.config import TrainConfig
 
@@ -80,7 +81,6 @@ def training(recipe: Recipe, cores: int) -> TrainConfig:
     return TrainConfig(
         batch_size=MICRO_BATCH,
         grad_accumulation_steps=recipe.batch // MICRO_BATCH,
-        cpu_streams=cores,
         compile=shutil.which("g++") is not None or None,
         iters=steps,
         optimizer="muon",
@@ -160,16 +160,17 @@ def examine(
     return marks
 
 
-def sit(folder: Path, recipe: Recipe, cores: int, hours: float, say: Callable[..., None]) -> bool:
+def sit(folder: Path, recipe: Recipe, hours: float, say: Callable[..., None]) -> bool:
     """Train until the examples or the hours are over; returns whether all examples were seen."""
     from mlx_diffgemma import load
+    from mlx_diffgemma.train import processes
     from mlx_diffgemma.train.events import Evaluation, Finished, Report, Saved
     from mlx_diffgemma.train.loop import train
 
     model, tokenizer = load(folder / "start")
     model.unfreeze()
     ends = time.monotonic() + 3600 * hours
-    config = training(recipe, cores)
+    config = training(recipe)
 
     def exact(model: Any) -> float:
         if not (folder / "state.safetensors").exists():
@@ -193,7 +194,7 @@ def sit(folder: Path, recipe: Recipe, cores: int, hours: float, say: Callable[..
                 say(
                     "evaluation", examples=event.step * recipe.batch, loss=losses, exact=event.exact
                 )
-            case Saved() if time.monotonic() > ends:
+            case Saved() if processes.any_says(time.monotonic() > ends):
                 say("stopped", examples=event.step * recipe.batch)
                 return False
             case Finished():
@@ -248,6 +249,23 @@ def finish(folder: Path, recipe: Recipe, count: int, openblas: str | None) -> No
     subprocess.run(curve + (["--openblas", openblas] if openblas else []), check=True)
 
 
+def start_others(folder: Path, count: int) -> None:
+    """Run this command in `count` - 1 more processes, which train with this one.
+
+    They find each other as those of `mlx.launch` do, which would take a core to watch over them.
+    """
+    if count == 1 or "MLX_RANK" in os.environ:
+        return
+    from mlx_diffgemma.train.processes import local_hosts
+
+    (folder / "hosts.json").write_text(json.dumps(local_hosts(count)))
+    os.environ["MLX_HOSTFILE"] = str(folder / "hosts.json")
+    for rank in range(1, count):
+        command = [sys.executable, *sys.argv]
+        subprocess.Popen(command, env={**os.environ, "MLX_RANK": str(rank)})
+    os.environ["MLX_RANK"] = "0"
+
+
 def steps_done(folder: Path) -> int:
     """Optimizer steps of the state in `folder`."""
     import mlx.core as mx
@@ -256,15 +274,20 @@ def steps_done(folder: Path) -> int:
     return int(json.loads(metadata["run"])["step"])
 
 
-def recipe_of(folder: Path, given: Mapping[str, Any]) -> Recipe:
-    """The recipe of the run in `folder`, with what is given; written down for later sittings."""
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe of the run in `folder`, or the usual one."""
     path = folder / "recipe.json"
-    recipe = Recipe(**json.loads(path.read_text())) if path.exists() else Recipe()
-    recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
-    partial = path.with_suffix(".part")
+    return Recipe(**json.loads(path.read_text())) if path.exists() else Recipe()
+
+
+def prepare(folder: Path, given: Mapping[str, Any], model: Path | None) -> None:
+    """Write what is given into the recipe, and the checkpoint that the run starts from."""
+    recipe = replace(recipe_of(folder), **given)
+    partial = folder / "recipe.part"
     partial.write_text(json.dumps(asdict(recipe), indent=2))
-    partial.replace(path)
-    return recipe
+    partial.replace(folder / "recipe.json")
+    if not (folder / "start").exists():
+        begin(folder, recipe.seed, model)
 
 
 def share(text: str) -> tuple[str, float]:
@@ -277,7 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of the run; made if it is not there")
     parser.add_argument("--hours", type=float, default=1.0, help="most hours of this sitting")
-    parser.add_argument("--cores", type=int, default=1, help="on a CPU")
+    parser.add_argument("--processes", type=int, default=1, help="a core for each, on a CPU")
     parser.add_argument("--openblas", help="path of libopenblas.so.0, on a CPU")
     parser.add_argument("--start", type=Path, help="a checkpoint to begin with, not random weights")
     parser.add_argument("--finish", action="store_true", help="train no more; write the model")
@@ -290,23 +313,32 @@ def main() -> None:
                        ("rate", float), ("decay", float)):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, help="of the recipe; kept for later sittings")
     args = parser.parse_args()
+    args.run.mkdir(parents=True, exist_ok=True)
     if args.openblas:
         load_openblas(args.openblas)
-    args.run.mkdir(parents=True, exist_ok=True)
+    if not args.finish:
+        start_others(args.run, args.processes)
+    from mlx_diffgemma.train import processes
+
+    first = processes.is_first()
     given = {f.name: getattr(args, f.name) for f in fields(Recipe)}
     if args.shares:
         given["shares"] = dict(args.shares)
-    recipe = recipe_of(args.run, given)
-    if not (args.run / "start").exists():
-        begin(args.run, recipe.seed, args.start)
+    if first:
+        given = {name: value for name, value in given.items() if value is not None}
+        prepare(args.run, given, args.start)
+    processes.any_says(False)  # the others wait for what the first one wrote
+    recipe = recipe_of(args.run)
 
     def say(kind: str, **what: Any) -> None:
+        if not first:
+            return
         line = json.dumps({"at": time.strftime("%H:%M:%S"), "kind": kind, **what})
         with (args.run / "log.jsonl").open("a") as log:
             print(line, file=log)
         print(line, flush=True)
 
-    if args.finish or sit(args.run, recipe, args.cores, args.hours, say):
+    if (args.finish or sit(args.run, recipe, args.hours, say)) and first:
         finish(args.run, recipe, args.count, args.openblas)
 
 

@@ -169,6 +169,7 @@ def _check_memory(request: Request, path: Path, shapes: ModelConfig, splits: Spl
 
 def _train(request: Request, model: DiffusionGemma, splits: Splits) -> None:
     from mlx_diffgemma.checkpoint.adapters import fingerprint
+    from mlx_diffgemma.train import processes
     from mlx_diffgemma.train.adapt import prepare, trainable_count
     from mlx_diffgemma.train.adapters import adapter_config, write_adapter_config
     from mlx_diffgemma.train.events import Saved
@@ -182,6 +183,14 @@ def _train(request: Request, model: DiffusionGemma, splits: Splits) -> None:
     keys = prepare(model, config)
     if options.get("resume_adapter_file"):
         _begin_with(model, Path(options["resume_adapter_file"]).expanduser())
+    events = train(
+        model, config, splits.train, splits.valid, folder,
+        resume=request.resume, generate_exact=_exact(model, request, splits),
+    )  # fmt: skip
+    if not processes.is_first():
+        for _ in events:
+            pass
+        return
     content = adapter_config(
         config, model=request.model, data=str(options["data"]), keys=keys, fingerprint=mark
     )
@@ -192,10 +201,7 @@ def _train(request: Request, model: DiffusionGemma, splits: Splits) -> None:
     say(f"training {trainable_count(model):,} parameters; Ctrl-C stops")
     saved = 0
     try:
-        for event in train(
-            model, config, splits.train, splits.valid, folder,
-            resume=request.resume, generate_exact=_exact(model, request, splits),
-        ):  # fmt: skip
+        for event in events:
             history.add(event)
             reporter.add(event)
             if isinstance(event, Saved):
@@ -286,5 +292,8 @@ def show_plan(request: Request, *, as_json: bool) -> None:
 
 
 def say(text: str) -> None:
-    """One line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """One line on stderr, from the first of the processes that train."""
+    from mlx_diffgemma.train import processes
+
+    if processes.is_first():
+        print(text, file=sys.stderr, flush=True)

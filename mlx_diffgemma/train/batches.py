@@ -59,12 +59,15 @@ class Batches:
 
     Examples come shuffled (a stream comes as it is). They are taken in windows of
     `config.sorted_batches` batches and sorted by length within each, so that batches hold
-    sequences of like length; the batches of a window are then shuffled.
+    sequences of like length; the batches of a window are then shuffled, `together` neighbours as
+    one: as many processes compute them at the same time and wait for each other.
     """
 
-    def __init__(self, supply: Supply, config: TrainConfig, sizes: Sizes) -> None:
+    def __init__(
+        self, supply: Supply, config: TrainConfig, sizes: Sizes, *, together: int = 1
+    ) -> None:
         self._stream = supply if callable(supply) else _shuffled(supply, config.seed)
-        self._config, self._sizes = config, sizes
+        self._config, self._sizes, self._together = config, sizes, together
         self._window = lru_cache(maxsize=1)(self._make_window)
 
     def __getitem__(self, number: int) -> Batch:
@@ -82,7 +85,10 @@ class Batches:
         ]
         drawn.sort(key=lambda one: _needed(one, config, self._sizes.canvas))
         batches = [drawn[at : at + size] for at in range(0, count, size)]
-        return [batches[place] for place in rng.permutation(len(batches))]
+        groups = [
+            batches[at : at + self._together] for at in range(0, len(batches), self._together)
+        ]
+        return [batch for place in rng.permutation(len(groups)) for batch in groups[place]]
 
     def _rng(self, purpose: int, number: int) -> np.random.Generator:
         return np.random.default_rng([self._config.seed, purpose, number])

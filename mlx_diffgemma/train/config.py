@@ -58,7 +58,8 @@ class TrainConfig:
             are padding; 1 sorts nothing.
         max_seq_length: most tokens of a prompt and response; longer examples are refused.
         grad_checkpoint: keep only the inputs of layers, and compute them again for the gradient.
-        grad_accumulation_steps: batches whose gradients are averaged into one step.
+        grad_accumulation_steps: batches whose gradients are averaged into one step; several
+            processes share them, so a multiple of their number.
         clear_cache_threshold: bytes of unused memory from which it is given back after a step;
             0 keeps it.
         optimizer: one of `OPTIMIZERS`.
@@ -74,8 +75,6 @@ class TrainConfig:
         span_fraction: share of the examples that are corrupted in one contiguous span.
         compile: fuse the operations of a step (on a CPU with g++, a minute the first time, then
             a tenth to a fifth faster); None for on a GPU only.
-        cpu_streams: batches of a step to compute side by side on a CPU, a core for each; useful up
-            to `grad_accumulation_steps`.
         min_noise: smallest share t of corrupted tokens; t ~ U(min_noise, 1).
     """
 
@@ -108,11 +107,10 @@ class TrainConfig:
     span_fraction: float = 0.0
     min_noise: float = 1e-4
     compile: bool | None = None
-    cpu_streams: int = 1
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "iters", "max_seq_length", "grad_accumulation_steps",
-                     "sorted_batches", "cpu_streams"):  # fmt: skip
+                     "sorted_batches"):  # fmt: skip
             check_integer(name, getattr(self, name), 1)
         for name in ("steps_per_report", "steps_per_eval", "save_every", "warmup", "seed",
                      "clear_cache_threshold"):  # fmt: skip

@@ -15,6 +15,7 @@ from mlx.utils import tree_map
 
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.train import processes
 from mlx_diffgemma.train.config import TrainConfig
 from mlx_diffgemma.train.examples import Batch
 from mlx_diffgemma.train.muon import Muon
@@ -79,8 +80,7 @@ class StepResult:
 class Stepper:
     """Runs the steps of one model and one optimizer.
 
-    On a CPU the batches of a step can be computed side by side, a thread for each of
-    `config.cpu_streams`; that changes no bit of the result.
+    Where several processes train together, each computes its share of the batches of a step.
     """
 
     def __init__(self, model: DiffusionGemma, config: TrainConfig) -> None:
@@ -88,10 +88,6 @@ class Stepper:
         self._optimizer = make_optimizer(config)
         on_cpu = mx.default_device() == mx.cpu
         self._is_compiled = not on_cpu if config.compile is None else config.compile
-        self._streams = [mx.default_stream(mx.default_device())]
-        if on_cpu:
-            wanted = min(config.cpu_streams, config.grad_accumulation_steps)
-            self._streams += [mx.new_stream(mx.cpu) for _ in range(wanted - 1)]
         self._gradients = lru_cache(maxsize=None)(self._make_gradients)
         self._update = mx.compile(self._updated) if self._is_compiled else self._updated
 
@@ -104,19 +100,21 @@ class Stepper:
     def step(
         self, number: int, parameters: Tree, state: Tree, batches: Sequence[Batch]
     ) -> StepResult:
-        """The step `number`, from 1, on its batches."""
+        """The step `number`, from 1, on all its batches."""
         results = []
-        for place, batch in enumerate(batches):
-            stream = place % len(self._streams)
-            gradients = self._gradients(stream, batch.conditioned)
+        for place in range(processes.place(), len(batches), processes.count()):
+            batch = batches[place]
+            gradients = self._gradients(batch.conditioned)
             if self._config.lora_parameters.dropout:
                 mx.random.seed(_seed(self._config.seed, number, place))
             results.append(gradients(parameters, *(getattr(batch, name) for name in _ARRAYS)))
+        if processes.count() > 1:
+            results = [processes.averaged(_mean(results))]
         rate = mx.array(learning_rate(self._config, number), mx.float32)
         state = {**state, "learning_rate": rate}  # the other entries are replaced one by one
         return StepResult(*self._update(parameters, state, results))
 
-    def _make_gradients(self, stream: int, conditioned: int) -> Callable[..., Any]:
+    def _make_gradients(self, conditioned: int) -> Callable[..., Any]:
         model, config = self._model, self._config
 
         def value(parameters: Tree, batch: Batch) -> Losses:
@@ -131,9 +129,8 @@ class Stepper:
         differentiate = mx.value_and_grad(value)
 
         def gradients(parameters: Tree, *arrays: mx.array) -> tuple[Losses, Tree]:
-            with mx.stream(self._streams[stream]):
-                named: dict[str, Any] = dict(zip(_ARRAYS, arrays, strict=True))
-                return differentiate(parameters, Batch(**named, conditioned=conditioned))
+            named: dict[str, Any] = dict(zip(_ARRAYS, arrays, strict=True))
+            return differentiate(parameters, Batch(**named, conditioned=conditioned))
 
         if not self._is_compiled:
             return gradients
@@ -143,13 +140,7 @@ class Stepper:
     def _updated(
         self, parameters: Tree, state: Tree, results: Sequence[tuple[Losses, Tree]]
     ) -> tuple[Tree, Tree, Losses, mx.array]:
-        share = 1 / len(results)
-
-        def mean(*values: mx.array) -> mx.array:
-            return sum(values[1:], values[0]) * share if len(values) > 1 else values[0]
-
-        gradients = tree_map(mean, *[gradients for _, gradients in results])
-        losses = tree_map(mean, *[losses for losses, _ in results])
+        losses, gradients = _mean(results)
         limit = self._config.clip_norm
         gradients, norm = optimizers.clip_grad_norm(
             gradients, float("inf") if limit is None else limit
@@ -157,6 +148,15 @@ class Stepper:
         self._optimizer.state = state
         updated = self._optimizer.apply_gradients(gradients, parameters)
         return updated, self._optimizer.state, losses, norm
+
+
+def _mean(results: Sequence[tuple[Losses, Tree]]) -> tuple[Losses, Tree]:
+    share = 1 / len(results)
+
+    def mean(*values: mx.array) -> mx.array:
+        return sum(values[1:], values[0]) * share if len(values) > 1 else values[0]
+
+    return tree_map(mean, *results)
 
 
 def _seed(*numbers: int) -> int:

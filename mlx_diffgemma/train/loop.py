@@ -13,7 +13,7 @@ from mlx.utils import tree_map
 
 from mlx_diffgemma.errors import ConfigError, NumericalError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
-from mlx_diffgemma.train import state
+from mlx_diffgemma.train import processes, state
 from mlx_diffgemma.train.batches import Batches, Sizes
 from mlx_diffgemma.train.config import TrainConfig
 from mlx_diffgemma.train.evaluate import held_out_loss
@@ -34,6 +34,8 @@ def train(
 ) -> Iterator[Event]:
     """Train the trainable parameters of `model`, yielding events as things happen.
 
+    Where several processes train together, the first of them evaluates and writes.
+
     Args:
         train_examples: all there are, or a stream of them.
         valid_examples: held-out examples; none turns the evaluation of the loss off.
@@ -46,17 +48,18 @@ def train(
         NumericalError: the loss is not finite; the step is named.
     """
     sizes = sizes_of(model)
-    batches = Batches(train_examples, config, sizes)
+    batches = Batches(train_examples, config, sizes, together=processes.count())
     stepper = Stepper(model, config)
     parameters = model.trainable_parameters()
     run = state.load(folder, parameters, config) if resume else None
     if run is None:
         # Copies: the model's own arrays may be replaced by whoever holds the model.
         run = state.RunState(0, 0, tree_map(mx.array, parameters), stepper.fresh_state(parameters))
+    processes.check_together(run.step, config.grad_accumulation_steps)
     model.update(run.parameters)
 
     def evaluate(step: int) -> Iterator[Evaluation]:
-        if not valid_examples and generate_exact is None:
+        if not processes.is_first() or (not valid_examples and generate_exact is None):
             return
         model.eval()
         held_out = held_out_loss(model, valid_examples, config, sizes) if valid_examples else None
@@ -85,7 +88,9 @@ def train(
                 yield from evaluate(step)
         if _due(step, config.save_every, False) or last:
             with clock.paused():
-                yield Saved(step, state.save(folder, run, config))
+                if processes.is_first():
+                    state.save(folder, run, config)
+                yield Saved(step, folder / state.ADAPTERS)
     model.eval()
     yield Finished(run.step, time.perf_counter() - begun)
 

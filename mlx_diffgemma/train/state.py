@@ -43,8 +43,8 @@ class RunState:
     optimizer: Tree
 
 
-def save(folder: Path, state: RunState, config: TrainConfig) -> Path:
-    """Write both files; returns the path of the adapters."""
+def save(folder: Path, state: RunState, config: TrainConfig) -> None:
+    """Write both files."""
     folder.mkdir(parents=True, exist_ok=True)
     parameters, optimizer = _flat(state.parameters), _flat(state.optimizer)
     arrays = {f"parameters.{name}": value for name, value in parameters.items()}
@@ -52,7 +52,6 @@ def save(folder: Path, state: RunState, config: TrainConfig) -> Path:
     run = {"step": state.step, "tokens": state.tokens, "config": asdict(config)}
     _replace(folder / STATE, arrays, {"run": json.dumps(run)})
     _replace(folder / ADAPTERS, parameters, {"format": "mlx"})
-    return folder / ADAPTERS
 
 
 def load(folder: Path, parameters: Tree, config: TrainConfig) -> RunState | None:

@@ -56,24 +56,24 @@ def weights(folder: Path) -> dict[str, mx.array]:
 
 
 def test_two_sittings_are_one_and_end_in_a_checkpoint(script, tmp_path, monkeypatch):
-    settings = ("--batch", "8", "--share", "one=1", "--share", "sort=1")
+    settings = ("--batch", "16", "--share", "one=1", "--share", "sort=1")
     usual = script.training
     monkeypatch.setattr(
         script,
         "training",
-        lambda recipe, cores: usual(recipe, cores).override(warmup=1, save_every=2, compile=False),
+        lambda recipe: usual(recipe).override(warmup=1, save_every=2, compile=False),
     )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     kinds = [
-        line["kind"] for line in run(script, monkeypatch, whole, "--examples", "32", *settings)
+        line["kind"] for line in run(script, monkeypatch, whole, "--examples", "64", *settings)
     ]
     assert kinds[-1] == "finished" and "stopped" not in kinds
 
-    first = run(script, monkeypatch, parts, "--examples", "32", "--hours", "0", *settings)
-    assert first[-1]["kind"] == "stopped" and first[-1]["examples"] == 16
+    first = run(script, monkeypatch, parts, "--examples", "64", "--hours", "0", *settings)
+    assert first[-1]["kind"] == "stopped" and first[-1]["examples"] == 32
     assert not (parts / "model").exists()
     last = run(script, monkeypatch, parts)  # the recipe is remembered
-    assert last[-1]["kind"] == "finished" and last[-1]["examples"] == 32
+    assert last[-1]["kind"] == "finished" and last[-1]["examples"] == 64
     one, other = weights(whole), weights(parts)
     assert one.keys() == other.keys()
     assert all((one[name] == other[name]).all() for name in one)
@@ -91,7 +91,7 @@ def test_two_sittings_are_one_and_end_in_a_checkpoint(script, tmp_path, monkeypa
     again = load(tmp_path / "start")[0]  # a run can begin where another ended
     assert (again.layers[1].mlp.up_proj.weight == trained).all()
     card = (parts / "model" / "README.md").read_text()
-    assert "Seen: 32 examples; the mix of the last sitting was 50% one, 50% sort" in card
+    assert "Seen: 64 examples; the mix of the last sitting was 50% one, 50% sort" in card
     assert "| one | 0.750 ±" in card and "| sort | 0.750 ±" in card
 
 

@@ -16,7 +16,7 @@ from mlx_diffgemma.train.gradients import learning_rate, make_optimizer
         {"lr_schedule": "steep"}, {"optimizer": "sam"}, {"clip_norm": 0}, {"span_fraction": 1.1},
         {"self_conditioning": -0.1}, {"min_noise": 1.0}, {"fine_tune_type": "qlora"},
         {"warmup": 11, "iters": 10}, {"num_layers": 0}, {"encoder_loss_weight": -1},
-        {"seed": -1}, {"val_batches": 0}, {"cpu_streams": 0}, {"batches": 3},
+        {"seed": -1}, {"val_batches": 0}, {"batches": 3},
     ],
     ids=str,
 )  # fmt: skip

@@ -131,23 +131,21 @@ def test_gradients_are_clipped_all_together():
     assert moved[1e9] == pytest.approx(0.5 * norm, rel=1e-3) and norm > 0.1
 
 
-def test_accumulation_averages_and_streams_change_no_bit():
+def test_accumulation_averages():
     model = small_model()
     model.train()
     parameters = model.trainable_parameters()
     one, other = random_batch(model, seed=1), random_batch(model, conditioned=2, seed=2)
 
-    def after(batches, streams=1):
-        config = CONFIG.override(grad_accumulation_steps=len(batches), cpu_streams=streams)
+    def after(batches):
+        config = CONFIG.override(grad_accumulation_steps=len(batches))
         stepper = Stepper(model, config.override(optimizer="sgd", optimizer_config={}, warmup=0))
         result = stepper.step(1, parameters, stepper.fresh_state(parameters), batches)
         return weights(result.parameters), [loss.item() for loss in result.losses]
 
-    both, losses = after([one, other])
+    losses = after([one, other])[1]
     parts = [after([batch])[1] for batch in (one, other)]
     np.testing.assert_allclose(losses, np.mean(parts, axis=0), rtol=1e-5)
-    for name, value in after([one, other], streams=2)[0].items():
-        np.testing.assert_array_equal(value, both[name])
     for twice, once in zip(after([one, one])[0].values(), after([one])[0].values(), strict=True):
         np.testing.assert_allclose(twice, once, rtol=1e-6)
 
