@@ -31,12 +31,14 @@ and no weight.
 **Data.** Fresh exercises from the generators of `mlx_diffgemma/demo/tasks.py`, one token a
 character. Seen: {seen:,} examples; the mix of the last sitting was {shares}.
 
-**Recipe** of the last sitting. Muon at {recipe.rate:g} for matrices, Adam at a tenth of that for
-the rest;
-{recipe.batch} examples a step; rates constant, then linear to nothing over the last
-{recipe.decay:.0%}; exercises grow to full difficulty over the first {recipe.ramp:.0%}; corruption
-by uniform tokens with t ~ U(0.01, 1), in a quarter of the examples as one span; self-conditioning
-in half of them; no loss on the encoder.
+**Recipe** of the last sitting.
+Muon at {recipe.rate:g} for matrices, Adam at a tenth of that for the rest;
+{recipe.batch} examples a step;
+rates constant, then linear to nothing over the last {recipe.decay:.0%} of all examples;
+exercises grow to full difficulty over the first {recipe.ramp:.0%};
+corruption by uniform tokens with t ~ U(0.01, 1), in a quarter of the examples as one span;
+self-conditioning in half of them;
+no loss on the encoder.
 
 **Figures.** Exact answers to {count} fresh inputs a task (seed {seed}), default settings:
 

@@ -7,10 +7,10 @@
 
 RUN holds `recipe.json` (of the first sitting, with what later ones changed), `start/` (the
 checkpoint that it began with: random, or that of `--start`), the state of the training, and
-`log.jsonl`. A sitting ends when its hours are over or all examples were seen, and may be killed at
-any moment: it loses what came after the last save. `--finish` writes, from whatever state there is,
-a checkpoint in the layout of `mlx_diffgemma/demo/checkpoint` with a card, and the curve of exact
-answers over the cap on steps.
+`log.jsonl`, which says the recipe of every sitting. A sitting ends when its hours are over or all
+examples were seen, and may be killed at any moment: it loses what came after the last save.
+`--finish` writes, from whatever state there is, a checkpoint in the layout of
+`mlx_diffgemma/demo/checkpoint` with a card, and the curve of exact answers over the cap on steps.
 
 On a CPU with AVX-512 that OpenBLAS takes for an older one, OPENBLAS_CORETYPE=SKYLAKEX in the
 environment makes products twice as fast.
@@ -338,6 +338,8 @@ def main() -> None:
             print(line, file=log)
         print(line, flush=True)
 
+    if not args.finish:
+        say("sitting", recipe=asdict(recipe))
     if (args.finish or sit(args.run, recipe, args.hours, say)) and first:
         finish(args.run, recipe, args.count, args.openblas)
 

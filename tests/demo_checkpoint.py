@@ -1,5 +1,4 @@
-"""The demo model for tests: the checkpoint it was trained as, or the copy that ships with the
-package; both hold the same bf16 weights."""
+"""The demo model for tests: the checkpoint that ships with the package."""
 
 from __future__ import annotations
 
@@ -10,22 +9,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
-_PLACES = (ROOT.parent / "shared" / "demo-hf", ROOT / "mlx_diffgemma" / "demo" / "checkpoint")
+CHECKPOINT = Path(__file__).parents[1] / "mlx_diffgemma" / "demo" / "checkpoint"
 _GRID = ("123456", "456123", "231564", "564231", "312645", "645312")
-
-
-def demo_path() -> Path:
-    """The folder of the checkpoint."""
-    for place in _PLACES:
-        if (place / "config.json").exists():
-            return place
-    raise FileNotFoundError(f"the demo checkpoint is in neither of {', '.join(map(str, _PLACES))}")
 
 
 def demo_config() -> dict[str, Any]:
     """Its parsed `config.json`."""
-    config = json.loads((demo_path() / "config.json").read_text())
+    config = json.loads((CHECKPOINT / "config.json").read_text())
     assert not config.get("quantization"), "the comparison needs the weights as they were trained"
     return config
 
@@ -33,12 +23,10 @@ def demo_config() -> dict[str, Any]:
 def demo_weights() -> dict[str, np.ndarray]:
     """Its text weights in float32, under our names."""
     weights = {}
-    for file in sorted(demo_path().glob("*.safetensors")):
+    for file in sorted(CHECKPOINT.glob("*.safetensors")):
         for name, value in mx.load(str(file)).items():
             if ".vision_tower." in name or ".embed_vision." in name:
                 continue
-            if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-                name += ".weight"
             weights[name] = np.array(value.astype(mx.float32))
     return weights
 
@@ -57,7 +45,7 @@ def two_puzzles(seed: int) -> list[int]:
                 for gone, row in zip(hidden, rows, strict=True)
             )
         )
-    vocab = json.loads((demo_path() / "tokenizer.json").read_text())["model"]["vocab"]
+    vocab = json.loads((CHECKPOINT / "tokenizer.json").read_text())["model"]["vocab"]
     turn, end = vocab["<|turn>"], vocab["<turn|>"]
     question = [vocab[c] for c in "user\nsudoku\n" + "\n\n".join(puzzles)]
     newline = vocab["\n"]

@@ -6,7 +6,7 @@ import copy
 import json
 
 import pytest
-from demo_checkpoint import demo_path
+from demo_checkpoint import CHECKPOINT
 
 from mlx_diffgemma.config import FULL, SLIDING, ModelConfig, RopeConfig, both_spellings
 from mlx_diffgemma.errors import ConfigError
@@ -79,7 +79,7 @@ def test_both_spellings_of_full_layers_that_differ(tiny_config):
 
 
 def test_the_demo_model():
-    config = ModelConfig.from_dict(json.loads((demo_path() / "config.json").read_text()))
+    config = ModelConfig.from_dict(json.loads((CHECKPOINT / "config.json").read_text()))
     assert config.canvas_length == 64
     assert [a.head_dim for a in config.text.attention] == [32, 32, 64, 32, 32, 64]
     assert [a.num_kv_heads for a in config.text.attention] == [2, 2, 1, 2, 2, 1]

@@ -2,7 +2,6 @@
 
 MLX's CPU back end calls scalar exp, tanh and pow for each element; these go by the polynomials of
 `elementwise`, and their gradients are spelled out, for those cannot be traced.
-Letters: B batch, H heads, G KV heads, S queries, K keys, Dh head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -63,19 +62,3 @@ def softmax(x: mx.array) -> mx.array:
 def _softmax_vjp(x: mx.array, gradient: mx.array, y: mx.array) -> mx.array:
     pull = gradient * y
     return pull - y * pull.sum(axis=-1, keepdims=True)
-
-
-def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> mx.array:
-    """Softmax attention with scale 1: [B, H, S, Dh] over [B, G, K, Dh] twice.
-
-    `mask`, where there is one, is true where a query sees a key, [B or 1, 1, S or 1, K].
-    """
-    batch, heads, new, size = queries.shape
-    groups = keys.shape[1]
-    queries = queries.reshape(batch, groups, -1, size)
-    scores = queries @ keys.swapaxes(-1, -2)
-    if mask is not None:
-        if mask.shape[2] > 1:
-            mask = mx.tile(mask, (1, 1, heads // groups, 1))
-        scores = mx.where(mask, scores, -1e30)
-    return (softmax(scores) @ values).reshape(batch, heads, new, size)

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import mlx.core as mx
 import numpy as np
 import pytest
-from demo_checkpoint import demo_path
+from demo_checkpoint import CHECKPOINT
 
 from mlx_diffgemma import load
 from mlx_diffgemma.bench.random_model import chosen_recipe, random_model
@@ -80,12 +80,12 @@ def twin(tmp_path):
     mx.save_safetensors(str(tmp_path / "model.safetensors"), weights, {"format": "mlx"})
     (tmp_path / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(demo_path() / name, tmp_path / name)
+        shutil.copy(CHECKPOINT / name, tmp_path / name)
     return tmp_path
 
 
 def test_an_autoregressive_model_answers_in_turns_with_ours(twin):
-    model, tokenizer = load(demo_path())
+    model, tokenizer = load(CHECKPOINT)
     ours = Answerer(model, tokenizer, "sudoku", profile="fast", max_tokens=8)
     report = compare_twin(str(twin), "sudoku", ours=ours, max_tokens=8, repeats=1)
     assert report.name == f"mlx-lm, {twin}"
@@ -97,7 +97,7 @@ def test_an_autoregressive_model_answers_in_turns_with_ours(twin):
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_an_answer_runs_under_its_profile_alone(monkeypatch, profile):
-    model, tokenizer = load(demo_path())
+    model, tokenizer = load(CHECKPOINT)
     configs = []
 
     def generate(model, prompts, config, noise, **options):

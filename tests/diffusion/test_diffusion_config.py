@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from demo_checkpoint import demo_path
+from demo_checkpoint import CHECKPOINT
 
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.errors import ConfigError, UsageError
@@ -14,7 +14,7 @@ INF, NAN = float("inf"), float("nan")
 
 
 def test_reads_the_file_of_the_demo_model():
-    data = json.loads((demo_path() / "generation_config.json").read_text())
+    data = json.loads((CHECKPOINT / "generation_config.json").read_text())
     assert DiffusionConfig.from_dict(data) == DiffusionConfig(
         max_tokens=256,
         max_denoising_steps=48,
