@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from json import JSONDecodeError
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model")
+_CONTROL = re.compile(r"<\|\w+\|?>|<\w+\|>")  # and not `|>`, which is a word of some languages
 
 
 def load_tokenizer(
@@ -59,7 +61,8 @@ def load_tokenizer(
     own = hf_tokenizer(tokenizer).eos_token_id
     if own is not None and own not in tokenizer.eos_token_ids:
         tokenizer.add_eos_token(str(own))  # mlx-lm before 0.32 leaves it out
-    _flag_special_tokens(hf_tokenizer(tokenizer))
+    no_json = not (path / "tokenizer.json").is_file()
+    _flag_special_tokens(hf_tokenizer(tokenizer), symbols=no_json)
     if override is not None:
         tokenizer.chat_template = override
         tokenizer.has_chat_template = True
@@ -73,15 +76,18 @@ def hf_tokenizer(tokenizer: Any) -> Any:
     return tokenizer._tokenizer if isinstance(tokenizer, TokenizerWrapper) else tokenizer
 
 
-def _flag_special_tokens(tokenizer: Any) -> None:
+def _flag_special_tokens(tokenizer: Any, *, symbols: bool) -> None:
     """Have the control tokens of a `tokenizer.model` treated as those of a `tokenizer.json`:
-    sentencepiece knows them as user-defined symbols, which would be printed as text."""
+    sentencepiece knows them as user-defined symbols, which would be printed as text. Transformers
+    makes them special tokens, plain added ones, or (5.24, without a configuration) mere words."""
     from tokenizers import AddedToken
 
     if not tokenizer.is_fast:
         return
     added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
     unflagged = [t for t in tokenizer.all_special_tokens if t in added and not added[t].special]
+    words = tokenizer.get_vocab().keys() - added.keys() if symbols else ()
+    unflagged += sorted(word for word in words if _CONTROL.fullmatch(word))
     if unflagged:
         tokenizer.backend_tokenizer.add_special_tokens(
             [AddedToken(token, normalized=False, special=True) for token in unflagged]
