@@ -51,7 +51,8 @@ def run_reference(path: Path, steps: int | None) -> Callable[[Sequence[str]], An
     forward = model.model.decoder.forward
 
     def counted(*args, **kwargs):
-        counts.append(kwargs["past_key_values"].get_seq_length())
+        cache = kwargs["cache" if "cache" in kwargs else "past_key_values"]  # new, old transformers
+        counts.append(cache.get_seq_length())
         return forward(*args, **kwargs)
 
     model.model.decoder.forward = counted
