@@ -9,6 +9,7 @@ from math import cos, pi
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_map
@@ -109,7 +110,7 @@ class Stepper:
                 mx.random.seed(_seed(self._config.seed, number, place))
             results.append(gradients(parameters, *(getattr(batch, name) for name in _ARRAYS)))
         if processes.count() > 1:
-            results = [processes.averaged(_mean(results))]
+            results = [nn.average_gradients(_mean(results))]
         rate = mx.array(learning_rate(self._config, number), mx.float32)
         state = {**state, "learning_rate": rate}  # the other entries are replaced one by one
         return StepResult(*self._update(parameters, state, results))

@@ -7,10 +7,8 @@ and every process takes the same step. The first one alone evaluates, reports an
 from __future__ import annotations
 
 import socket
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_diffgemma.errors import UsageError
 
@@ -28,11 +26,6 @@ def count() -> int:
 def is_first() -> bool:
     """Whether this is the process that evaluates, reports and writes."""
     return place() == 0
-
-
-def averaged(tree: Any) -> Any:
-    """A tree of arrays, each the mean over the processes."""
-    return nn.average_gradients(tree)
 
 
 def any_says(truth: bool) -> bool:
