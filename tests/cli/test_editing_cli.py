@@ -52,14 +52,14 @@ def test_infill_keeps_every_byte_of_a_pipe_and_of_a_file(tmp_path, end):
 
 
 def test_infill_as_json():
-    arguments = ["--lengths", "5,6", "--lengths", "3", "--json", "--seed", "2"]
+    arguments = ["--lengths", "5,6", "--lengths", "3", "--json"]
     text = "[[?]]" + GRID[6:20] + "[[?]]" + GRID[23:]
     found = json.loads(run("infill", "--text", text, *BARE, *arguments).stdout)
     assert found["text"] == GRID
     assert [hole["text"] for hole in found["holes"]] == [GRID[:6], GRID[20:23]]
     assert len(found["holes"][0]["entropy"]) == len(found["holes"][0]["tokens"])
     assert set(found["holes"][0]["length_scores"]) == {"5", "6"}
-    assert found["passes"] >= 3 and found["seed"] == 2 and found["cut"] == 0
+    assert found["passes"] >= 3 and found["seed"] == 1 and found["cut"] == 0
 
 
 def test_infill_says_what_the_model_did_not_see():
