@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-CHECKPOINT = Path(__file__).parents[1] / "mlx_diffgemma" / "demo" / "checkpoint"
+from mlx_diffgemma.checkpoint.locate import locate
+
+CHECKPOINT = locate("demo")
 _GRID = ("123456", "456123", "231564", "564231", "312645", "645312")
 
 

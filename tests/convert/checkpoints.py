@@ -18,7 +18,6 @@ from mlx_diffgemma_convert.plan import Plan, make_plan
 from mlx_diffgemma_convert.source import FolderSource
 
 ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "mlx_diffgemma" / "demo" / "checkpoint"
 
 
 def _script(name: str):

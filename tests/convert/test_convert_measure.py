@@ -9,7 +9,8 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import DEMO, convert_to, plan_of, write_tiny
+from checkpoints import convert_to, plan_of, write_tiny
+from demo_checkpoint import CHECKPOINT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -42,8 +43,8 @@ def invoke(*arguments: object):
 def plain(tmp_path_factory):
     """The demo model, unquantized."""
     target = tmp_path_factory.mktemp("measure") / "plain"
-    quantized = "quantization" in json.loads((DEMO / "config.json").read_text())
-    convert_to(target, plan_of(DEMO, Recipe("plain", ()), dequantize=quantized))
+    quantized = "quantization" in json.loads((CHECKPOINT / "config.json").read_text())
+    convert_to(target, plan_of(CHECKPOINT, Recipe("plain", ()), dequantize=quantized))
     return target
 
 
@@ -196,7 +197,7 @@ def small(tmp_path):
     """One layer of random weights, with the demo's tokenizer."""
     folder = write_tiny(tmp_path / "small", layers=1)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(DEMO / name, folder)
+        shutil.copy(CHECKPOINT / name, folder)
     return folder
 
 

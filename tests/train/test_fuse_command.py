@@ -9,6 +9,7 @@ import adapter_models as models
 import mlx.core as mx
 import numpy as np
 import pytest
+from demo_checkpoint import CHECKPOINT
 from mlx.utils import tree_flatten
 from typer.testing import CliRunner
 
@@ -16,8 +17,6 @@ from mlx_diffgemma import load, load_model
 from mlx_diffgemma.checkpoint.adapters import fingerprint, load_adapters
 from mlx_diffgemma.cli.main import app
 from mlx_diffgemma.train.adapt import prepare
-
-DEMO = Path(__file__).parents[2] / "mlx_diffgemma" / "demo" / "checkpoint"
 
 
 def run(folder: Path, *arguments: object):
@@ -30,7 +29,7 @@ def run(folder: Path, *arguments: object):
 def quantized(tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("fuse") / "4bit"
     result = CliRunner().invoke(
-        _converter(), ["--model", str(DEMO), "--mlx-path", str(target), "-q", "--quiet"]
+        _converter(), ["--model", str(CHECKPOINT), "--mlx-path", str(target), "-q", "--quiet"]
     )
     assert result.exit_code == 0, result.output
     return target
@@ -78,9 +77,9 @@ def test_the_type_of_the_base_is_kept_and_everything_else_copied(tmp_path):
     assert result.stdout == ""
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json",
                  "chat_template.jinja"):  # fmt: skip
-        assert (tmp_path / "f" / name).read_bytes() == (DEMO / name).read_bytes()
+        assert (tmp_path / "f" / name).read_bytes() == (CHECKPOINT / name).read_bytes()
     stored = mx.load(str(tmp_path / "f" / "model.safetensors"))
-    base = mx.load(str(DEMO / "model.safetensors"))
+    base = mx.load(str(CHECKPOINT / "model.safetensors"))
     assert {array.dtype for array in stored.values()} == {mx.bfloat16}
     assert {n.removesuffix(".weight") for n in stored} == {n.removesuffix(".weight") for n in base}
     model, _ = load(tmp_path / "f")
