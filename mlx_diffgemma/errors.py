@@ -35,3 +35,16 @@ class MemoryShortageError(DiffGemmaError):
 
 class NumericalError(DiffGemmaError, ArithmeticError):
     """The model returned values that are not finite."""
+
+
+def not_finite(where: str, *, float16: bool, adapter: bool) -> str:
+    """What a `NumericalError` says: where NaN or infinity was met, and what may be its cause."""
+    if float16:
+        return (
+            f"{where}: the model returned NaN or infinity; float16 overflows in this model, take "
+            "weights in bfloat16."
+        )
+    what = "its weights or the adapter may be" if adapter else "its weights may be"
+    return (
+        f"{where}: the model returned NaN or infinity; {what} damaged (check them with --check)."
+    )

@@ -63,7 +63,7 @@ def load_model(
     if not lazy:
         weights = sum(_loaded_bytes(tensor, dtype) for tensor in stored.values())
         estimate = memory.estimate(config.text, weights, canvas_length=config.canvas_length)
-        memory.require(estimate, name or str(path_or_repo), memory.available_memory())
+        memory.require(estimate, name or str(path_or_repo))
 
     model = DiffusionGemma(config)
     _quantize_modules(model, config, stored)
@@ -75,7 +75,6 @@ def load_model(
     if check:
         _check_finite(model)
     if not lazy:
-        memory.wire_model()
         mx.eval(model.parameters())
     return model, dict(raw)
 

@@ -163,7 +163,8 @@ class _Filler:
             tokens[span.start : span.stop] = answer
             options.append(Option(0, tuple(tokens), span.start, span.stop))
         self.cut = max(self.cut, *(window.cut for window in windows))
-        found = option_log_probs(session, session.prefix(windows[0].prefix), comparable(options))
+        prefix = session.prefix(windows[0].prefix)
+        found = option_log_probs(session, [prefix], comparable(options))
         chances = softmax(found)
         best = int(np.argmax(chances))
         entropy = float(-(chances * np.log(np.maximum(chances, 1e-30))).sum())

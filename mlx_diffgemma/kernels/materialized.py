@@ -56,3 +56,41 @@ def materialized(
         dropped_mass=dropped,
     )
     return result if fixed is None else bind(result, fixed, table)
+
+
+def whole_pass(hidden, table, rows, *, softcap, standing=None, implementation="auto"):
+    import numpy as np
+    raw = hidden @ table.weight.T
+    raw = raw.astype(mx.float32)
+    x = mx.tanh(raw / softcap) * softcap
+    parts = []
+    at = 0
+    for row in rows:
+        own = x[at : at + row.length] / row.temperature
+        st = None if standing is None else standing[at : at + row.length]
+        at += row.length
+        if row.allowed is not None:
+            own = forbid(own, mx.array(row.allowed))
+            own = mx.where(own <= -1e38, -mx.inf, own)
+        if row.fixed is not None:
+            f = mx.array(row.fixed)[:, None]
+            own = mx.where((f < 0) | (f == mx.arange(own.shape[-1])), own, -mx.inf)
+        ls = mx.logsumexp(own, axis=-1)
+        draw = mx.zeros((row.length,), mx.int32)
+        if row.key is not None:
+            draw = mx.random.categorical(own, key=row.key).astype(mx.int32)
+        logp = own - ls[:, None]
+        ent = -mx.where(own == -mx.inf, 0.0, mx.exp(logp) * logp).sum(axis=-1)
+        dlp = mx.take_along_axis(own, draw[:, None], axis=-1)[:, 0] - ls
+        slp = None
+        if st is not None:
+            slp = mx.where(mx.array(row.fixed) >= 0, 0.0, mx.take_along_axis(own, st[:, None], axis=-1)[:, 0] - ls) if row.fixed is not None else mx.take_along_axis(own, st[:, None], axis=-1)[:, 0] - ls
+        soft = mx.zeros((row.length, hidden.shape[-1]), hidden.dtype)
+        if row.need_soft:
+            cutl = own
+            if row.soft_cutoff is not None:
+                cutl = mx.where(own >= own.max(axis=-1, keepdims=True) - row.soft_cutoff, own, -mx.inf)
+            soft = (mx.softmax(cutl, axis=-1).astype(table.dtype) @ table.weight) * mx.array(table.hidden_size**0.5, table.dtype)
+        parts.append((mx.argmax(own, axis=-1).astype(mx.int32), draw, ent, soft, ls, dlp, mx.zeros_like(ent), slp))
+    cols = [None if c[0] is None else mx.concatenate(c) for c in zip(*parts)]
+    return VocabularyResult(*cols)
