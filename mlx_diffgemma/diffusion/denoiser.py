@@ -98,7 +98,8 @@ class Denoiser:
             seen = self.model.predict(hidden, asked, standing)
             assert seen.standing_log_probability is not None
             both = np.array(mx.stack([seen.standing_log_probability, seen.entropy]))
-            self._require_finite(both, "a first look at the canvas")
+            # A token that is not allowed to stand where it stands has no probability at all.
+            self._require_finite(np.where(both == -np.inf, 0.0, both), "a look at the canvas")
             looks += [Look(*both[:, start:stop]) for start, stop in _spans(rows)]
         return looks
 
@@ -122,7 +123,7 @@ class Denoiser:
             ids = [[*candidates[n], *[0] * (most - len(candidates[n]))] for n in some]
             log_p = self.model.logits_of(hidden, mx.array(ids)) - log_sum[:, None]
             values = np.array(log_p)
-            self._require_finite(values, "a look at the answers")
+            self._require_finite(values, "a look at answers")
             found += [row[: len(candidates[n])] for n, row in zip(some, values, strict=True)]
         return found
 
@@ -161,7 +162,8 @@ class Look:
     """What the model believes of a canvas as it stands, [C] each, in nats.
 
     Attributes:
-        standing: log-probability of the token that stands at each position.
+        standing: log-probability of the token that stands at each position; -inf where it may not
+            stand there.
         entropy: of what may stand there.
     """
 
