@@ -246,10 +246,16 @@ def fit_to_context(
             f"the prompt has {len(ids)} tokens and the model's context is "
             f"{text.max_position_embeddings}, of which a canvas takes {length}; shorten the prompt."
         )
-    available = memory.available_memory()
-    estimate = memory.estimate(text, 0, canvas_length=length, positions=len(ids))
-    memory.require(estimate, f"a prompt of {len(ids)} tokens", available)
-    return replace(config, max_tokens=min(config.max_tokens, canvases * length))
+    config = replace(config, max_tokens=min(config.max_tokens, canvases * length))
+    estimate = memory.estimate(
+        text,
+        0,
+        canvas_length=length,
+        sequences=[(len(ids), config.max_tokens)],
+        activation_bytes=model.dtype.size,
+    )
+    memory.require(estimate, f"a prompt of {len(ids)} tokens")
+    return config
 
 
 def _stream(
