@@ -20,8 +20,9 @@ _ENDING = '"}]0,:1{[-.' + "".join(map(chr, range(0x20, 0x7F))) + "\n\t\r"
 class GrammarMatcher:
     """Where a grammar stands; see `mlx_diffgemma.diffusion.matching.Matcher`."""
 
-    def __init__(self, inner: Any, words: int) -> None:
-        self._inner, self._words = inner, words
+    def __init__(self, inner: Any, vocabulary: Vocabulary) -> None:
+        # llguidance asks the tokenizer, which lives no longer than those who use the vocabulary.
+        self._inner, self._vocabulary = inner, vocabulary
 
     @classmethod
     def start(cls, vocabulary: Vocabulary, grammar: str, what: str) -> GrammarMatcher:
@@ -35,7 +36,7 @@ class GrammarMatcher:
         inner = LLMatcher(vocabulary.grammar_tokenizer, grammar, log_level=0)
         if inner.is_error():
             raise UsageError(f"{what} cannot be used: {_first_line(inner.get_error())}")
-        return cls(inner, -(-vocabulary.size // 32))
+        return cls(inner, vocabulary)
 
     def matching(self, tokens: Sequence[int]) -> int:
         return int(self._inner.validate_tokens(list(tokens)))
@@ -51,9 +52,9 @@ class GrammarMatcher:
             )
 
     def allowed(self) -> np.ndarray:
-        mask = np.zeros(self._words, np.uint32)
+        mask = np.zeros(-(-self._vocabulary.size // 32), np.uint32)
         found = np.frombuffer(self._inner.compute_bitmask(), np.uint32)
-        mask[: len(found)] = found[: self._words]
+        mask[: len(found)] = found[: len(mask)]
         return mask
 
     def forced(self) -> list[int]:
@@ -72,7 +73,7 @@ class GrammarMatcher:
         return bool(self._inner.is_stopped())
 
     def copy(self) -> GrammarMatcher:
-        return GrammarMatcher(self._inner.deep_copy(), self._words)
+        return GrammarMatcher(self._inner.deep_copy(), self._vocabulary)
 
 
 def json_schema_matcher(vocabulary: Vocabulary, schema: Mapping[str, Any] | bool) -> GrammarMatcher:
@@ -108,21 +109,23 @@ def choices_matcher(vocabulary: Vocabulary, choices: Sequence[str]) -> GrammarMa
     """One of the `choices`.
 
     Raises:
-        UsageError: there is none, or one is empty.
+        UsageError: there is none, one is empty, or the vocabulary lacks a character of one.
     """
     if not choices or not all(choices):
         raise UsageError("give at least one choice, and none of them empty.")
+    for choice in choices:
+        if not vocabulary.spells(choice):
+            raise UsageError(
+                f"the model's vocabulary cannot write the choice {choice!r}; choose another word."
+            )
     pattern = "|".join(re.escape(choice) for choice in choices)
     return regex_matcher(vocabulary, f"({pattern})", "the list of choices")
 
 
 def closer(vocabulary: Vocabulary) -> Closer:
     """Endings in tokens of one character, as far as the vocabulary has them."""
-    ids: dict[bytes, int] = {}
-    for token, piece in enumerate(vocabulary.pieces):
-        if len(piece) == 1:
-            ids.setdefault(piece, token)
-    return Closer([ids[c.encode()] for c in _ENDING if c.encode() in ids] + list(ids.values()))
+    ids = vocabulary.single_bytes
+    return Closer([ids[ord(c)] for c in _ENDING if ord(c) in ids] + list(ids.values()))
 
 
 def _first_line(message: str) -> str:
