@@ -61,6 +61,10 @@ class Matcher(Protocol):
     def signature(self) -> Hashable:
         """What may follow next and what must: mostly the same where the grammar stands alike."""
 
+    def way_out(self, most: int, *, thorough: bool = False) -> list[int] | None:
+        """At most `most` tokens that complete what was taken in; None where none are found, not
+        even with more work where `thorough`."""
+
     @property
     def may_end(self) -> bool:
         """Whether what was taken in is complete."""

@@ -108,6 +108,11 @@ class Vocabulary:
         """The same vocabulary for llguidance; a matcher needs this vocabulary while it is used."""
         return self._kept.grammar_tokenizer
 
+    @property
+    def byte_tokenizer(self) -> Any:
+        """For llguidance, a vocabulary of the bytes that occur in this one, and 256 for the end."""
+        return self._kept.byte_tokenizer
+
 
 class _Kept:
     """What is read and computed once for a tokenizer, read-only; `tokenizer` is a weak proxy.
@@ -154,6 +159,15 @@ class _Kept:
         # Rust keeps this wrapper out of the garbage collector's sight: it must not lead back here.
         wrapper = TokenizerWrapper(_ForGrammars(self.pieces, self.eos, self._controls.encode_text))
         return LLTokenizer(wrapper, n_vocab=self.size, eos_token=list(self.eos), slices=_RUNS)
+
+    @cached_property
+    def byte_tokenizer(self) -> Any:
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        occurring = set(np.unique(self._bytes).tolist())
+        pieces = [bytes([byte]) if byte in occurring else b"" for byte in range(256)] + [b""]
+        wrapper = TokenizerWrapper(_ForGrammars(pieces, (256,), lambda text: list(text.encode())))
+        return LLTokenizer(wrapper, n_vocab=257, eos_token=[256], slices=[])
 
     def _silent(self, tokenizer: Any, names: list[str]) -> Iterable[int]:
         """The tokens that stand for no text."""
