@@ -23,7 +23,7 @@ from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.constraints import FREE, CanvasConstraint, Layout, token_mask
 from mlx_diffgemma.diffusion.denoise import denoising_step
 from mlx_diffgemma.diffusion.events import CanvasCommitted, DenoisingStep
-from mlx_diffgemma.diffusion.lookahead import look_ahead, tokens_in
+from mlx_diffgemma.diffusion.lookahead import few_tokens_in, look_ahead
 from mlx_diffgemma.diffusion.noise import Noise, StepNoise
 from mlx_diffgemma.diffusion.predict import Predictor
 from mlx_diffgemma.diffusion.sampler import make_sampler
@@ -291,8 +291,8 @@ def _layout(
     allowed = dict.fromkeys(range(len(pinned), len(pinned) + free), settings.text | ends)
     for place, mask in enumerate(look_ahead(matcher, free, ends), len(pinned)):
         allowed[place] = mask
-        tokens = tokens_in(mask)
-        if len(tokens) == 1 or set(tokens) <= set(settings.eos):
+        tokens = few_tokens_in(mask, max(1, len(settings.eos)))
+        if tokens is not None and (len(tokens) == 1 or set(tokens) <= set(settings.eos)):
             row[place] = tokens[0] if len(tokens) == 1 else settings.end
             del allowed[place]
     return Layout(tuple(row), allowed)
