@@ -24,7 +24,7 @@ from mlx_diffgemma.diffusion.constraints import FREE, Layout, token_mask
 from mlx_diffgemma.diffusion.denoiser import Denoiser, InFlight, denoise
 from mlx_diffgemma.diffusion.events import CanvasCommitted, DenoisingStep
 from mlx_diffgemma.diffusion.generate import canvas_length, extend
-from mlx_diffgemma.diffusion.lookahead import look_ahead, tokens_in
+from mlx_diffgemma.diffusion.lookahead import few_tokens_in, look_ahead
 from mlx_diffgemma.diffusion.noise import Noise
 from mlx_diffgemma.errors import DiffGemmaError
 from mlx_diffgemma.model.cache import PrefixCache
@@ -58,6 +58,10 @@ class Matcher(Protocol):
 
     def signature(self) -> Hashable:
         """What may follow next and what must: mostly the same where the grammar stands alike."""
+
+    def way_out(self, most: int, *, thorough: bool = False) -> list[int] | None:
+        """At most `most` tokens that complete what was taken in; None where none are found, not
+        even with more work where `thorough`."""
 
     @property
     def may_end(self) -> bool:
@@ -253,8 +257,8 @@ def _layout(
     allowed = dict.fromkeys(range(len(pinned), len(pinned) + free), settings.text | ends)
     for place, mask in enumerate(look_ahead(matcher, free, ends), len(pinned)):
         allowed[place] = mask
-        tokens = tokens_in(mask)
-        if len(tokens) == 1 or set(tokens) <= set(settings.eos):
+        tokens = few_tokens_in(mask, max(1, len(settings.eos)))
+        if tokens is not None and (len(tokens) == 1 or set(tokens) <= set(settings.eos)):
             row[place] = tokens[0] if len(tokens) == 1 else settings.end
             del allowed[place]
     return Layout(tuple(row), allowed)
