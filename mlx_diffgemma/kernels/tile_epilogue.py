@@ -40,10 +40,6 @@ class TileStatistics:
     weighted: mx.array
 
 
-def softcapped(raw: mx.array, softcap: float) -> mx.array:
-    return mx.tanh(raw / softcap) * softcap
-
-
 def processed_logits(
     raw: mx.array, words: mx.array | None, softcap: float, temperature: float
 ) -> mx.array:

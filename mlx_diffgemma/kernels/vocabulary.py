@@ -37,21 +37,6 @@ def default_tile(width: int) -> int:
 
 
 @dataclass(frozen=True)
-class Row:
-    length: int
-    temperature: float
-    key: mx.array | None = None
-    fixed: np.ndarray | None = None
-    allowed: np.ndarray | None = None
-    need_soft: bool = True
-    soft_cutoff: float | None = None
-    likely: object = None
-
-
-VocabularyPass = object
-
-
-@dataclass(frozen=True)
 class VocabularyResult:
     """What the model says of each position of a canvas.
 
@@ -73,7 +58,6 @@ class VocabularyResult:
     log_sum: mx.array
     draw_log_probability: mx.array | None
     dropped_mass: mx.array
-    standing_log_probability: mx.array | None = None
 
 
 @dataclass(frozen=True)
