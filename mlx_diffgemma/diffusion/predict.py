@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_diffgemma.diffusion.constraints import CanvasConstraint
 from mlx_diffgemma.diffusion.noise import draw_categorical
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
-from mlx_diffgemma.kernels.vocabulary import vocabulary_pass
+from mlx_diffgemma.kernels.vocabulary import Row
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
@@ -113,27 +113,35 @@ class TiledPredictor:
         places: mx.array | None = None,
     ) -> Prediction:
         hidden = self.model.decode(canvas, cache, soft_embeddings, places)
-        table = EmbeddingTable.of(self.model.model.decoder.embed_tokens, self.model.dtype)
-        softcap = self.model.config.text.final_logit_softcapping
-        seen = vocabulary_pass(
-            hidden,
-            table,
-            softcap=softcap,
-            temperature=temperature,
-            keys=keys,
-            need_soft=not last,
-            soft_cutoff=self.soft_cutoff,
-            guess=None if self.soft_cutoff is None or places is not None else canvas,
-            allowed=None if constraint is None else constraint.allowed_words,
-            fixed=None if constraint is None else constraint.fixed_tokens,
+        count, length, width = hidden.shape
+        allowed = None if constraint is None else constraint.allowed
+        rows = [
+            Row(
+                length,
+                temperature,
+                keys[row],
+                None if constraint is None else constraint.fixed[row],
+                None if allowed is None else allowed[row],
+                not last,
+                self.soft_cutoff,
+            )
+            for row in range(count)
+        ]
+        seen = self.model.vocabulary_pass(
+            hidden.reshape(-1, width),
+            EmbeddingTable.of(self.model.model.decoder.embed_tokens, self.model.dtype),
+            rows,
+            softcap=self.model.config.text.final_logit_softcapping,
+            standing=None if places is not None else canvas.flatten(),
         )
         assert seen.draw is not None and seen.draw_log_probability is not None
+        soft = seen.soft_embeddings
         return Prediction(
-            argmax=seen.argmax,
-            draw=seen.draw,
-            entropy=seen.entropy,
-            soft_embeddings=seen.soft_embeddings,
-            confidence=mx.exp(seen.draw_log_probability),
+            argmax=seen.argmax.reshape(count, length),
+            draw=seen.draw.reshape(count, length),
+            entropy=seen.entropy.reshape(count, length),
+            soft_embeddings=None if soft is None else soft.reshape(hidden.shape),
+            confidence=mx.exp(seen.draw_log_probability).reshape(count, length),
         )
 
 

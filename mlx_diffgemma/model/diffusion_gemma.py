@@ -7,14 +7,14 @@ tensors. Letters: B batch, L new prefix positions, C canvas, D hidden, V vocabul
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_diffgemma.config import ModelConfig, TextConfig
-from mlx_diffgemma.kernels import differentiable
-from mlx_diffgemma.kernels.dispatch import training_on_cpu
+from mlx_diffgemma.kernels.activation import softcap
+from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
+from mlx_diffgemma.kernels.vocabulary import VocabularyPass, vocabulary_pass
 from mlx_diffgemma.model.attention import decoder_masks, encoder_masks
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.model.layers import DecoderLayer, SelfConditioning
@@ -63,6 +63,7 @@ class DiffusionGemma(nn.Module):
         super().__init__()
         self.config = config
         self.model = _Backbone(config.text)
+        self.vocabulary_pass: VocabularyPass = vocabulary_pass
 
     @property
     def layers(self) -> list[DecoderLayer]:
@@ -123,28 +124,17 @@ class DiffusionGemma(nn.Module):
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[B, C, D] -> [B, C, V] in float32, soft-capped."""
-        cap = self.config.text.final_logit_softcapping
-        raw = self.model.decoder.embed_tokens.as_linear(hidden).astype(mx.float32)
-        tanh = differentiable.tanh if training_on_cpu() else mx.tanh
-        return tanh(raw / cap) * cap
+        table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
+        return softcap(table.product(hidden), self.config.text.final_logit_softcapping)
 
     def soft_embeddings(self, processed_logits: mx.array) -> mx.array:
         """The embedding that the model expects at each position: [B, C, V] -> [B, C, D].
 
         `processed_logits` are the logits after the temperature.
         """
-        table = self.model.decoder.embed_tokens
-        logits = processed_logits.astype(mx.float32)
-        softmax = differentiable.softmax if training_on_cpu() else partial(mx.softmax, axis=-1)
-        weights = softmax(logits).astype(self.dtype)
-        if isinstance(table, nn.QuantizedEmbedding):
-            expected = mx.quantized_matmul(
-                weights, table.weight, table.scales, table.get("biases"), transpose=False,
-                group_size=table.group_size, bits=table.bits, mode=table.mode,
-            )  # fmt: skip
-        else:
-            expected = weights @ table.weight
-        return expected * self._embed_scale
+        weights = mx.softmax(processed_logits.astype(mx.float32), axis=-1).astype(self.dtype)
+        table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
+        return table.expected(weights) * self._embed_scale
 
     @property
     def _embed_scale(self) -> mx.array:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_diffgemma.config import TextConfig
 from mlx_diffgemma.kernels.activation import gated_gelu
-from mlx_diffgemma.kernels.cpu_layers import dequantized
-from mlx_diffgemma.kernels.dispatch import Implementation, training_on_cpu
-from mlx_diffgemma.kernels.expert_blocks import mix_experts
+from mlx_diffgemma.kernels.dispatch import Implementation
 from mlx_diffgemma.kernels.expert_combine import expert_combine
 
 _SORT_FROM = 64  # token-expert pairs from which sorting by expert pays
@@ -47,11 +45,10 @@ class Experts(nn.Module):
         dim, width, count = config.hidden_size, config.moe_intermediate_size, config.num_experts
         self.gate_up_proj = SwitchLinear(dim, 2 * width, count, bias=False)
         self.down_proj = SwitchLinear(width, dim, count, bias=False)
+        self.activation = gated_gelu
 
     def __call__(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
         """[N, D], the experts [N, K] of each token and their weights -> [N, D]."""
-        if training_on_cpu() and (dense := self._dense()) is not None:
-            return mix_experts(x, chosen, weights, *dense, activation=gated_gelu)
         count, top_k = chosen.shape
         pairs = chosen.flatten()
         tokens = mx.arange(count * top_k, dtype=mx.uint32) // top_k
@@ -61,19 +58,8 @@ class Experts(nn.Module):
             pairs, tokens = pairs[order], tokens[order]
         hidden = self.gate_up_proj(x[tokens][:, None], pairs, sorted_indices=sort)
         gate, up = mx.split(hidden, 2, axis=-1)
-        out = self.down_proj(gated_gelu(gate, up), pairs, sorted_indices=sort)[:, 0]
+        out = self.down_proj(self.activation(gate, up), pairs, sorted_indices=sort)[:, 0]
         # A Metal kernel has no gradient.
         how: Implementation = "mlx" if self.training else "auto"
         places = mx.argsort(order) if sort else None
         return expert_combine(out, places, weights, implementation=how)
-
-    def _dense(self) -> tuple[mx.array, mx.array] | None:
-        """Both weights unquantized; None where an adapter sits on either."""
-        layers = (self.gate_up_proj, self.down_proj)
-        if not all(isinstance(layer, (SwitchLinear, QuantizedSwitchLinear)) for layer in layers):
-            return None
-        gate_up, down = (
-            dequantized(layer) if isinstance(layer, QuantizedSwitchLinear) else layer.weight
-            for layer in layers
-        )
-        return gate_up, down

@@ -20,9 +20,10 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(dim, width, bias=False)
         self.up_proj = nn.Linear(dim, width, bias=False)
         self.down_proj = nn.Linear(width, dim, bias=False)
+        self.activation = gated_gelu
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(gated_gelu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.activation(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -90,10 +91,11 @@ class SelfConditioning(nn.Module):
         self.gate_proj = nn.Linear(dim, width, bias=False)
         self.up_proj = nn.Linear(dim, width, bias=False)
         self.down_proj = nn.Linear(width, dim, bias=False)
+        self.activation = gated_gelu
         self._eps = config.rms_norm_eps
 
     def __call__(self, embeddings: mx.array, soft_embeddings: mx.array) -> mx.array:
         """[B, C, D] twice -> [B, C, D]."""
         n = self.pre_norm(soft_embeddings)
-        signal = self.down_proj(gated_gelu(self.gate_proj(n), self.up_proj(n)))
+        signal = self.down_proj(self.activation(self.gate_proj(n), self.up_proj(n)))
         return mx.fast.rms_norm(embeddings + signal, None, self._eps)
