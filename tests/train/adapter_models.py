@@ -8,9 +8,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tiny_models import make_config, make_model, make_weights
 
+from mlx_diffgemma import cpu
 from mlx_diffgemma.checkpoint.names import is_quantizable
 from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.kernels.cpu_layers import use_cpu_layers
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.train.config import LoraParameters, TrainConfig
 
@@ -43,7 +43,7 @@ def small_model(fmt=PLAIN, seed: int = 1) -> DiffusionGemma:
                 and "router" not in path
             ),
         )
-    use_cpu_layers(model)
+    cpu.use(model)
     model.eval()
     return model
 
