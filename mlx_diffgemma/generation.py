@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_diffgemma.checks import check_integer
 from mlx_diffgemma.checkpoint import adapters, loading, locate, memory
+from mlx_diffgemma.checks import check_integer
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.encode import DEFAULT_STEP_SIZE, ends_of_turns
 from mlx_diffgemma.diffusion.events import (
@@ -278,9 +278,7 @@ def _check_tokens(model: DiffusionGemma, ids: Sequence[int], name: str) -> None:
         raise PromptError(f"{name} is empty; give some text or token ids.")
     for place, token in enumerate(ids):
         if not 0 <= token < vocab:
-            raise PromptError(
-                f"{name}: token {place} is {token}; ids go from 0 to {vocab - 1}."
-            )
+            raise PromptError(f"{name}: token {place} is {token}; ids go from 0 to {vocab - 1}.")
         if token in images:
             raise PromptError(
                 f"{name}: token {place} ({token}) stands for an image; images are not supported "
@@ -322,7 +320,6 @@ def _stream(
                     clock.prompt_is_encoded(event.total)
             elif isinstance(event, DenoisingStep):
                 canvas = event.canvas
-                assert canvas.draft is not None and canvas.entropy is not None
                 steps[canvas.index :] = [canvas.passes]
                 standing, room = canvas.draft.tolist(), config.max_tokens - len(tokens)
                 kept = cut(standing, config.eos_token_ids, room)[0]

@@ -78,6 +78,8 @@ def load_model(
     _compare(model, stored)
     if mx.default_device() == mx.cpu:
         cpu.use(model)
+    else:
+        model.compile()
     model.load_weights(list(_read(stored, dtype).items()))
     model.eval()
     if check:

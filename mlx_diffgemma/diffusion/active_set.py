@@ -8,8 +8,6 @@ committed on stale ground. Letters: C canvas, A positions computed.
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import mlx.core as mx
 import numpy as np
 
@@ -37,17 +35,10 @@ def active_places(canvas: Canvas, least: int) -> np.ndarray | None:
 def remembered(canvas: Canvas, part: Prediction, places: np.ndarray) -> Prediction:
     """A prediction of the positions `places` [A], and of the others as it was before."""
     assert canvas.settled is not None
-    last = canvas.settled.passed.prediction
     source = np.arange(len(canvas))
     source[places] = len(canvas) + np.arange(len(places))
     index = mx.array(source)
-    values = {}
-    for field in fields(Prediction):
-        old, new = getattr(last, field.name), getattr(part, field.name)
-        values[field.name] = (
-            None if new is None else mx.concatenate([old, new.astype(old.dtype)])[index]
-        )
-    return Prediction(**values)
+    return canvas.settled.passed.prediction.followed_by(part).map(lambda values: values[index])
 
 
 def settle(canvas: Canvas, passed: Passed, argmax: np.ndarray, entropy: np.ndarray) -> Settled:

@@ -66,9 +66,7 @@ class Denoiser:
         for canvas, found in zip(canvases, passed, strict=True):
             prediction, proposal = found.prediction, propose(found.prediction, canvas)
             stepped.append(
-                replace(
-                    canvas, tokens=proposal.tokens, soft_embeddings=prediction.soft_embeddings
-                )
+                replace(canvas, tokens=proposal.tokens, soft_embeddings=prediction.soft_embeddings)
             )
             read.append(
                 mx.stack([
@@ -237,9 +235,7 @@ def _after(canvas: Canvas, passed: Passed, wanted: np.ndarray) -> Canvas:
     draft, accepted, argmax = wanted[0], wanted[1].astype(bool), wanted[2]
     entropy, dropped = wanted[3].view(np.float32), wanted[4].view(np.float32)
     shown, _ = as_shown(canvas.settings, draft, entropy)
-    unchanged = np.zeros(len(canvas), int)
-    if canvas.shown is not None and canvas.unchanged is not None:
-        unchanged = np.where(shown == canvas.shown, canvas.unchanged + 1, 0)
+    unchanged = np.where(shown == canvas.shown, canvas.unchanged + 1, 0)
     settled = None
     if canvas.settings.settled_after is not None:
         settled = settle(canvas, passed, argmax, entropy)
@@ -256,9 +252,7 @@ def _after(canvas: Canvas, passed: Passed, wanted: np.ndarray) -> Canvas:
     )
     converged = passed.whole and has_converged(after)
     used_up = after.step > canvas.settings.max_denoising_steps
-    return replace(
-        after, converged=converged, done=not canvas.endless and (converged or used_up)
-    )
+    return replace(after, converged=converged, done=not canvas.endless and (converged or used_up))
 
 
 def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:

@@ -44,7 +44,6 @@ class _Sequence:
         return self.config.max_tokens - len(self.tokens)
 
     def commit(self, canvas: Canvas) -> CanvasCommitted:
-        assert canvas.draft is not None
         draft = canvas.draft.tolist()
         kept, self.reason = cut(draft, self.config.eos_token_ids, self.room)
         if self.reason == "stop":
@@ -94,7 +93,9 @@ def generate_canvases(
     denoiser = denoiser or Denoiser(model)
     configs = [config] * len(prompts) if isinstance(config, DiffusionConfig) else list(config)
     caches = [model.make_cache() for _ in prompts] if caches is None else caches
-    sequences = [_Sequence(row, *both) for row, both in enumerate(zip(configs, caches, strict=True))]
+    sequences = [
+        _Sequence(row, *both) for row, both in enumerate(zip(configs, caches, strict=True))
+    ]
 
     def canvas(sequence: _Sequence, index: int) -> InFlight:
         """The next canvas of a sequence, behind what its cache holds."""
@@ -130,7 +131,6 @@ def generate_canvases(
         sequence = sequences[row]
         if not stepped.done:
             return InFlight(stepped, sequence.cache.prefix)
-        assert stepped.draft is not None
         committed[row] = sequence.commit(stepped)
         if sequence.reason is not None:
             return None  # a finished sequence needs its last canvas encoded no more

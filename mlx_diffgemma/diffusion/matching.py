@@ -116,15 +116,14 @@ class _Match:
         """A canvas number `index`, or one of those behind it where the grammar leaves it no choice
         at all; None at the end of the sequence."""
         self.waits, self.unsure = self.config.max_denoising_steps // _STEPS_A_WAIT, np.inf
-        room = self.config.max_tokens - len(self.tokens)
-        length, vocab = canvas_length(self.model, self.config, room), self.model.config.text.vocab_size
+        length = canvas_length(self.model, self.config, self._room())
+        vocab = self.model.config.text.vocab_size
         canvas = Canvas.start(self.config, self.noise, index, length, vocab, endless=True)
         return self._held(canvas)
 
     def following(self, _: object, canvas: Canvas) -> InFlight | None:
         """What goes on after a pass: the same canvas with as much of its draft pinned as is ready,
         the next one, or None at the end."""
-        assert canvas.draft is not None
         matcher, pinned, room = self.matcher, self.pinned, self._room()
         ahead = canvas.draft[len(pinned) :].tolist()
         text = _up_to_eos(ahead, self.settings)
@@ -143,7 +142,7 @@ class _Match:
         _pin(matcher, pinned, kept, len(canvas))
         if ends and len(kept) == valid and matcher.may_end:
             return self._close(canvas, ended=True)
-        return self._held(replace(canvas, accepted=None))
+        return self._held(replace(canvas, accepted=np.zeros(len(canvas), bool)))
 
     def _held(self, canvas: Canvas) -> InFlight | None:
         """The canvas held to what the grammar forces by now, or what comes after it."""
@@ -180,11 +179,11 @@ class _Match:
 
     def _ready(self, canvas: Canvas, count: int) -> int:
         """How many of the `count` tokens drafted behind what is pinned are to be pinned now."""
-        assert canvas.entropy is not None and canvas.unchanged is not None
         start = len(self.pinned)
         entropy = canvas.entropy[start : start + count]
-        floor = self.config.confident_after
-        stability = 0 if floor is not None and canvas.passes >= floor else self.config.stability_threshold
+        floor, stability = self.config.confident_after, self.config.stability_threshold
+        if floor is not None and canvas.passes >= floor:
+            stability = 0
         settled = np.logical_and.accumulate(canvas.unchanged[start : start + count] >= stability)
         mean = np.cumsum(entropy) / np.arange(1, count + 1)
         before, self.unsure = self.unsure, float(mean[-1])

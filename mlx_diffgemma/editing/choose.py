@@ -103,14 +103,9 @@ def choose(
     ]
     fit_to_context(model, ids, session.config)
     prefixes = [session.encoded(row) for row in ids]
+    found = [option_log_probs(session, prefixes, options, draw) for draw in range(draws)]
     probabilities = np.stack(
-        [
-            [
-                softmax(row)
-                for row in option_log_probs(session, prefixes, options, draw).reshape(len(asked), -1)
-            ]
-            for draw in range(draws)
-        ]
+        [[softmax(row) for row in log_probs.reshape(len(asked), -1)] for log_probs in found]
     )  # [draws, questions, choices]
     return [
         Chosen(

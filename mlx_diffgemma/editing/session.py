@@ -131,7 +131,6 @@ class Session:
             canvas = stepped[0]
             self.stepped(DenoisingStep(0, canvas))
         self.canvases += 1
-        assert canvas.draft is not None and canvas.entropy is not None
         return Denoised(canvas.draft.tolist(), canvas.entropy.tolist(), canvas.passes)
 
     def first_look(self, prefix: Prefix, layouts: Sequence[Layout]) -> list[Look]:

@@ -139,7 +139,6 @@ def _run(session: Session, vocabulary: Vocabulary, matcher: GrammarMatcher) -> S
             else:
                 # A token that is pinned has no entropy left: what it had before is what counts.
                 now = event.canvas.entropy
-                assert now is not None
                 latest[: len(now)] = np.where(now > 0, now, latest[: len(now)])
                 session.stepped(event)
     except BrokenOffError as error:

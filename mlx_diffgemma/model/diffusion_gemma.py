@@ -161,11 +161,11 @@ class DiffusionGemma(nn.Module):
                 for row, heads in enumerate(_rows(lengths, *attention.project(x))):
                     prefix, (queries, keys, values) = prefixes[row], heads
                     queries, keys = attention.rotate(queries, keys, len(prefix))
-                    longer, *seen = prefix.layers[index].extended(keys, values, prefix.room)
+                    longer, keys, values = prefix.layers[index].extended(keys, values, prefix.room)
                     layers[row].append(longer)
                     # A gradient is traced, and nothing can be evaluated inside it.
                     bounded = not attention.training
-                    outputs.append(attend(queries, *seen, attention.causal, bounded=bounded))
+                    outputs.append(attend(queries, keys, values, attention.causal, bounded=bounded))
                 return attention.output(_joined(outputs))
 
             x = layer(x, look, own.layer_scalar)
@@ -207,8 +207,8 @@ class DiffusionGemma(nn.Module):
                         keys = _replaced(stale[0], keys, canvas.places)
                         values = _replaced(stale[1], values, canvas.places)
                     kept[row].append((keys, values))
-                    seen = canvas.prefix.layers[index].followed_by(keys, values)
-                    outputs.append(attend(queries, *seen, None))
+                    keys, values = canvas.prefix.layers[index].followed_by(keys, values)
+                    outputs.append(attend(queries, keys, values, None))
                 return attention.output(_joined(outputs))
 
             x = layer(x, look, layer.layer_scalar)
@@ -224,8 +224,8 @@ class DiffusionGemma(nn.Module):
         return self.vocabulary_pass(hidden, table, rows, softcap=cap, standing=standing)
 
     def logits_of(self, hidden: mx.array, ids: mx.array) -> mx.array:
-        """Hidden states [P, D] and token ids [P, K] -> the soft-capped logits of these tokens alone,
-        [P, K] in float32."""
+        """Hidden states [P, D] and token ids [P, K] -> the soft-capped logits of these tokens
+        alone, [P, K] in float32."""
         table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
         rows = table.take(ids, mx.float32)
         raw = (rows @ hidden.astype(mx.float32)[..., None])[..., 0]
@@ -277,7 +277,7 @@ def _rows(lengths: Sequence[int], *heads: mx.array) -> list[tuple[mx.array, ...]
     return [tuple(part[:, :, start:stop] for part in heads) for start, stop in spans]
 
 
-def _joined(outputs: Sequence[mx.array]) -> mx.array:
+def _joined(outputs: list[mx.array]) -> mx.array:
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 
