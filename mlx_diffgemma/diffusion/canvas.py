@@ -147,9 +147,7 @@ class Canvas:
             tokens = noise.initial(index, length, vocab)
         else:
             tokens = mx.array(_checked(initial, length, vocab), mx.int32)
-        canvas = cls(
-            settings, noise, index, vocab, tokens, first_step, endless, counted=counted
-        )
+        canvas = cls(settings, noise, index, vocab, tokens, first_step, endless, counted=counted)
         return canvas if layout is None else canvas.under(layout)
 
     def __len__(self) -> int:

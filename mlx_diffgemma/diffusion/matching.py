@@ -113,7 +113,10 @@ class _Match:
         at all; None at the end of the sequence."""
         self.waits, self.unsure = self.config.max_denoising_steps // _STEPS_A_WAIT, np.inf
         room = self.config.max_tokens - len(self.tokens)
-        length, vocab = canvas_length(self.model, self.config, room), self.model.config.text.vocab_size
+        length, vocab = (
+            canvas_length(self.model, self.config, room),
+            self.model.config.text.vocab_size,
+        )
         canvas = Canvas.start(self.config, self.noise, index, length, vocab, endless=True)
         return self._held(canvas)
 
@@ -180,7 +183,9 @@ class _Match:
         start = len(self.pinned)
         entropy = canvas.entropy[start : start + count]
         floor = self.config.confident_after
-        stability = 0 if floor is not None and canvas.passes >= floor else self.config.stability_threshold
+        stability = (
+            0 if floor is not None and canvas.passes >= floor else self.config.stability_threshold
+        )
         settled = np.logical_and.accumulate(canvas.unchanged[start : start + count] >= stability)
         mean = np.cumsum(entropy) / np.arange(1, count + 1)
         before, self.unsure = self.unsure, float(mean[-1])

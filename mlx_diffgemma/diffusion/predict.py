@@ -24,9 +24,7 @@ _GROUPED = 4  # token-expert pairs an expert from which MLX multiplies the token
 class Predict(Protocol):
     """One forward pass over canvases, each behind its own prefix; nothing is evaluated."""
 
-    def __call__(
-        self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]
-    ) -> list[Passed]: ...
+    def __call__(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> list[Passed]: ...
 
 
 class Predictor:
@@ -54,9 +52,7 @@ class Predictor:
             _row(canvas, len(canvas) if place is None else len(place))
             for canvas, place in zip(canvases, places, strict=True)
         ]
-        seen = self.model.predict(
-            hidden, rows, mx.concatenate([_computed(view) for view in views])
-        )
+        seen = self.model.predict(hidden, rows, mx.concatenate([_computed(view) for view in views]))
         assert seen.draw is not None and seen.draw_log_probability is not None
         whole = Prediction(
             argmax=seen.argmax,

@@ -20,8 +20,8 @@ from mlx.utils import tree_flatten
 
 from mlx_diffgemma.config import ModelConfig, TextConfig
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
-from mlx_diffgemma.kernels.tile_epilogue import softcapped
 from mlx_diffgemma.kernels.materialized import whole_pass
+from mlx_diffgemma.kernels.tile_epilogue import softcapped
 from mlx_diffgemma.kernels.vocabulary import (
     Row,
     VocabularyPass,
@@ -224,8 +224,8 @@ class DiffusionGemma(nn.Module):
         return self.vocabulary_pass(hidden, table, rows, softcap=softcap, standing=standing)
 
     def logits_of(self, hidden: mx.array, ids: mx.array) -> mx.array:
-        """Hidden states [P, D] and token ids [P, K] -> the soft-capped logits of these tokens alone,
-        [P, K] in float32."""
+        """Hidden states [P, D] and token ids [P, K] -> the soft-capped logits of these tokens
+        alone, [P, K] in float32."""
         table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
         rows = table.take(ids, mx.float32)
         raw = (rows @ hidden.astype(mx.float32)[..., None])[..., 0]
