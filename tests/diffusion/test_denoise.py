@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from mock_model import LENGTH, VOCAB, MockModel, MockPredict, naive_generate, states_of
@@ -212,9 +214,7 @@ def test_events_in_order_with_their_shapes():
     kinds = [type(event) for event in events]
     assert kinds[:6] == [PrefillProgress] * 6
     assert [(e.row, e.done, e.total) for e in of(events, PrefillProgress)] == [
-        (row, done, len(prompt))
-        for row, prompt in enumerate(PROMPTS)
-        for done in (0, len(prompt))
+        (row, done, len(prompt)) for row, prompt in enumerate(PROMPTS) for done in (0, len(prompt))
     ]
     one = [DenoisingStep] * 3 * 2 + [DenoisingStep, CanvasCommitted] * 3
     assert kinds[6:] == [*one, *one, Finished]
@@ -343,9 +343,9 @@ def test_a_cache_of_a_broken_run_is_true(at):
     with pytest.raises(NumericalError):
         run([[4, 6]], settings(), predict=MockPredict(0, 0, at), model=model, caches=[cache])
     assert states_of(cache.prefix) == list(cache.prefix.ids)
-    assert run([[4, 9]], settings(), model=model, caches=[cache])[-1] == run(
-        [[4, 9]], settings()
-    )[-1]
+    assert (
+        run([[4, 9]], settings(), model=model, caches=[cache])[-1] == run([[4, 9]], settings())[-1]
+    )
 
 
 @pytest.mark.parametrize("at", [1, 4, 14])
@@ -382,9 +382,7 @@ def test_initial_canvas_is_used_once():
 def test_initial_canvas_of_a_wrong_length():
     with pytest.raises(UsageError) as error:
         run(PROMPTS, settings(), initial_canvas=[[0] * LENGTH, [0] * LENGTH, [0] * (LENGTH + 1)])
-    assert str(error.value) == (
-        f"initial_canvas has {LENGTH + 1} tokens; the canvas has {LENGTH}."
-    )
+    assert str(error.value) == (f"initial_canvas has {LENGTH + 1} tokens; the canvas has {LENGTH}.")
 
 
 def test_initial_canvases_of_a_wrong_number():
@@ -440,7 +438,7 @@ def test_a_row_that_is_done_takes_no_further_step():
         steps = of(events, DenoisingStep)
         joined += sum(
             one.row < two.row and one.canvas.passes != two.canvas.passes
-            for one, two in zip(steps, steps[1:], strict=False)
+            for one, two in itertools.pairwise(steps)
         )
     assert kept > 10 and joined > 10
 
@@ -487,7 +485,7 @@ def test_a_canvas_that_used_up_its_steps_says_so():
 def test_the_token_that_ended_a_sequence_is_named(eos, expected):
     class Sure(MockPredict):
         def row(self, prefix, canvas, soft, temperature, key):
-            argmax, draw, entropy, soft = super().row(prefix, canvas, soft, temperature, key)
+            _argmax, draw, entropy, soft = super().row(prefix, canvas, soft, temperature, key)
             return np.array([4, 4, *[7] * (LENGTH - 2)]), draw, np.zeros_like(entropy), soft
 
     events = run([[3]], settings(max_tokens=LENGTH, eos_token_ids=eos), predict=Sure())
@@ -508,7 +506,7 @@ def test_a_canvas_can_be_kept_forked_and_continued():
         (canvas,) = denoiser.step([canvas], [prefix])
         history.append(canvas)
     assert len(history) > 3
-    for before, after in zip(history, history[1:], strict=False):
+    for before, after in itertools.pairwise(history):
         (again,) = denoiser.step([before], [prefix])
         assert again.tokens.tolist() == after.tokens.tolist()
         assert again.draft.tolist() == after.draft.tolist()
