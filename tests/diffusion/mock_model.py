@@ -22,7 +22,7 @@ VOCAB, LENGTH, HIDDEN = 37, 9, 5
 
 
 class MockModel:
-    """Keeps the encoded token ids themselves in the prefix, in one layer of one head of size one."""
+    """Keeps the encoded token ids themselves in the prefix: one layer of one head of size one."""
 
     def __init__(self) -> None:
         text = SimpleNamespace(vocab_size=VOCAB)
