@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma.diffusion.canvas import Canvas, Passed, Prediction, Settled
+from mlx_diffgemma.diffusion.stopping import has_converged
 
 _CERTAIN = 0.01  # nats below which a position may settle
 _FULL_EVERY = 4  # passes over a part between two over the whole
@@ -22,6 +23,8 @@ def active_places(canvas: Canvas, least: int) -> np.ndarray | None:
     """The positions [A] that the next pass computes, `least` at the least; None for all."""
     known, after = canvas.settled, canvas.settings.settled_after
     if known is None or after is None or canvas.layout is not None or canvas.is_last_step:
+        return None
+    if not known.passed.whole and has_converged(canvas):
         return None
     length = len(canvas)
     active = int((known.streak < after).sum())
@@ -44,9 +47,10 @@ def remembered(canvas: Canvas, part: Prediction, places: np.ndarray) -> Predicti
 def settle(canvas: Canvas, passed: Passed, argmax: np.ndarray, entropy: np.ndarray) -> Settled:
     """What to remember of a canvas after a pass, given what it found likeliest [C] and with what
     entropies [C] in nats."""
-    known, streak, since_full = canvas.settled, np.zeros(len(canvas), int), 0
+    known, before, since_full = canvas.settled, np.zeros(len(canvas), int), 0
+    same = entropy < _CERTAIN
     if known is not None:
-        same = (argmax == known.argmax) & (entropy < _CERTAIN)
-        streak = np.where(same, known.streak + 1, 0)
+        same &= argmax == known.argmax
+        before = known.streak
         since_full = 0 if passed.whole else known.since_full + 1
-    return Settled(passed, argmax, streak, since_full)
+    return Settled(passed, argmax, np.where(same, before + 1, 0), since_full)

@@ -178,8 +178,9 @@ class QueuedStep:
     wanted: mx.array
     not_finite: Callable[[str], NumericalError]
 
-    def read(self) -> list[Canvas]:
-        """Wait for the step, once; the canvases after it.
+    def read(self, titles: Sequence[str] = ()) -> list[Canvas]:
+        """Wait for the step, once; the canvases after it. `titles` are what an error calls the
+        sequence of each.
 
         Raises:
             NumericalError: the model returned values that are not finite.
@@ -190,7 +191,10 @@ class QueuedStep:
         for canvas, passed, (start, stop) in zip(self.stepped, self.passed, spans, strict=True):
             canvases.append(_after(canvas, passed, wanted[:, start:stop]))
             if not np.isfinite(canvases[-1].entropy).all():
-                raise self.not_finite(f"canvas {canvas.index + 1}, step {canvas.passes + 1}")
+                of_which = f"{titles[len(canvases) - 1]}, " if titles else ""
+                raise self.not_finite(
+                    f"{of_which}canvas {canvas.index + 1}, step {canvas.passes + 1}"
+                )
         return canvases
 
 
@@ -198,12 +202,14 @@ def denoise(
     denoiser: Denoiser,
     flight: Mapping[Name, InFlight],
     following: Callable[[Name, Canvas], InFlight | None],
+    title: Callable[[Name], str] | None = None,
 ) -> Iterator[dict[Name, Canvas]]:
     """Step canvases together until none is in flight; yields those of each step, by name.
 
     After each step `following` says what becomes of a canvas: what goes on in its place, or None.
     The next step is handed to the device before the last one is yielded, so whoever takes time to
-    show it costs the device none. A run that is broken off wastes that one step.
+    show it costs the device none. A run that is broken off wastes that one step. `title` says what
+    an error calls a sequence; None leaves it out.
     """
     stepped: dict[Name, Canvas] | None = None
     while flight:
@@ -215,7 +221,8 @@ def denoise(
             yield stepped
         # A prefix that is to grow is copied where it is still held.
         flight = {}
-        stepped = dict(zip(names, queued.read(), strict=True))
+        titles = [] if title is None else [title(name) for name in names]
+        stepped = dict(zip(names, queued.read(titles), strict=True))
         for name, canvas in stepped.items():
             next_one = following(name, canvas)
             if next_one is not None:

@@ -20,6 +20,7 @@ from mlx_diffgemma.diffusion.events import (
     FinishReason,
 )
 from mlx_diffgemma.diffusion.noise import NoiseOf
+from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
@@ -86,6 +87,10 @@ def generate_canvases(
         constrain: what each canvas must hold.
         marks: for each prompt, where to mark its prefix (see `encode`).
 
+    Raises:
+        UsageError: `initial_canvas` or a layout does not fit.
+        NumericalError: the model returned values that are not finite.
+
     Yields:
         `PrefillProgress`, then for each step a `DenoisingStep` a sequence, and a `CanvasCommitted`
         where its canvas is done; in the end one `Finished`.
@@ -96,6 +101,11 @@ def generate_canvases(
     sequences = [
         _Sequence(row, *both) for row, both in enumerate(zip(configs, caches, strict=True))
     ]
+    if initial_canvas is not None and len(initial_canvas) != len(prompts):
+        raise UsageError(
+            f"initial_canvas has {len(initial_canvas)} canvases; there are {len(prompts)} prompts, "
+            "and each takes one."
+        )
 
     def canvas(sequence: _Sequence, index: int) -> InFlight:
         """The next canvas of a sequence, behind what its cache holds."""
@@ -138,7 +148,8 @@ def generate_canvases(
         return canvas(sequence, stepped.index + 1)
 
     first = {sequence.row: canvas(sequence, 0) for sequence in sequences}
-    steps = denoise(denoiser, first, following)
+    title = None if len(sequences) == 1 else (lambda row: f"prompt {row + 1}")
+    steps = denoise(denoiser, first, following, title)
     del first  # a prefix that is to grow is copied where it is still held
     for stepped in steps:
         for row, each in stepped.items():

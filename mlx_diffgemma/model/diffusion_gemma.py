@@ -22,6 +22,7 @@ from mlx_diffgemma.config import ModelConfig, TextConfig
 from mlx_diffgemma.kernels.activation import softcap
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
 from mlx_diffgemma.kernels.materialized import whole_pass
+from mlx_diffgemma.kernels.tile_epilogue import softcapped
 from mlx_diffgemma.kernels.vocabulary import (
     Row,
     VocabularyPass,
