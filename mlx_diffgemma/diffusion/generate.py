@@ -11,7 +11,7 @@ from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.constraints import Layout
 from mlx_diffgemma.diffusion.denoiser import Denoiser, InFlight, denoise
-from mlx_diffgemma.diffusion.encode import DEFAULT_STEP_SIZE, encode
+from mlx_diffgemma.diffusion.encode import encode
 from mlx_diffgemma.diffusion.events import (
     CanvasCommitted,
     DenoisingStep,
@@ -72,7 +72,7 @@ def generate_canvases(
     denoiser: Denoiser | None = None,
     initial_canvas: Sequence[Sequence[int]] | None = None,
     constrain: Constrain | None = None,
-    prefill_step_size: int = DEFAULT_STEP_SIZE,
+    prefill_step_size: int | None = None,
     marks: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[Event]:
     """Generate for B prompts of token ids at once, each with its own settings and end.

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.editing.scoring import Option, comparable, option_log_probs, softmax
 from mlx_diffgemma.editing.session import Session
 from mlx_diffgemma.editing.vocabulary import Vocabulary
@@ -50,6 +51,7 @@ class Chosen:
         return max(self.probabilities, key=lambda choice: self.probabilities[choice])
 
 
+@memory.wired()
 def choose(
     model: DiffusionGemma,
     tokenizer: Any,

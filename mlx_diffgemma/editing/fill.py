@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.diffusion.closing import Closer
 from mlx_diffgemma.diffusion.constraints import token_mask
 from mlx_diffgemma.diffusion.lookahead import look_ahead
@@ -51,6 +52,7 @@ class FilledTemplate:
     seed: int
 
 
+@memory.wired()
 def fill(
     model: DiffusionGemma,
     tokenizer: Any,
@@ -145,7 +147,8 @@ class _Filler:
             return Gap((max(1, middle[len(middle) // 2]),), joins=False)
         if slot.kind == "regex":
             return Gap(self._lengths(self._matcher(slot)), joins=False)
-        return Gap(self.lengths, vocabulary.kind(slot.kind), joins=False)
+        kind: Any = slot.kind  # one of those of a vocabulary by now
+        return Gap(self.lengths, vocabulary.kind(kind), joins=False)
 
     def _choose(self, literals: Sequence[str], gaps: Sequence[Gap], slot: Slot) -> Filled:
         """Pin each choice in its place, and take the most probable."""

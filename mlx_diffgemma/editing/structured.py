@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.diffusion.events import CanvasCommitted
 from mlx_diffgemma.diffusion.matching import BrokenOffError, MatchingSettings, generate_matching
 from mlx_diffgemma.editing.grammar import (
@@ -59,6 +60,7 @@ class Structured:
         return json.loads(self.text)
 
 
+@memory.wired()
 def generate_structured(
     model: DiffusionGemma,
     tokenizer: Any,

@@ -22,7 +22,6 @@ from mlx_diffgemma.config import ModelConfig, TextConfig
 from mlx_diffgemma.kernels.activation import softcap
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
 from mlx_diffgemma.kernels.materialized import whole_pass
-from mlx_diffgemma.kernels.tile_epilogue import softcapped
 from mlx_diffgemma.kernels.vocabulary import (
     Row,
     VocabularyPass,
@@ -33,6 +32,7 @@ from mlx_diffgemma.model.attention import Attention, attend
 from mlx_diffgemma.model.cache import KeysValues, LayerPrefix, Prefix, PrefixCache
 from mlx_diffgemma.model.layers import DecoderLayer, SelfConditioning
 
+_PREFILL_STEP_SIZE = 2048  # as mlx-lm: many tokens a product, for a GPU
 _SMALL_VOCABULARY = 8192  # words up to which the logits of a canvas may be held
 
 
@@ -99,6 +99,7 @@ class DiffusionGemma(nn.Module):
 
     Attributes:
         vocabulary_pass: how hidden states become predictions; loading puts a CPU's form in.
+        prefill_step_size: tokens of a prompt to encode at a time.
         adapted: whether an adapter is part of the weights.
     """
 
@@ -106,6 +107,7 @@ class DiffusionGemma(nn.Module):
         super().__init__()
         self.config = config
         self.model = _Backbone(config.text)
+        self.prefill_step_size = _PREFILL_STEP_SIZE
         self.adapted = False
         small = config.text.vocab_size <= _SMALL_VOCABULARY
         self.vocabulary_pass: VocabularyPass = whole_pass if small else vocabulary_pass
