@@ -5,8 +5,8 @@ product are attention of each canvas position over the embedding table: queries 
 states, keys and values the embeddings. So they are computed as attention is, a chunk of the
 vocabulary at a time with a running maximum. A chunk is one product, in the table's own packing, and
 one kernel. Everything is queued on the device; the host reads nothing. What is queued holds memory
-until the device has done it: 2 · N · V bytes in bfloat16 if the device is behind with all of it, and
-twice that where all soft embeddings are sums over all tokens.
+until it is done: in bfloat16, 2 · N · V bytes if the device is behind with all of it, and twice
+that where soft embeddings are sums over all tokens.
 
 `materialized.py` has the same pass in one piece, and `cpu/vocabulary.py` the form for a CPU.
 Letters: N positions of all rows, M of them that no token is bound to, m whose soft embeddings are

@@ -215,8 +215,11 @@ def chi_square(counts: np.ndarray, p: np.ndarray) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", PIECES)
-@pytest.mark.parametrize(("gain", "constrained"), [(0.02, False), (0.2, True)])
+@pytest.mark.parametrize(
+    ("which", "gain", "constrained"),
+    # The twin of the form for a GPU sorts every chunk, which takes a minute.
+    [("cpu", 0.02, False), ("cpu", 0.2, True), ("gpu", 0.2, True)],
+)
 def test_a_million_draws_follow_the_distribution(
     which: str, gain: float, constrained: bool
 ) -> None:
