@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlx_diffgemma.checkpoint import adapters, loading, locate, memory
+from mlx_diffgemma.checks import check_integer
 from mlx_diffgemma.diffusion.config import DiffusionConfig
-from mlx_diffgemma.diffusion.denoise import cut, generate_canvases
+from mlx_diffgemma.diffusion.encode import ends_of_turns
 from mlx_diffgemma.diffusion.events import (
     CanvasCommitted,
     DenoisingStep,
@@ -20,8 +21,8 @@ from mlx_diffgemma.diffusion.events import (
     FinishReason,
     PrefillProgress,
 )
-from mlx_diffgemma.diffusion.noise import SeededNoise, fresh_seed
-from mlx_diffgemma.diffusion.prefill import DEFAULT_STEP_SIZE
+from mlx_diffgemma.diffusion.generate import cut, generate_canvases, reserved
+from mlx_diffgemma.diffusion.noise import checked_seed, seeded
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.diffusion.profiles import profile_settings
 from mlx_diffgemma.errors import PromptError, UsageError
@@ -50,7 +51,7 @@ class GenerationResponse:
         prompt_tps: prompt tokens encoded per second.
         generation_tokens: tokens committed so far.
         generation_tps: tokens committed per second of generation so far.
-        peak_memory: most memory held so far, in GB (1e9 bytes).
+        peak_memory: most memory that this process has held so far, in GB (1e9 bytes).
         finish_reason: "stop" (an eos) or "length", on the last response only.
         draft: the text of the canvas as it stands, or "" where nothing is drafted.
         canvas: token ids of the draft, [C].
@@ -59,6 +60,8 @@ class GenerationResponse:
         canvas_index: which canvas of the answer, from 0.
         denoising_steps: steps of each canvas so far, the current one included.
         tokens_per_forward: tokens committed per denoising step so far.
+        stop_token: the eos that ended the answer, on the last response; None at max_tokens.
+        converged: whether every canvas committed so far was done before its steps were used up.
         seed: the seed of every random draw of this run.
     """
 
@@ -78,6 +81,8 @@ class GenerationResponse:
     canvas_index: int = 0
     denoising_steps: tuple[int, ...] = ()
     tokens_per_forward: float = 0.0
+    stop_token: int | None = None
+    converged: bool = True
     seed: int = 0
 
 
@@ -109,12 +114,16 @@ def load(
     model, _ = loading.load_model(path, lazy=lazy, check=check, name=str(path_or_repo))
     if adapter_path is not None:
         adapters.load_adapters(model, adapter_path)
+        if not lazy:  # what another thread finds unevaluated belongs to a stream that it lacks
+            mx.eval(model.parameters())
     tokenizer = load_tokenizer(
         path,
         eos_token_ids=list(diffusion_config(model).eos_token_ids),
         chat_template=chat_template,
         trust_remote_code=trust_remote_code,
     )
+    ends = model.config.end_token_ids(tokenizer.eos_token_ids)
+    model.config = replace(model.config, eos_token_ids=ends)
     return model, tokenizer
 
 
@@ -183,7 +192,7 @@ def stream_generate(
         raw: no chat template.
         thinking: turn thinking on or off, where the chat template knows it.
         prefix_cache: a cache from `model.make_cache()` to use from one call to the next: what a
-            prompt has in common with the previous one is not encoded again.
+            prompt has in common with the previous one is not encoded again. One call at a time.
         profile: "exact" is the reference, token for token; others trade fidelity for speed.
         draft: also decode the draft of every step into text.
         on_prefill: called with (positions done, positions in all) while the prompt is encoded.
@@ -195,61 +204,90 @@ def stream_generate(
         NumericalError: the model returned NaN; the step is named.
     """
     config = diffusion_config(model, profile, max_tokens=max_tokens, **settings)
-    step_size = DEFAULT_STEP_SIZE if prefill_step_size is None else prefill_step_size
-    if step_size < 1:
-        raise UsageError(f"prefill_step_size must be at least 1, not {step_size}.")
-    seed = fresh_seed() if seed is None else seed
-    if seed < 0:
-        raise UsageError(f"seed must not be negative, and is {seed}.")
+    if prefill_step_size is not None:
+        check_integer("prefill_step_size", prefill_step_size, 1)
+    seed = checked_seed(seed)
     ids = encode_prompt(tokenizer, prompt, raw=raw, system_prompt=system_prompt, thinking=thinking)
-    config = fit_to_context(model, ids, config)
+    (config,) = fit_to_context(model, [ids], config, step_size=prefill_step_size)
     return _stream(
         model,
         StreamingText(tokenizer),
         ids,
         config,
         seed=seed,
-        initial_canvas=None if initial_canvas is None else mx.array([list(initial_canvas)]),
+        initial_canvas=None if initial_canvas is None else [list(initial_canvas)],
         cache=model.make_cache() if prefix_cache is None else prefix_cache,
-        step_size=step_size,
+        step_size=prefill_step_size,
         draft=draft,
         on_prefill=on_prefill or (lambda done, total: None),
     )
 
 
 def fit_to_context(
-    model: DiffusionGemma, ids: Sequence[int], config: DiffusionConfig
-) -> DiffusionConfig:
-    """Check a prompt against the model, and end the answer where the context ends.
+    model: DiffusionGemma,
+    prompts: Sequence[Sequence[int]],
+    config: DiffusionConfig,
+    *,
+    step_size: int | None = None,
+) -> list[DiffusionConfig]:
+    """Check prompts that are to be run together against the model; returns the settings of each,
+    with an answer that ends where its context ends.
 
     Raises:
         PromptError: empty, outside the vocabulary, with image tokens, or too long.
-        MemoryShortageError: the prefix and a denoising step exceed what the machine offers.
+        UsageError: the canvas is longer than the context.
+        MemoryShortageError: prefixes and a denoising step exceed what the machine offers.
     """
-    text, images = model.config.text, set(model.config.image_token_ids)
-    if not ids:
-        raise PromptError("the prompt is empty; give some text or token ids.")
-    for place, token in enumerate(ids):
-        if not 0 <= token < text.vocab_size:
-            raise PromptError(
-                f"prompt token {place} is {token}; ids go from 0 to {text.vocab_size - 1}."
+    context = model.config.text.max_position_embeddings
+    length = config.canvas_length or model.config.canvas_length
+    if length >= context:
+        raise UsageError(f"canvas_length is {length}, and the model's context is {context}.")
+    for token in config.eos_token_ids:
+        if token >= model.config.text.vocab_size:
+            raise UsageError(
+                f"eos_token_ids has {token}; ids go to {model.config.text.vocab_size - 1}."
             )
+    configs = []
+    for row, ids in enumerate(prompts):
+        name = "the prompt" if len(prompts) == 1 else f"prompt {row + 1}"
+        _check_tokens(model, ids, name)
+        canvases = (context - len(ids)) // length
+        if canvases < 1:
+            raise PromptError(
+                f"{name} has {len(ids)} tokens and the model's context is {context}, of which a "
+                f"canvas takes {length}; shorten the prompt."
+            )
+        configs.append(replace(config, max_tokens=min(config.max_tokens, canvases * length)))
+    estimate = memory.estimate(
+        model.config.text,
+        0,
+        canvas_length=length,
+        sequences=[
+            (len(ids), reserved(model, each)) for ids, each in zip(prompts, configs, strict=True)
+        ],
+        activation_bytes=model.dtype.size,
+        step_size=step_size or model.prefill_step_size,
+    )
+    longest = max(map(len, prompts))
+    what = f"a prompt of {longest} tokens"
+    if len(prompts) > 1:
+        what = f"a batch of {len(prompts)} prompts of up to {longest} tokens"
+    memory.require(estimate, what)
+    return configs
+
+
+def _check_tokens(model: DiffusionGemma, ids: Sequence[int], name: str) -> None:
+    vocab, images = model.config.text.vocab_size, set(model.config.image_token_ids)
+    if not ids:
+        raise PromptError(f"{name} is empty; give some text or token ids.")
+    for place, token in enumerate(ids):
+        if not 0 <= token < vocab:
+            raise PromptError(f"{name}: token {place} is {token}; ids go from 0 to {vocab - 1}.")
         if token in images:
             raise PromptError(
-                f"prompt token {place} ({token}) stands for an image; images are not supported "
+                f"{name}: token {place} ({token}) stands for an image; images are not supported "
                 "yet, take it out."
             )
-    length = config.canvas_length or model.config.canvas_length
-    canvases = (text.max_position_embeddings - len(ids)) // length
-    if canvases < 1:
-        raise PromptError(
-            f"the prompt has {len(ids)} tokens and the model's context is "
-            f"{text.max_position_embeddings}, of which a canvas takes {length}; shorten the prompt."
-        )
-    available = memory.available_memory()
-    estimate = memory.estimate(text, 0, canvas_length=length, positions=len(ids))
-    memory.require(estimate, f"a prompt of {len(ids)} tokens", available)
-    return replace(config, max_tokens=min(config.max_tokens, canvases * length))
 
 
 def _stream(
@@ -259,85 +297,76 @@ def _stream(
     config: DiffusionConfig,
     *,
     seed: int,
-    initial_canvas: mx.array | None,
+    initial_canvas: list[list[int]] | None,
     cache: PrefixCache,
-    step_size: int,
+    step_size: int | None,
     draft: bool,
     on_prefill: Callable[[int, int], None],
 ) -> Iterator[GenerationResponse]:
-    mx.reset_peak_memory()
-    reuse_prefix(cache, ids)
-    clock = _Clock(prompt_tokens=len(ids))
-    events = generate_canvases(
-        model,
-        [ids[len(cache.tokens[0]) :]],
-        config,
-        SeededNoise(seed),
-        cache=cache,
-        initial_canvas=initial_canvas,
-        prefill_step_size=step_size,
-    )
-    steps: list[int] = []
-    tokens: list[int] = []
-    for event in events:
-        if isinstance(event, PrefillProgress):
-            on_prefill(event.done, event.total)
-            if event.done == event.total:
-                clock.prompt_is_encoded(event.total)
-        elif isinstance(event, DenoisingStep):
-            steps[event.canvas_index :] = [event.step]
-            canvas, room = event.draft[0].tolist(), config.max_tokens - len(tokens)
-            yield clock.response(
-                tokens,
-                steps,
-                seed,
-                draft=text.peek(cut(canvas, config.eos_token_ids, room)[0]) if draft else "",
-                canvas=canvas,
-                entropy=event.entropy[0].tolist(),
-                step=event.step,
-                canvas_index=event.canvas_index,
-            )
-        elif isinstance(event, CanvasCommitted):
-            tokens += event.tokens[0]
-            reason = event.finish_reasons[0]
-            added = text.add(event.tokens[0])
-            if reason is not None:
-                added += text.finish()
-            yield clock.response(
-                tokens,
-                steps,
-                seed,
-                text=added,
-                finish_reason=reason,
-                canvas_index=event.canvas_index,
-            )
-
-
-def reuse_prefix(cache: PrefixCache, ids: Sequence[int]) -> None:
-    """Leave in `cache` only a prefix of `ids`, as long a one as it can go back to."""
-    held = cache.tokens[0] if cache.tokens else []
-    common = 0
-    while common < min(len(held), len(ids)) and held[common] == ids[common]:
-        common += 1
-    if common < len(held) and not cache.trim(common):
-        cache.clear()
-    cache.tokens = cache.tokens or [[]]
+    clock = _Clock(prompt_tokens=len(ids), seed=seed)
+    with cache.in_use(), memory.wired():
+        events = generate_canvases(
+            model,
+            [ids],
+            config,
+            seeded(seed),
+            caches=[cache],
+            initial_canvas=initial_canvas,
+            prefill_step_size=step_size,
+            marks=[ends_of_turns(ids, config.eos_token_ids)],
+        )
+        steps: list[int] = []
+        tokens: list[int] = []
+        for event in events:
+            if isinstance(event, PrefillProgress):
+                on_prefill(event.done, event.total)
+                if event.done == event.total:
+                    clock.prompt_is_encoded(event.total)
+            elif isinstance(event, DenoisingStep):
+                canvas = event.canvas
+                steps[canvas.index :] = [canvas.passes]
+                standing, room = canvas.draft.tolist(), config.max_tokens - len(tokens)
+                kept = cut(standing, config.eos_token_ids, room)[0]
+                yield clock.response(
+                    tokens,
+                    steps,
+                    draft=text.peek(kept) if draft else "",
+                    canvas=standing,
+                    entropy=canvas.entropy.tolist(),
+                    step=canvas.passes,
+                    canvas_index=canvas.index,
+                )
+            elif isinstance(event, CanvasCommitted):
+                tokens += event.tokens
+                added = text.add(event.tokens)
+                if event.finish_reason is not None:
+                    added += text.finish()
+                clock.converged &= event.converged
+                yield clock.response(
+                    tokens,
+                    steps,
+                    text=added,
+                    finish_reason=event.finish_reason,
+                    stop_token=event.stop_token,
+                    canvas_index=event.canvas_index,
+                )
 
 
 class _Clock:
     """Turns the progress of one generation into responses with its speeds."""
 
-    def __init__(self, prompt_tokens: int) -> None:
-        self.prompt_tokens = prompt_tokens
+    def __init__(self, prompt_tokens: int, seed: int) -> None:
+        self.prompt_tokens, self.seed = prompt_tokens, seed
         self.start = time.perf_counter()
         self.prompt_seconds = 0.0
         self.encoded = 0
+        self.converged = True
 
     def prompt_is_encoded(self, positions: int) -> None:
         self.prompt_seconds, self.encoded = time.perf_counter() - self.start, positions
 
     def response(
-        self, tokens: Sequence[int], steps: Sequence[int], seed: int, *, text: str = "", **now: Any
+        self, tokens: Sequence[int], steps: Sequence[int], *, text: str = "", **now: Any
     ) -> GenerationResponse:
         seconds = time.perf_counter() - self.start - self.prompt_seconds
         return GenerationResponse(
@@ -351,7 +380,8 @@ class _Clock:
             peak_memory=mx.get_peak_memory() / 1e9,
             denoising_steps=tuple(steps),
             tokens_per_forward=len(tokens) / sum(steps) if steps else 0.0,
-            seed=seed,
+            converged=self.converged,
+            seed=self.seed,
             **now,
         )
 
@@ -369,19 +399,23 @@ def batch_generate(
     profile: str = DEFAULT_PROFILE,
     **settings: Any,
 ) -> list[str]:
-    """Answer several prompts at once, each ending by itself; arguments as for `stream_generate`."""
+    """Answer several prompts at once, each as it would be answered alone by the sequence of its
+    number; arguments as for `stream_generate`."""
+    if isinstance(prompts, str):
+        raise UsageError("prompts is one text; give a list of prompts, or use generate.")
     if not prompts:
         return []
     config = diffusion_config(model, profile, max_tokens=max_tokens, **settings)
+    seed = checked_seed(seed)
     ids = [
         encode_prompt(tokenizer, prompt, raw=raw, system_prompt=system_prompt, thinking=thinking)
         for prompt in prompts
     ]
-    config = min((fit_to_context(model, row, config) for row in ids), key=lambda c: c.max_tokens)
-    noise = SeededNoise(fresh_seed() if seed is None else seed)
+    configs = fit_to_context(model, ids, config)
     finished = None
-    for event in generate_canvases(model, ids, config, noise):
-        finished = event
+    with memory.wired():
+        for event in generate_canvases(model, ids, configs, seeded(seed)):
+            finished = event
     assert isinstance(finished, Finished)
     texts = []
     for row in finished.tokens:

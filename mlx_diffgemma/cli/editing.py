@@ -109,10 +109,10 @@ def drawn(opened: Opened, request: Request) -> Iterator[Callable[[DenoisingStep]
                     generation_tokens=0,
                     generation_tps=0.0,
                     peak_memory=0.0,
-                    canvas=step.draft[0].tolist(),
-                    entropy=step.entropy[0].tolist(),
-                    step=step.step,
-                    canvas_index=step.canvas_index,
+                    canvas=step.canvas.draft.tolist(),
+                    entropy=step.canvas.entropy.tolist(),
+                    step=step.canvas.passes,
+                    canvas_index=step.canvas.index,
                 )
             )
 

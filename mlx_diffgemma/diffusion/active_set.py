@@ -2,101 +2,55 @@
 
 A position that kept its token and stayed certain for several steps is left out of a pass; the
 others see it by its keys and values of the last pass over it. A full pass is run every few steps,
-and whenever the canvas looks done, so nothing is committed on stale ground.
-Letters: R rows, C canvas, A positions computed.
+and a canvas that looks done after another pass is looked at once more in full, so nothing is
+committed on stale ground. Letters: C canvas, A positions computed.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-
 import mlx.core as mx
 import numpy as np
 
-from mlx_diffgemma.diffusion.constraints import CanvasConstraint
-from mlx_diffgemma.diffusion.predict import MaterializedPredictor, Prediction, TiledPredictor
-from mlx_diffgemma.model.cache import PrefixCache
+from mlx_diffgemma.diffusion.canvas import Canvas, Passed, Prediction, Settled
+from mlx_diffgemma.diffusion.stopping import has_converged
 
 _CERTAIN = 0.01  # nats below which a position may settle
-_FULL_EVERY = 4  # steps from one full pass to the next
+_FULL_EVERY = 4  # passes over a part between two over the whole
 _BUCKETS = 8  # sizes of an active set, so that few shapes occur
 
 
-class ActiveSetPredictor:
-    """Predictions of the active positions, beside the last ones of those that have settled.
-
-    Args:
-        inner: what computes a pass, whole or in part.
-        settled_after: steps for which a position must have kept its token and been certain.
-        confidence: mean entropy in nats below which a canvas may be done.
-    """
-
-    def __init__(
-        self,
-        inner: MaterializedPredictor | TiledPredictor,
-        settled_after: int,
-        confidence: float,
-    ) -> None:
-        self.inner, self.settled_after, self.confidence = inner, settled_after, confidence
-        self._last: Prediction | None = None
-        self._streak = np.zeros((0, 0), int)
-        self._since_full = 0
-
-    def __call__(
-        self,
-        canvas: mx.array,
-        cache: PrefixCache,
-        soft_embeddings: mx.array | None,
-        temperature: float,
-        keys: mx.array,
-        constraint: CanvasConstraint | None = None,
-        last: bool = False,
-    ) -> Prediction:
-        if soft_embeddings is None:  # a new canvas
-            self._last, self._streak = None, np.zeros(canvas.shape, int)
-        known, places = self._last, None
-        if known is not None and constraint is None and cache.pads is None:
-            places = self._active()
-        prediction = None
-        if known is not None and places is not None and not last:
-            part = self.inner(canvas, cache, soft_embeddings, temperature, keys, places=places)
-            prediction = _merged(known, part, places)
-            self._since_full += 1
-            if self._looks_done(prediction):
-                prediction = None
-        if prediction is None:
-            prediction = self.inner(
-                canvas, cache, soft_embeddings, temperature, keys, constraint, last
-            )
-            self._since_full = 0
-        self._count(prediction)
-        return prediction
-
-    def _active(self) -> mx.array | None:
-        """The positions to compute, [A]; None for a full pass."""
-        length = self._streak.shape[1]
-        streak = self._streak.min(axis=0)  # a position is active for all rows or for none
-        active = int((streak < self.settled_after).sum())
-        size = -(-active * _BUCKETS // length) * length // _BUCKETS
-        if self._since_full >= _FULL_EVERY or size == 0 or size > length * 3 // 4:
-            return None
-        return mx.array(np.sort(np.argsort(streak, kind="stable")[:size]))
-
-    def _looks_done(self, prediction: Prediction) -> bool:
-        return bool((prediction.entropy.mean(axis=-1) < self.confidence).any().item())
-
-    def _count(self, prediction: Prediction) -> None:
-        same = np.array(prediction.entropy) < _CERTAIN
-        if self._last is not None:
-            same &= np.array(prediction.argmax == self._last.argmax)
-        self._streak = np.where(same, self._streak + 1, 0)
-        self._last = prediction
+def active_places(canvas: Canvas, least: int) -> np.ndarray | None:
+    """The positions [A] that the next pass computes, `least` at the least; None for all."""
+    known, after = canvas.settled, canvas.settings.settled_after
+    if known is None or after is None or canvas.layout is not None or canvas.is_last_step:
+        return None
+    if not known.passed.whole and has_converged(canvas):
+        return None
+    length = len(canvas)
+    active = int((known.streak < after).sum())
+    size = -(-active * _BUCKETS // length) * length // _BUCKETS
+    size = max(size, -(-least // _BUCKETS) * _BUCKETS)
+    if active == 0 or known.since_full >= _FULL_EVERY or size > length * 3 // 4:
+        return None
+    return np.sort(np.argsort(known.streak, kind="stable")[:size])
 
 
-def _merged(last: Prediction, part: Prediction, places: mx.array) -> Prediction:
-    changes = {}
-    for field in fields(Prediction):
-        whole = mx.array(getattr(last, field.name))
-        whole[:, places] = getattr(part, field.name).astype(whole.dtype)
-        changes[field.name] = whole
-    return replace(last, **changes)
+def remembered(canvas: Canvas, part: Prediction, places: np.ndarray) -> Prediction:
+    """A prediction of the positions `places` [A], and of the others as it was before."""
+    assert canvas.settled is not None
+    source = np.arange(len(canvas))
+    source[places] = len(canvas) + np.arange(len(places))
+    index = mx.array(source)
+    return canvas.settled.passed.prediction.followed_by(part).map(lambda values: values[index])
+
+
+def settle(canvas: Canvas, passed: Passed, argmax: np.ndarray, entropy: np.ndarray) -> Settled:
+    """What to remember of a canvas after a pass, given what it found likeliest [C] and with what
+    entropies [C] in nats."""
+    known, before, since_full = canvas.settled, np.zeros(len(canvas), int), 0
+    same = entropy < _CERTAIN
+    if known is not None:
+        same &= argmax == known.argmax
+        before = known.streak
+        since_full = 0 if passed.whole else known.since_full + 1
+    return Settled(passed, argmax, np.where(same, before + 1, 0), since_full)

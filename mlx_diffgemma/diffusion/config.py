@@ -32,6 +32,7 @@ class DiffusionConfig:
             samplers accept a draw.
         stop_at_eos: look no further than the first certain eos when deciding whether a canvas is
             done.
+        eos_certainty: nats of entropy below which an eos is certain.
         confident_after: step from which confidence alone ends a canvas; None for never.
         shrink_canvas: draft no more tokens than `max_tokens` leaves.
         soft_cutoff: leave tokens out of the self-conditioning that are e^-soft_cutoff times less
@@ -53,6 +54,7 @@ class DiffusionConfig:
     sampler: str = "entropy-bound"
     accept_threshold: float = 0.9
     stop_at_eos: bool = False
+    eos_certainty: float = 0.1
     confident_after: int | None = None
     shrink_canvas: bool = False
     soft_cutoff: float | None = None
@@ -72,14 +74,24 @@ class DiffusionConfig:
         if self.sampler not in SAMPLERS:
             raise UsageError(f"unknown sampler '{self.sampler}'; known are {', '.join(SAMPLERS)}.")
         check_number("accept_threshold", self.accept_threshold, 0.0)
+        if not isinstance(self.eos_token_ids, tuple):
+            raise UsageError(f"eos_token_ids must be a tuple, not {self.eos_token_ids!r}.")
         for token in (*self.eos_token_ids, self.pad_token_id):
             check_integer("a token id", token, 0)
         check_number("t_min", self.t_min, 0.0, inclusive=True)
         check_number("t_max", self.t_max, 0.0)
         check_number("entropy_bound", self.entropy_bound, 0.0)
         check_number("confidence_threshold", self.confidence_threshold, 0.0)
+        check_number("eos_certainty", self.eos_certainty, 0.0)
         if self.t_max < self.t_min:
             raise UsageError(f"t_max ({self.t_max:g}) must not be below t_min ({self.t_min:g}).")
+
+    def temperature(self, step: int) -> float:
+        """Temperature of denoising step `step`, from 1 on: from `t_max` at the first to just above
+        `t_min` at the last, as the reference's `LinearTemperatureScheduleLogitsProcessor`, which
+        counts its steps down. Steps beyond the last are as warm as it."""
+        remaining = max(1, self.max_denoising_steps - step + 1)
+        return self.t_min + (self.t_max - self.t_min) * (remaining / self.max_denoising_steps)
 
     def override(self, **settings: Any) -> DiffusionConfig:
         """A copy with the settings that are not None replaced.

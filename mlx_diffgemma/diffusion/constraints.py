@@ -1,13 +1,13 @@
 """What a canvas must hold: per position a fixed token, a set of allowed tokens, or anything.
 
-A constraint is applied wherever the loop could break it: to the canvas that a step starts from and
-to the distribution that the model predicts, so that draw, draft, entropy and soft embeddings all
-obey it. Letters: R rows, C canvas, V vocabulary, W = ⌈V / 32⌉ words of a bit mask.
+A layout is applied wherever a step could break it: to the tokens that it starts from and to the
+distribution that the model predicts, so that draw, draft, entropy and soft embeddings all obey it.
+Letters: C canvas, V vocabulary, W = ⌈V / 32⌉ words of a bit mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -20,117 +20,60 @@ FREE = -1
 
 
 @dataclass(frozen=True)
-class CanvasConstraint:
-    """Attributes:
-    fixed: [R, C] int32, the token that a position must hold, or `FREE`.
-    allowed: [R, C, W] uint32, bit v of a position is set where token v is allowed; None where
-        every free position may hold anything.
-    """
-
-    fixed: np.ndarray
-    allowed: np.ndarray | None = None
-
-    @classmethod
-    def free(cls, rows: int, length: int) -> CanvasConstraint:
-        return cls(np.full((rows, length), FREE, np.int32))
-
-    @classmethod
-    def of(cls, layouts: Sequence[Layout], vocab: int) -> CanvasConstraint:
-        """The constraint of a batch: one layout a row, all of one length."""
-        fixed = np.array([layout.tokens for layout in layouts], np.int32)
-        if not any(layout.allowed for layout in layouts):
-            return cls(fixed)
-        allowed = np.empty((*fixed.shape, -(-vocab // 32)), np.uint32)
-        allowed[:] = every_token(vocab)
-        for row, layout in enumerate(layouts):
-            for place, mask in layout.allowed.items():
-                allowed[row, place] = mask
-        return cls(fixed, allowed)
-
-    @property
-    def open(self) -> np.ndarray:
-        """[R, C] which positions are not fixed."""
-        return self.fixed == FREE
-
-    def rows(self, places: Sequence[int]) -> CanvasConstraint:
-        """The constraint of some rows of the batch."""
-        index = list(places)
-        return CanvasConstraint(
-            self.fixed[index], None if self.allowed is None else self.allowed[index]
-        )
-
-    def check(self, rows: int, length: int, vocab: int) -> None:
-        """Raise UsageError where the constraint does not fit the canvas or allows nothing."""
-        if self.fixed.shape != (rows, length):
-            raise UsageError(
-                f"the constraint has shape {self.fixed.shape}; the canvas has ({rows}, {length})."
-            )
-        if ((self.fixed < FREE) | (self.fixed >= vocab)).any():
-            raise UsageError(f"a fixed token is outside the vocabulary of {vocab}.")
-        if self.allowed is not None:
-            words = -(-vocab // 32)
-            if self.allowed.shape != (rows, length, words):
-                raise UsageError(
-                    f"the allowed sets have shape {self.allowed.shape}; they need "
-                    f"({rows}, {length}, {words})."
-                )
-            empty = ~self.allowed.any(axis=-1) & self.open
-            if empty.any():
-                row, place = np.argwhere(empty)[0]
-                raise UsageError(f"position {place} of row {row} allows no token at all.")
-
-    def pin(self, canvas: mx.array) -> mx.array:
-        """The canvas [R, C] with every fixed position set."""
-        return mx.where(self.is_open, canvas, self.fixed_tokens)
-
-    def restrict(self, logits: mx.array) -> mx.array:
-        """Logits [R, C, V] with -inf for every token that a position must not hold."""
-        return mx.where(self._keep(logits.shape[-1]), logits, -mx.inf)
-
-    def _keep(self, vocab: int) -> mx.array:
-        """[R, C, V] which tokens may stand where; made once, for all the steps of a canvas."""
-        if vocab not in self._kept:
-            fixed = self.fixed_tokens[..., None]
-            keep = fixed == mx.arange(vocab)
-            anything = fixed == FREE
-            if self.allowed_words is not None:
-                bits = (self.allowed_words[..., None] >> mx.arange(32, dtype=mx.uint32)) & 1
-                allowed = bits.astype(mx.bool_).reshape(*self.fixed.shape, -1)[..., :vocab]
-                anything = anything & allowed
-            self._kept[vocab] = keep | anything
-        return self._kept[vocab]
-
-    @cached_property
-    def _kept(self) -> dict[int, mx.array]:
-        return {}
-
-    @cached_property
-    def is_open(self) -> mx.array:
-        """[R, C] which positions are not fixed, for the device."""
-        return self.fixed_tokens == FREE
-
-    @cached_property
-    def fixed_tokens(self) -> mx.array:
-        """`fixed`, for the device."""
-        return mx.array(self.fixed)
-
-    @cached_property
-    def allowed_words(self) -> mx.array | None:
-        """`allowed`, for the device."""
-        return None if self.allowed is None else mx.array(self.allowed)
-
-
-@dataclass(frozen=True)
 class Layout:
-    """One row of a constraint.
-
-    Attributes:
-        tokens: [C] the token of each position, or `FREE`.
-        allowed: the bit mask [W] of the free positions that may not hold anything.
+    """Attributes:
+    tokens: [C] the token that each position must hold, or `FREE`.
+    allowed: the bit masks [W] of the free positions that may not hold anything.
     """
 
     tokens: tuple[int, ...]
     allowed: Mapping[int, np.ndarray] = field(default_factory=dict)
+
+    @cached_property
+    def fixed(self) -> np.ndarray:
+        """[C] int32, the tokens."""
+        return np.array(self.tokens, np.int32)
+
+    @cached_property
+    def open(self) -> np.ndarray:
+        """[C] which positions are not fixed."""
+        return self.fixed == FREE
+
+    def words(self, vocab: int) -> np.ndarray | None:
+        """[C, W] uint32, bit v of a position is set where token v is allowed; None where every free
+        position may hold anything. Made once, for all the steps of a canvas."""
+        if not self.allowed:
+            return None
+        if vocab not in self._words:
+            words = np.tile(every_token(vocab), (len(self.tokens), 1))
+            for place, mask in self.allowed.items():
+                words[place] = mask
+            self._words[vocab] = words
+        return self._words[vocab]
+
+    def pin(self, tokens: mx.array) -> mx.array:
+        """Tokens [C] with every fixed position set."""
+        return mx.where(mx.array(self.open), tokens, mx.array(self.fixed))
+
+    def check(self, length: int, vocab: int) -> None:
+        """Raise UsageError where the layout does not fit a canvas or allows nothing."""
+        if len(self.tokens) != length:
+            raise UsageError(f"the layout has {len(self.tokens)} positions; the canvas {length}.")
+        if ((self.fixed < FREE) | (self.fixed >= vocab)).any():
+            raise UsageError(f"a fixed token is outside the vocabulary of {vocab}.")
+        words = -(-vocab // 32)
+        for place, mask in self.allowed.items():
+            if not 0 <= place < length or mask.shape != (words,):
+                raise UsageError(
+                    f"the set allowed at position {place} has {mask.size} words; a canvas of "
+                    f"{length} and a vocabulary of {vocab} need {words} at a position within it."
+                )
+            if self.fixed[place] == FREE and not mask.any():
+                raise UsageError(f"position {place} allows no token at all.")
+
+    @cached_property
+    def _words(self) -> dict[int, np.ndarray]:
+        return {}
 
 
 def token_mask(tokens: Iterable[int], vocab: int) -> np.ndarray:

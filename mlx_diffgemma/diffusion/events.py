@@ -1,73 +1,63 @@
-"""What the denoising loop reports while it runs, in the order in which it happens.
-
-R rows are the sequences of the batch that are still being written, C the canvas length.
-"""
+"""What a run reports, in the order in which it happens. Rows count the sequences from 0."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
+from mlx_diffgemma.diffusion.canvas import Canvas
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class PrefillProgress:
-    """`done` of `total` prompt positions are in the cache (the padding of a batch included)."""
+    """`done` of `total` prompt tokens of a sequence are encoded."""
 
+    row: int
     done: int
     total: int
 
 
 @dataclass(frozen=True)
 class DenoisingStep:
-    """One forward pass over the canvas of every row.
+    """One forward pass over the canvas of a sequence, which is as the pass left it."""
 
-    Attributes:
-        canvas_index: which canvas of the answer this is, from 0.
-        step: how many passes over this canvas have been run, from 1.
-        rows: [R] the place of each row in the batch that was asked for.
-        draft: [R, C] the model's best guess, what would be committed now.
-        canvas: [R, C] what the next step starts from: accepted draws and fresh noise.
-        entropy: [R, C] nats, after the temperature.
-        accepted: [R, C] which positions of `canvas` hold a draw of the model.
-        done: [R] whether the canvas of this row needs no further step.
-    """
-
-    canvas_index: int
-    step: int
-    max_steps: int
-    temperature: float
-    rows: tuple[int, ...]
-    draft: np.ndarray
-    canvas: np.ndarray
-    entropy: np.ndarray
-    accepted: np.ndarray
-    done: np.ndarray
+    row: int
+    canvas: Canvas
 
 
 @dataclass(frozen=True)
 class CanvasCommitted:
-    """A canvas became text. `tokens[r]` is what row `rows[r]` gained (cut at eos and max_tokens,
-    eos itself left out), `steps[r]` the forward passes it took, `finish_reasons[r]` why the row
-    ended here, or None if it goes on."""
+    """The canvas of a sequence became text.
 
+    Attributes:
+        canvas_index: which canvas of the sequence, from 0.
+        tokens: what the sequence gained, cut at the first eos and at max_tokens; the eos itself is
+            left out.
+        passes: forward passes that it took.
+        converged: whether the canvas was done before its steps were used up.
+        finish_reason: why the sequence ended here; None if it goes on.
+        stop_token: the eos that ended it.
+    """
+
+    row: int
     canvas_index: int
-    rows: tuple[int, ...]
-    tokens: tuple[tuple[int, ...], ...]
-    steps: tuple[int, ...]
-    finish_reasons: tuple[FinishReason | None, ...]
+    tokens: tuple[int, ...]
+    passes: int
+    converged: bool
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
 
 
 @dataclass(frozen=True)
 class Finished:
-    """Every sequence of the batch has ended: its tokens (eos left out), why, and the denoising
-    steps of each of its canvases."""
+    """Every sequence has ended: its tokens (eos left out), why, by which eos, and the forward
+    passes over each of its canvases."""
 
     tokens: tuple[tuple[int, ...], ...]
     finish_reasons: tuple[FinishReason, ...]
+    stop_tokens: tuple[int | None, ...]
     steps: tuple[tuple[int, ...], ...]
 
 

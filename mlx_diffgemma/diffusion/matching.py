@@ -12,23 +12,21 @@ more than those few. Letters: C canvas, W words of a bit mask.
 from __future__ import annotations
 
 from collections.abc import Generator, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-import mlx.core as mx
 import numpy as np
 
+from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.closing import Closer
 from mlx_diffgemma.diffusion.config import DiffusionConfig
-from mlx_diffgemma.diffusion.constraints import FREE, CanvasConstraint, Layout, token_mask
-from mlx_diffgemma.diffusion.denoise import denoising_step
+from mlx_diffgemma.diffusion.constraints import FREE, Layout, token_mask
+from mlx_diffgemma.diffusion.denoiser import Denoiser, InFlight, denoise
 from mlx_diffgemma.diffusion.events import CanvasCommitted, DenoisingStep
-from mlx_diffgemma.diffusion.lookahead import look_ahead, tokens_in
-from mlx_diffgemma.diffusion.noise import Noise, StepNoise
-from mlx_diffgemma.diffusion.predict import Predictor
-from mlx_diffgemma.diffusion.sampler import make_sampler
-from mlx_diffgemma.diffusion.schedule import LinearTemperature
-from mlx_diffgemma.errors import DiffGemmaError, NumericalError
+from mlx_diffgemma.diffusion.generate import canvas_length, extend
+from mlx_diffgemma.diffusion.lookahead import few_tokens_in, look_ahead
+from mlx_diffgemma.diffusion.noise import Noise
+from mlx_diffgemma.errors import DiffGemmaError
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
@@ -61,6 +59,10 @@ class Matcher(Protocol):
     def signature(self) -> Hashable:
         """What may follow next and what must: mostly the same where the grammar stands alike."""
 
+    def way_out(self, most: int, *, thorough: bool = False) -> list[int] | None:
+        """At most `most` tokens that complete what was taken in; None where none are found, not
+        even with more work where `thorough`."""
+
     @property
     def may_end(self) -> bool:
         """Whether what was taken in is complete."""
@@ -85,77 +87,104 @@ class MatchingSettings:
     text: np.ndarray
 
 
-class _Canvas:
-    """One canvas while it is being denoised, a row of its own.
+class _Match:
+    """A sequence while it is written under a grammar.
 
     Attributes:
-        draft: [C] token ids after the last step, and `entropy` [C] in nats.
-        unchanged: [C] for how many steps each of them has stayed the same.
+        tokens: of the canvases that were committed, and `pinned`, those of the present one.
+        committed: what is to be reported of canvases that ended.
     """
 
-    def __init__(self, predictor: Predictor, cache: PrefixCache, config: DiffusionConfig,
-                 noise: Noise, index: int, length: int, vocab: int) -> None:  # fmt: skip
-        self.predictor, self.cache, self.config = predictor, cache, config
-        self.noise, self.index, self.shape = noise, index, (length, vocab)
-        self.schedule = LinearTemperature(config.t_min, config.t_max, config.max_denoising_steps)
-        self.tokens = noise.initial_canvas([0], index, length, vocab)
-        self.soft: mx.array | None = None
-        self.draft = np.full(length, FREE, np.int32)
-        self.entropy = np.zeros(length, np.float32)
-        self.unchanged = np.zeros(length, int)
-        self.sampler = make_sampler(config, vocab)
-        self.steps = 0
-        self.waits = config.max_denoising_steps // _STEPS_A_WAIT
-        self.unsure = np.inf
+    def __init__(
+        self,
+        model: DiffusionGemma,
+        cache: PrefixCache,
+        config: DiffusionConfig,
+        noise: Noise,
+        matcher: Matcher,
+        closer: Closer,
+        settings: MatchingSettings,
+    ) -> None:
+        self.model, self.cache, self.config, self.noise = model, cache, config, noise
+        self.matcher, self.closer, self.settings = matcher, closer, settings
+        self.tokens: list[int] = []
+        self.pinned: list[int] = []
+        self.committed: list[CanvasCommitted] = []
+        self.waits, self.unsure = 0, np.inf
 
-    def step(self, layout: Layout) -> DenoisingStep:
-        """One pass under `layout`."""
-        constraint = CanvasConstraint.of([layout], self.shape[1])
-        last = self.config.max_denoising_steps
-        self.tokens = constraint.pin(self.tokens)
-        # The last step may be repeated, so the draws go by the steps of the canvas.
-        step = min(self.steps + 1, last)
-        noise = _Shifted(self.noise, self.steps + 1 - step)
-        prediction, proposal = denoising_step(
-            self.predictor,
-            self.sampler,
-            self.tokens,
-            self.cache,
-            self.soft,
-            temperature=self.schedule.at(step),
-            noise=StepNoise(noise, [0], self.index, step, *self.shape),
-            constraint=constraint,
-        )
-        self.steps += 1
-        self.tokens, self.soft = proposal.canvas, prediction.soft_embeddings
-        mx.eval(proposal.draft, prediction.entropy, proposal.accepted)
-        mx.async_eval(self.tokens, self.soft)  # while the draft is read here
-        entropy, draft = np.array(prediction.entropy), np.array(proposal.draft)
-        if not np.isfinite(entropy).all():
-            raise NumericalError(
-                f"canvas {self.index + 1}, step {self.steps}: the model returned NaN or "
-                "infinity; its weights are damaged (check them with --check)."
+    def next_canvas(self, index: int) -> InFlight | None:
+        """A canvas number `index`, or one of those behind it where the grammar leaves it no choice
+        at all; None at the end of the sequence."""
+        self.waits, self.unsure = self.config.max_denoising_steps // _STEPS_A_WAIT, np.inf
+        length = canvas_length(self.model, self.config, self._room())
+        vocab = self.model.config.text.vocab_size
+        canvas = Canvas.start(self.config, self.noise, index, length, vocab, endless=True)
+        return self._held(canvas)
+
+    def following(self, _: object, canvas: Canvas) -> InFlight | None:
+        """What goes on after a pass: the same canvas with as much of its draft pinned as is ready,
+        the next one, or None at the end."""
+        matcher, pinned, room = self.matcher, self.pinned, self._room()
+        ahead = canvas.draft[len(pinned) :].tolist()
+        text = _up_to_eos(ahead, self.settings)
+        valid = matcher.matching(text)
+        # An eos behind what matches is a choice like any other.
+        eos = valid == len(text) < len(ahead)
+        ready = self._ready(canvas, max(1, valid + eos))
+        if not ready:
+            return InFlight(canvas, self.cache.prefix)
+        kept = self.closer.affordable(matcher, text[: min(ready, valid)], room)
+        ends = eos and ready > valid
+        if not kept and not ends:
+            # No room is left but for the end: the next token may take it out of reach.
+            _pin(matcher, pinned, self.closer.ending(matcher, room), len(canvas))
+            return self._close(canvas, ended=len(pinned) < len(canvas) or matcher.may_end)
+        _pin(matcher, pinned, kept, len(canvas))
+        if ends and len(kept) == valid and matcher.may_end:
+            return self._close(canvas, ended=True)
+        return self._held(replace(canvas, accepted=np.zeros(len(canvas), bool)))
+
+    def _held(self, canvas: Canvas) -> InFlight | None:
+        """The canvas held to what the grammar forces by now, or what comes after it."""
+        matcher, pinned = self.matcher, self.pinned
+        room = self._room() + len(pinned)
+        _pin(matcher, pinned, matcher.forced(), min(len(canvas), room))
+        if matcher.must_end or len(pinned) == room:
+            return self._close(canvas, ended=True)
+        if len(pinned) == len(canvas):
+            return self._close(canvas, ended=False)
+        layout = _layout(matcher, pinned, self.settings, len(canvas), room)
+        return InFlight(canvas.under(layout), self.cache.prefix)
+
+    def _close(self, canvas: Canvas, *, ended: bool) -> InFlight | None:
+        self.committed.append(
+            CanvasCommitted(
+                0,
+                canvas.index,
+                tuple(self.pinned),
+                canvas.passes,
+                converged=True,
+                finish_reason="stop" if ended else None,
             )
-        self.unchanged = np.where(draft[0] == self.draft, self.unchanged + 1, 0)
-        self.draft, self.entropy = draft[0], entropy[0]
-        return DenoisingStep(
-            canvas_index=self.index,
-            step=self.steps,
-            max_steps=last,
-            temperature=self.schedule.at(step),
-            rows=(0,),
-            draft=draft,
-            canvas=np.array(self.tokens),
-            entropy=entropy,
-            accepted=np.array(proposal.accepted),
-            done=np.zeros(1, bool),
         )
+        committed, self.pinned = self.pinned, []
+        self.tokens += committed
+        if ended:
+            return None
+        extend(self.model, self.cache, committed)
+        return self.next_canvas(canvas.index + 1)
 
-    def ready(self, start: int, count: int) -> int:
-        """How many of the `count` tokens drafted from `start` on are to be pinned now."""
-        entropy = self.entropy[start : start + count]
-        unchanged = self.unchanged[start : start + count] >= self._stability()
-        settled = np.logical_and.accumulate(unchanged)
+    def _room(self) -> int:
+        return self.config.max_tokens - len(self.tokens) - len(self.pinned)
+
+    def _ready(self, canvas: Canvas, count: int) -> int:
+        """How many of the `count` tokens drafted behind what is pinned are to be pinned now."""
+        start = len(self.pinned)
+        entropy = canvas.entropy[start : start + count]
+        floor, stability = self.config.confident_after, self.config.stability_threshold
+        if floor is not None and canvas.passes >= floor:
+            stability = 0
+        settled = np.logical_and.accumulate(canvas.unchanged[start : start + count] >= stability)
         mean = np.cumsum(entropy) / np.arange(1, count + 1)
         before, self.unsure = self.unsure, float(mean[-1])
         certain = np.flatnonzero(settled & (mean < self.config.confidence_threshold))
@@ -168,17 +197,10 @@ class _Canvas:
         accepted = settled & (np.cumsum(entropy) - entropy <= self.config.entropy_bound)
         return max(1, int(accepted.sum()))
 
-    def _stability(self) -> int:
-        """Steps for which a token must have stayed the same."""
-        floor = self.config.confident_after
-        if floor is not None and self.steps >= floor:
-            return 0
-        return self.config.stability_threshold
-
 
 def generate_matching(
     model: DiffusionGemma,
-    predictor: Predictor,
+    denoiser: Denoiser,
     cache: PrefixCache,
     config: DiffusionConfig,
     noise: Noise,
@@ -195,74 +217,21 @@ def generate_matching(
         ClosingError: no output that short is known to match.
         BrokenOffError: the model or the matcher failed on the way.
     """
-    length = config.canvas_length or model.config.canvas_length
-    vocab = model.config.text.vocab_size
-    tokens: list[int] = []
     closer.require(matcher, config.max_tokens)
-    index = 0
-    while True:
-        room = config.max_tokens - len(tokens)
-        if config.shrink_canvas:
-            length = min(length, room)
-        canvas = _Canvas(predictor, cache, config, noise, index, length, vocab)
-        pinned: list[int] = []
-        try:
-            ended = yield from _match_canvas(canvas, matcher, closer, settings, room, pinned)
-        except DiffGemmaError as error:
-            raise BrokenOffError(str(error), tokens + pinned) from error
-        tokens += pinned
-        yield CanvasCommitted(
-            canvas_index=index,
-            rows=(0,),
-            tokens=(tuple(pinned),),
-            steps=(canvas.steps,),
-            finish_reasons=("stop" if ended else None,),
-        )
-        if ended:
-            return tokens
-        model.encode(mx.array([pinned], mx.int32), cache)
-        mx.eval(cache.arrays())
-        mx.clear_cache()
-        cache.tokens[0].extend(pinned)
-        index += 1
-
-
-def _match_canvas(
-    canvas: _Canvas,
-    matcher: Matcher,
-    closer: Closer,
-    settings: MatchingSettings,
-    room: int,
-    pinned: list[int],
-) -> Generator[DenoisingStep, None, bool]:
-    """Put the tokens of one canvas into `pinned`; returns whether they end the sequence."""
-    length = canvas.shape[0]
-    while True:
-        _pin(matcher, pinned, matcher.forced(), min(length, room))
-        if matcher.must_end or len(pinned) == room:
-            return True
-        if len(pinned) == length:
-            return False
-        layout = _layout(matcher, pinned, settings, length, room)
-        ready = 0
-        while not ready:
-            yield canvas.step(layout)
-            ahead = canvas.draft[len(pinned) :].tolist()
-            text = _up_to_eos(ahead, settings)
-            valid = matcher.matching(text)
-            # An eos behind what matches is a choice like any other.
-            eos = valid == len(text) < len(ahead)
-            ready = canvas.ready(len(pinned), max(1, valid + eos))
-        kept = closer.affordable(matcher, text[: min(ready, valid)], room - len(pinned))
-        ends = eos and ready > valid
-        if not kept and not ends:
-            # No room is left but for the end: the next token may take it out of reach.
-            _pin(matcher, pinned, closer.ending(matcher, room - len(pinned)), length)
-            return len(pinned) < length or matcher.may_end
-        _pin(matcher, pinned, kept, length)
-        if ends and len(kept) == valid and matcher.may_end:
-            return True
-        canvas.sampler = make_sampler(canvas.config, canvas.shape[1])
+    match = _Match(model, cache, config, noise, matcher, closer, settings)
+    try:
+        first = match.next_canvas(0)
+        steps = denoise(denoiser, {} if first is None else {0: first}, match.following)
+        del first  # a prefix that is to grow is copied where it is still held
+        while match.committed:
+            yield match.committed.pop(0)
+        for stepped in steps:
+            yield DenoisingStep(0, stepped[0])
+            while match.committed:
+                yield match.committed.pop(0)
+    except DiffGemmaError as error:
+        raise BrokenOffError(str(error), match.tokens + match.pinned) from error
+    return match.tokens
 
 
 def _up_to_eos(tokens: list[int], settings: MatchingSettings) -> list[int]:
@@ -287,30 +256,8 @@ def _layout(
     allowed = dict.fromkeys(range(len(pinned), len(pinned) + free), settings.text | ends)
     for place, mask in enumerate(look_ahead(matcher, free, ends), len(pinned)):
         allowed[place] = mask
-        tokens = tokens_in(mask)
-        if len(tokens) == 1 or set(tokens) <= set(settings.eos):
+        tokens = few_tokens_in(mask, max(1, len(settings.eos)))
+        if tokens is not None and (len(tokens) == 1 or set(tokens) <= set(settings.eos)):
             row[place] = tokens[0] if len(tokens) == 1 else settings.end
             del allowed[place]
     return Layout(tuple(row), allowed)
-
-
-@dataclass(frozen=True)
-class _Shifted:
-    """Noise whose steps are counted from elsewhere."""
-
-    noise: Noise
-    shift: int
-
-    def initial_canvas(self, rows: Sequence[int], canvas: int, length: int, vocab: int) -> mx.array:
-        return self.noise.initial_canvas(rows, canvas, length, vocab)
-
-    def draw_keys(self, rows: Sequence[int], canvas: int, step: int) -> mx.array:
-        return self.noise.draw_keys(rows, canvas, step + self.shift)
-
-    def renoise(
-        self, rows: Sequence[int], canvas: int, step: int, length: int, vocab: int
-    ) -> mx.array:
-        return self.noise.renoise(rows, canvas, step + self.shift, length, vocab)
-
-    def uniform(self, rows: Sequence[int], canvas: int, step: int, length: int) -> mx.array:
-        return self.noise.uniform(rows, canvas, step + self.shift, length)

@@ -1,20 +1,23 @@
-"""Every random draw, from an explicit key.
+"""Every random draw of a sequence, from an explicit key.
 
 A key depends on the seed, the sequence, the canvas, the step and the purpose alone. So a run can be
-repeated, a sequence draws the same alone and in a batch, and no draw depends on how many steps an
-earlier canvas took. Letters: R rows, C canvas, V vocabulary.
+repeated, a sequence draws the same alone and in any company, and no draw depends on how many steps
+an earlier canvas took. Letters: C canvas, V vocabulary.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
+
+from mlx_diffgemma.checks import check_integer
 
 
 class Purpose(IntEnum):
@@ -25,84 +28,67 @@ class Purpose(IntEnum):
 
 
 class Noise(Protocol):
-    """Where the loop gets its randomness; tests put recorded draws in its place."""
+    """Where the canvases of a sequence get their randomness; tests put recorded draws there."""
 
-    def initial_canvas(self, rows: Sequence[int], canvas: int, length: int, vocab: int) -> mx.array:
-        """[R, C] uniform token ids to start canvas number `canvas` from."""
+    def initial(self, canvas: int, length: int, vocab: int) -> mx.array:
+        """[C] uniform token ids to start canvas number `canvas` from."""
 
-    def draw_keys(self, rows: Sequence[int], canvas: int, step: int) -> mx.array:
-        """[R, 2] one key a row, for the categorical draws of a step."""
+    def draw_key(self, canvas: int, step: int) -> mx.array:
+        """[2] the key of the categorical draws of a step."""
 
-    def renoise(
-        self, rows: Sequence[int], canvas: int, step: int, length: int, vocab: int
-    ) -> mx.array:
-        """[R, C] uniform token ids for the positions that a step does not accept."""
+    def renoise(self, canvas: int, step: int, length: int, vocab: int) -> mx.array:
+        """[C] uniform token ids for the positions that a step does not accept."""
 
-    def uniform(self, rows: Sequence[int], canvas: int, step: int, length: int) -> mx.array:
-        """[R, C] uniform numbers in [0, 1), for samplers that toss coins."""
+    def uniform(self, canvas: int, step: int, length: int) -> mx.array:
+        """[C] uniform numbers in [0, 1), for samplers that toss coins."""
+
+
+NoiseOf = Callable[[int], Noise]
+"""The noise of each sequence of a batch, by its number."""
 
 
 @dataclass(frozen=True)
-class StepNoise:
-    """The noise of one step of one canvas."""
-
-    noise: Noise
-    rows: Sequence[int]
-    canvas: int
-    step: int
-    length: int
-    vocab: int
-
-    def keys(self) -> mx.array:
-        return self.noise.draw_keys(self.rows, self.canvas, self.step)
-
-    def tokens(self) -> mx.array:
-        return self.noise.renoise(self.rows, self.canvas, self.step, self.length, self.vocab)
-
-    def uniform(self) -> mx.array:
-        return self.noise.uniform(self.rows, self.canvas, self.step, self.length)
-
-
 class SeededNoise:
-    """Noise that a seed determines: row `r` of the batch draws from its own streams."""
+    """Noise that a seed and the number of the sequence determine."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    seed: int
+    sequence: int = 0
 
-    def initial_canvas(self, rows: Sequence[int], canvas: int, length: int, vocab: int) -> mx.array:
-        return _uniform_tokens(self._keys(rows, canvas, 0, Purpose.INITIAL), length, vocab)
+    def initial(self, canvas: int, length: int, vocab: int) -> mx.array:
+        return _uniform_tokens(self._key(canvas, 0, Purpose.INITIAL), length, vocab)
 
-    def draw_keys(self, rows: Sequence[int], canvas: int, step: int) -> mx.array:
-        return self._keys(rows, canvas, step, Purpose.DRAW)
+    def draw_key(self, canvas: int, step: int) -> mx.array:
+        return self._key(canvas, step, Purpose.DRAW)
 
-    def renoise(
-        self, rows: Sequence[int], canvas: int, step: int, length: int, vocab: int
-    ) -> mx.array:
-        return _uniform_tokens(self._keys(rows, canvas, step, Purpose.RENOISE), length, vocab)
+    def renoise(self, canvas: int, step: int, length: int, vocab: int) -> mx.array:
+        return _uniform_tokens(self._key(canvas, step, Purpose.RENOISE), length, vocab)
 
-    def uniform(self, rows: Sequence[int], canvas: int, step: int, length: int) -> mx.array:
-        keys = self._keys(rows, canvas, step, Purpose.UNIFORM)
-        return mx.stack([mx.random.uniform(shape=(length,), key=key) for key in keys])
+    def uniform(self, canvas: int, step: int, length: int) -> mx.array:
+        return mx.random.uniform(shape=(length,), key=self._key(canvas, step, Purpose.UNIFORM))
 
-    def _keys(self, rows: Sequence[int], canvas: int, step: int, purpose: Purpose) -> mx.array:
-        streams = (
-            np.random.SeedSequence(self.seed, spawn_key=(row, canvas, step, purpose))
-            for row in rows
+    def _key(self, canvas: int, step: int, purpose: Purpose) -> mx.array:
+        stream = np.random.SeedSequence(
+            self.seed, spawn_key=(self.sequence, canvas, step, int(purpose))
         )
-        return mx.array(np.stack([stream.generate_state(2, np.uint32) for stream in streams]))
+        return mx.array(stream.generate_state(2, np.uint32))
 
 
-def fresh_seed() -> int:
-    """A seed for a run whose user gave none; small enough to be typed again."""
-    return secrets.randbelow(2**32)
+def seeded(seed: int) -> NoiseOf:
+    """The noise of every sequence of a batch, from one seed."""
+    return partial(SeededNoise, seed)
 
 
-def draw_categorical(logits: mx.array, keys: mx.array) -> mx.array:
-    """One token a position from `logits` [R, C, V], row r with `keys[r]` [2] -> [R, C] int32."""
-    rows = [mx.random.categorical(row, key=key) for row, key in zip(logits, keys, strict=True)]
-    return mx.stack(rows).astype(mx.int32)
+def checked_seed(seed: int | None) -> int:
+    """The seed given, or for None a fresh one, small enough to be typed again.
+
+    Raises:
+        UsageError: it is negative or no integer.
+    """
+    if seed is None:
+        return secrets.randbelow(2**32)
+    check_integer("seed", seed, 0)
+    return seed
 
 
-def _uniform_tokens(keys: mx.array, length: int, vocab: int) -> mx.array:
-    rows = [mx.random.randint(0, vocab, (length,), mx.int32, key=key) for key in keys]
-    return mx.stack(rows)
+def _uniform_tokens(key: mx.array, length: int, vocab: int) -> mx.array:
+    return mx.random.randint(0, vocab, (length,), mx.int32, key=key)

@@ -1,160 +1,102 @@
-"""What the loop asks of the model at a step: not logits, but what follows from them.
+"""What a step asks of the model: not logits, but what follows from them.
 
-Letters: R rows, C canvas, D hidden, V vocabulary.
+Letters: C canvas, N positions of all canvases of a batch, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from operator import itemgetter
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_diffgemma.diffusion.constraints import CanvasConstraint
-from mlx_diffgemma.diffusion.noise import draw_categorical
-from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
+from mlx_diffgemma.diffusion.active_set import active_places, remembered
+from mlx_diffgemma.diffusion.canvas import Canvas, Passed, Prediction
 from mlx_diffgemma.kernels.vocabulary import Row
-from mlx_diffgemma.model.cache import PrefixCache
-from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.model.cache import Prefix
+from mlx_diffgemma.model.diffusion_gemma import CanvasView, DiffusionGemma
 
-_TILE_FROM = 8192  # vocabulary from which the logits are not held
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The model's view of a canvas at a temperature.
-
-    Attributes:
-        argmax: [R, C] int32, the most likely tokens: the draft.
-        draw: [R, C] int32, one sample a position.
-        entropy: [R, C] float32, in nats.
-        soft_embeddings: [R, C, D], the expected embeddings, for the next step; None after the last.
-        confidence: [R, C] float32, the probability of `draw`.
-    """
-
-    argmax: mx.array
-    draw: mx.array
-    entropy: mx.array
-    soft_embeddings: mx.array | None
-    confidence: mx.array
+_GROUPED = 4  # token-expert pairs an expert from which MLX multiplies the tokens of one together
 
 
-class Predictor(Protocol):
-    """One forward pass over a canvas [R, C] that continues the prefix in `cache`, at a
-    temperature, under a constraint, drawing row r with `keys[r]` [2]. No step follows the `last`
-    one, so it needs no soft embeddings."""
+class Predict(Protocol):
+    """One forward pass over canvases, each behind its own prefix; nothing is evaluated."""
 
-    def __call__(
-        self,
-        canvas: mx.array,
-        cache: PrefixCache,
-        soft_embeddings: mx.array | None,
-        temperature: float,
-        keys: mx.array,
-        constraint: CanvasConstraint | None = None,
-        last: bool = False,
-    ) -> Prediction: ...
+    def __call__(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> list[Passed]: ...
 
 
-class MaterializedPredictor:
-    """A prediction from the whole [R, C, V] logits in float32. Where `soft_cutoff` is given, only
-    tokens above e^-soft_cutoff of the likeliest enter the soft embeddings."""
+class Predictor:
+    """Predictions of a model."""
 
-    def __init__(self, model: DiffusionGemma, soft_cutoff: float | None = None) -> None:
-        self.model, self.soft_cutoff = model, soft_cutoff
+    def __init__(self, model: DiffusionGemma) -> None:
+        self.model = model
 
-    def __call__(
-        self,
-        canvas: mx.array,
-        cache: PrefixCache,
-        soft_embeddings: mx.array | None,
-        temperature: float,
-        keys: mx.array,
-        constraint: CanvasConstraint | None = None,
-        last: bool = False,
-        places: mx.array | None = None,
-    ) -> Prediction:
-        hidden = self.model.decode(canvas, cache, soft_embeddings, places)
-        processed = self.model.logits(hidden) / temperature
-        if constraint is not None:
-            processed = constraint.restrict(processed)
-        draw = draw_categorical(processed, keys)
-        drawn = mx.take_along_axis(processed, draw[..., None], axis=-1)[..., 0]
-        return Prediction(
-            argmax=mx.argmax(processed, axis=-1).astype(mx.int32),
-            draw=draw,
-            entropy=entropy(processed),
-            soft_embeddings=None if last else self.model.soft_embeddings(self._cut(processed)),
-            confidence=mx.exp(drawn - mx.logsumexp(processed, axis=-1)),
-        )
-
-    def _cut(self, processed: mx.array) -> mx.array:
-        if self.soft_cutoff is None:
-            return processed
-        least = processed.max(axis=-1, keepdims=True) - self.soft_cutoff
-        return mx.where(processed >= least, processed, -mx.inf)
-
-
-class TiledPredictor:
-    """The same prediction without the logits: a pass over the vocabulary in tiles."""
-
-    def __init__(self, model: DiffusionGemma, soft_cutoff: float | None = None) -> None:
-        self.model, self.soft_cutoff = model, soft_cutoff
-
-    def __call__(
-        self,
-        canvas: mx.array,
-        cache: PrefixCache,
-        soft_embeddings: mx.array | None,
-        temperature: float,
-        keys: mx.array,
-        constraint: CanvasConstraint | None = None,
-        last: bool = False,
-        places: mx.array | None = None,
-    ) -> Prediction:
-        hidden = self.model.decode(canvas, cache, soft_embeddings, places)
-        count, length, width = hidden.shape
-        allowed = None if constraint is None else constraint.allowed
-        rows = [
-            Row(
-                length,
-                temperature,
-                keys[row],
-                None if constraint is None else constraint.fixed[row],
-                None if allowed is None else allowed[row],
-                not last,
-                self.soft_cutoff,
+    def __call__(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> list[Passed]:
+        text = self.model.config.text
+        least = -(-_GROUPED * text.num_experts // text.top_k_experts)
+        places = [active_places(canvas, least) for canvas in canvases]
+        views = [
+            CanvasView(
+                canvas.tokens,
+                prefix,
+                canvas.soft_embeddings,
+                place,
+                () if canvas.settled is None else canvas.settled.passed.layers,
             )
-            for row in range(count)
+            for canvas, prefix, place in zip(canvases, prefixes, places, strict=True)
         ]
-        seen = self.model.vocabulary_pass(
-            hidden.reshape(-1, width),
-            EmbeddingTable.of(self.model.model.decoder.embed_tokens, self.model.dtype),
-            rows,
-            softcap=self.model.config.text.final_logit_softcapping,
-            standing=None if places is not None else canvas.flatten(),
-        )
+        hidden, layers = self.model.decode_keeping(views)
+        rows = [
+            _row(canvas, np.arange(len(canvas)) if place is None else place)
+            for canvas, place in zip(canvases, places, strict=True)
+        ]
+        seen = self.model.predict(hidden, rows, mx.concatenate([_computed(view) for view in views]))
         assert seen.draw is not None and seen.draw_log_probability is not None
-        soft = seen.soft_embeddings
-        return Prediction(
-            argmax=seen.argmax.reshape(count, length),
-            draw=seen.draw.reshape(count, length),
-            entropy=seen.entropy.reshape(count, length),
-            soft_embeddings=None if soft is None else soft.reshape(hidden.shape),
-            confidence=mx.exp(seen.draw_log_probability).reshape(count, length),
+        whole = Prediction(
+            argmax=seen.argmax,
+            draw=seen.draw,
+            entropy=seen.entropy,
+            confidence=mx.exp(seen.draw_log_probability),
+            soft_embeddings=seen.soft_embeddings,
+            dropped_mass=seen.dropped_mass,
         )
+        parts = split(whole, [row.length for row in rows])
+        return [
+            Passed(
+                part if place is None else remembered(canvas, part, place),
+                place is None,
+                kept if canvas.settings.settled_after is not None else (),
+            )
+            for canvas, part, place, kept in zip(canvases, parts, places, layers, strict=True)
+        ]
 
 
-def make_predictor(
-    model: DiffusionGemma, soft_cutoff: float | None = None
-) -> MaterializedPredictor | TiledPredictor:
-    """Tiles where the vocabulary is large, whole logits where they are small."""
-    if model.config.text.vocab_size > _TILE_FROM:
-        return TiledPredictor(model, soft_cutoff)
-    return MaterializedPredictor(model, soft_cutoff)
+def split(prediction: Prediction, lengths: Sequence[int]) -> list[Prediction]:
+    """The prediction of N positions as those of canvases that lie one behind the other."""
+    if len(lengths) == 1:
+        return [prediction]
+    spans = pairwise(accumulate(lengths, initial=0))
+    return [prediction.map(itemgetter(slice(start, stop))) for start, stop in spans]
 
 
-def entropy(logits: mx.array) -> mx.array:
-    """Entropy in nats of the distributions that `logits` [..., V] describe; -inf is no chance."""
-    log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    return -mx.where(logits == -mx.inf, 0.0, mx.exp(log_p) * log_p).sum(axis=-1)
+def _row(canvas: Canvas, places: np.ndarray) -> Row:
+    """What is asked of the vocabulary for a canvas of which the positions `places` are computed. No
+    step follows the last one, so it needs no soft embeddings."""
+    layout, settings = canvas.layout, canvas.settings
+    return Row(
+        length=len(places),
+        temperature=canvas.temperature,
+        key=canvas.noise.draw_key(canvas.index, canvas.step),
+        fixed=None if layout is None else layout.fixed,
+        allowed=None if layout is None else layout.words(canvas.vocab),
+        need_soft=not canvas.is_last_step,
+        soft_cutoff=settings.soft_cutoff,
+        likely=canvas.few_suffice[places],
+    )
+
+
+def _computed(view: CanvasView) -> mx.array:
+    return view.tokens if view.places is None else view.tokens[mx.array(view.places)]

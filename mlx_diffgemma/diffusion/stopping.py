@@ -1,102 +1,45 @@
-"""When a canvas is done. Rules are made anew for each canvas. Letters: R rows, C canvas."""
+"""When a canvas is done: functions of the canvas after a pass. Letters: C canvas."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from typing import Protocol
-
 import numpy as np
 
+from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 
 
-class StopRule(Protocol):
-    """Sees every step of one canvas in order."""
+def as_shown(
+    settings: DiffusionConfig, draft: np.ndarray, entropy: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """A draft [C] and its entropies [C] in nats as the stop rule sees them.
 
-    def update(
-        self, draft: np.ndarray, entropy: np.ndarray, counted: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Drafts [R, C] and entropies [R, C] in nats of a step -> which rows are done. Where
-        `counted` [R, C] is given, only those positions matter."""
-
-
-class StableAndConfident:
-    """The draft equals that of the previous `stability` steps and its mean entropy is below
-    `confidence` nats: the reference's `StableAndConfidentStoppingCriteria`."""
-
-    def __init__(self, stability: int, confidence: float) -> None:
-        self.stability, self.confidence = stability, confidence
-        self._history: deque[np.ndarray] = deque(maxlen=stability)
-
-    def update(
-        self, draft: np.ndarray, entropy: np.ndarray, counted: np.ndarray | None = None
-    ) -> np.ndarray:
-        counted = np.ones(draft.shape, bool) if counted is None else counted
-        stable = np.full(len(draft), len(self._history) == self.stability)
-        for earlier in self._history:
-            stable &= ((earlier == draft) | ~counted).all(axis=-1)
-        self._history.append(draft)
-        return stable & (_mean(entropy, counted) < self.confidence)
+    With `stop_at_eos` it looks no further than the first eos of the draft that is certain: what
+    follows it is cut off at commit, and counts as settled. (Left out of the mean, it would delay
+    the stop.)
+    """
+    if not settings.stop_at_eos or not settings.eos_token_ids:
+        return draft, entropy
+    is_eos = np.isin(draft, settings.eos_token_ids)
+    # An eos that follows an earlier, uncertain one would be cut off with it.
+    ends = is_eos & (is_eos.cumsum() == 1) & (entropy < settings.eos_certainty)
+    behind = np.cumsum(ends) - ends > 0
+    return (
+        np.where(behind, settings.eos_token_ids[0], draft),
+        np.where(behind, 0.0, entropy),
+    )
 
 
-class ConfidentAfter:
-    """From step `floor` on, a mean entropy below `confidence` nats is enough."""
-
-    def __init__(self, floor: int, confidence: float) -> None:
-        self.floor, self.confidence = floor, confidence
-        self._step = 0
-
-    def update(
-        self, draft: np.ndarray, entropy: np.ndarray, counted: np.ndarray | None = None
-    ) -> np.ndarray:
-        self._step += 1
-        counted = np.ones(draft.shape, bool) if counted is None else counted
-        return (_mean(entropy, counted) < self.confidence) & (self._step >= self.floor)
-
-
-class AnyOf:
-    """Done when one of the rules says so; each of them sees every step."""
-
-    def __init__(self, rules: Sequence[StopRule]) -> None:
-        self.rules = rules
-
-    def update(
-        self, draft: np.ndarray, entropy: np.ndarray, counted: np.ndarray | None = None
-    ) -> np.ndarray:
-        return np.any([rule.update(draft, entropy, counted) for rule in self.rules], axis=0)
-
-
-class UpToEos:
-    """Lets a rule look no further than the first eos of the draft whose own entropy is below
-    `certain` nats: what follows it is cut off at commit."""
-
-    def __init__(self, rule: StopRule, eos_token_ids: Sequence[int], certain: float) -> None:
-        self.rule, self.certain = rule, certain
-        self.eos = np.array(eos_token_ids)
-
-    def update(
-        self, draft: np.ndarray, entropy: np.ndarray, counted: np.ndarray | None = None
-    ) -> np.ndarray:
-        ends = np.isin(draft, self.eos) & (entropy < self.certain)
-        # An eos that follows an earlier, uncertain one would be cut off with it.
-        first = np.isin(draft, self.eos).cumsum(axis=-1) == 1
-        behind = np.cumsum(ends & first, axis=-1) - (ends & first) > 0
-        # What lies behind counts as settled: left out of the mean, it would delay the stop.
-        settled = np.where(behind, self.eos[0], draft)
-        return self.rule.update(settled, np.where(behind, 0.0, entropy), counted)
-
-
-def make_stop_rule(config: DiffusionConfig) -> StopRule:
-    """The rule that the settings describe, for one canvas."""
-    rule: StopRule = StableAndConfident(config.stability_threshold, config.confidence_threshold)
-    if config.confident_after is not None:
-        rule = AnyOf([rule, ConfidentAfter(config.confident_after, config.confidence_threshold)])
-    if config.stop_at_eos and config.eos_token_ids:
-        rule = UpToEos(rule, config.eos_token_ids, config.entropy_bound)
-    return rule
-
-
-def _mean(entropy: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    total: np.ndarray = np.where(counted, entropy, 0.0).sum(axis=-1)
-    return total / np.maximum(counted.sum(axis=-1), 1)
+def has_converged(canvas: Canvas) -> bool:
+    """Whether the draft equals that of the previous `stability_threshold` passes and its mean
+    entropy is below `confidence_threshold` (the reference's `StableAndConfidentStoppingCriteria`);
+    from pass `confident_after` on, the second alone is enough."""
+    settings, counted = canvas.settings, canvas.counts()
+    _, entropy = as_shown(settings, canvas.draft, canvas.entropy)
+    mean = float(np.where(counted, entropy, 0.0).sum(dtype=entropy.dtype))
+    if not mean / max(1, int(counted.sum())) < settings.confidence_threshold:
+        return False
+    if settings.confident_after is not None and canvas.passes >= settings.confident_after:
+        return True
+    enough = canvas.passes > settings.stability_threshold
+    stable = canvas.unchanged >= settings.stability_threshold
+    return enough and bool((stable | ~counted).all())

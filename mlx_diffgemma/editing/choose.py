@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
-from mlx_diffgemma.diffusion.prefill import left_padded, prefill
+from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.editing.scoring import Option, comparable, option_log_probs, softmax
 from mlx_diffgemma.editing.session import Session
 from mlx_diffgemma.editing.vocabulary import Vocabulary
@@ -52,6 +51,7 @@ class Chosen:
         return max(self.probabilities, key=lambda choice: self.probabilities[choice])
 
 
+@memory.wired()
 def choose(
     model: DiffusionGemma,
     tokenizer: Any,
@@ -103,23 +103,12 @@ def choose(
     ids = [
         encode_prompt(tokenizer, prompt, raw=raw, system_prompt=system_prompt) for prompt in prompts
     ]
-    for row in ids:
-        fit_to_context(model, row, session.config)
-    padded, pads = left_padded(ids, session.config.pad_token_id)
-    cache = model.make_cache(pads)
-    cache.tokens = ids
-    for _ in prefill(model, padded, cache):
-        pass
+    fit_to_context(model, ids, session.config)
+    prefixes = [session.encoded(row) for row in ids]
+    found = [option_log_probs(session, prefixes, options, draw) for draw in range(draws)]
     probabilities = np.stack(
-        [
-            [
-                softmax(row)
-                for row in option_log_probs(session, cache, options, draw).reshape(len(asked), -1)
-            ]
-            for draw in range(draws)
-        ]
+        [[softmax(row) for row in log_probs.reshape(len(asked), -1)] for log_probs in found]
     )  # [draws, questions, choices]
-    mx.clear_cache()
     return [
         Chosen(
             question=question,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.diffusion.constraints import FREE
 from mlx_diffgemma.editing.files import split_lines, unified_diff
 from mlx_diffgemma.editing.gaps import Filled, choose_lengths, read
@@ -56,6 +57,7 @@ class Edited:
         return unified_diff(self.before, self.text, name)
 
 
+@memory.wired()
 def edit(
     model: DiffusionGemma,
     tokenizer: Any,
@@ -168,11 +170,11 @@ def _partly_noised(
     session: Session, window: Window, present: Sequence[int], strength: float
 ) -> list[int]:
     """A canvas that holds the present text with a share of `strength` of it replaced by noise."""
-    noise = np.array(session.noise.initial_canvas([0], session.canvases, *session.shape))[0]
-    coins = np.array(session.noise.uniform([0], session.canvases, 0, session.length))[0]
+    index, size = session.canvases, session.vocabulary.size
+    canvas = np.array(session.noise.initial(index, session.length, size))
+    coins = np.array(session.noise.uniform(index, 0, session.length))
     span = window.spans[0]
     start = span.start + bool(span.before)
-    canvas = noise.copy()
     for place, token in enumerate(present, start):
         if place < span.stop - bool(span.after) and coins[place] >= strength:
             canvas[place] = token

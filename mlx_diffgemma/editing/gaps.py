@@ -10,6 +10,7 @@ from math import prod
 import numpy as np
 
 from mlx_diffgemma.diffusion.constraints import FREE, Layout
+from mlx_diffgemma.diffusion.denoiser import Look
 from mlx_diffgemma.editing.session import Session
 from mlx_diffgemma.editing.window import Gap, Span, Window, lay_out
 from mlx_diffgemma.errors import UsageError
@@ -184,21 +185,26 @@ def look_at_lengths(
         if visible >= together:
             break
         together = max(1, visible)
-    cache = session.prefix(windows[0].prefix)
-    seen = session.first_look(cache, [window.layout for window in windows])
+    prefix = session.prefix(windows[0].prefix)
+    seen = session.first_look(prefix, [window.layout for window in windows])
     bias = None
     if alone:
-        bias = session.first_look(cache, [_alone(window, together) for window in windows])
+        bias = session.first_look(prefix, [_alone(window, together) for window in windows])
     found = {}
     for row, (lengths, window) in enumerate(zip(combinations, windows, strict=True)):
         inside = _inside(window, together)
-        fixed = np.array(window.layout.tokens) != FREE
         found[lengths] = Evidence(
-            around=float(seen[row, fixed].sum()),
-            inside=float(seen[row, inside].mean()),
-            alone=None if bias is None else float(bias[row, inside].mean()),
+            around=float(seen[row].standing[~window.layout.open].sum()),
+            inside=_certainty(seen[row], window.layout, inside),
+            alone=None if bias is None else _certainty(bias[row], window.layout, inside),
         )
     return found
+
+
+def _certainty(look: Look, layout: Layout, places: list[int]) -> float:
+    """Mean confidence in what fills some positions: the negative entropy, or the log-probability
+    of a token that is given."""
+    return float(np.where(layout.open, -look.entropy, look.standing)[places].mean())
 
 
 def _inside(window: Window, count: int) -> list[int]:

@@ -6,27 +6,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
+from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.config import DiffusionConfig
-from mlx_diffgemma.diffusion.constraints import CanvasConstraint, Layout
-from mlx_diffgemma.diffusion.denoise import denoise_canvas
+from mlx_diffgemma.diffusion.constraints import Layout
+from mlx_diffgemma.diffusion.denoiser import Denoiser, InFlight, Look, denoise, until_done
+from mlx_diffgemma.diffusion.encode import encode
 from mlx_diffgemma.diffusion.events import DenoisingStep
-from mlx_diffgemma.diffusion.noise import SeededNoise, fresh_seed
-from mlx_diffgemma.diffusion.predict import entropy, make_predictor
-from mlx_diffgemma.diffusion.prefill import DEFAULT_STEP_SIZE, prefill
+from mlx_diffgemma.diffusion.noise import SeededNoise, checked_seed
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.editing.vocabulary import Vocabulary
-from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.generation import diffusion_config, fit_to_context, reuse_prefix
-from mlx_diffgemma.model.cache import PrefixCache
+from mlx_diffgemma.generation import diffusion_config, fit_to_context
+from mlx_diffgemma.model.cache import Prefix
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.text.prompt import Prompt, encode_prompt
 
 OnStep = Callable[[DenoisingStep], None]
-
-_LOGITS_AT_ONCE = 1 << 28  # most logits of a batch of candidates
 
 
 @dataclass(frozen=True)
@@ -67,110 +63,79 @@ class Session:
         self.model = model
         # How long a canvas is follows from what must be in it.
         self.config = replace(diffusion_config(model, profile, **settings), shrink_canvas=False)
-        self.seed = fresh_seed() if seed is None else seed
-        if self.seed < 0:
-            raise UsageError(f"seed must not be negative, and is {self.seed}.")
+        self.seed = checked_seed(seed)
         self.vocabulary = Vocabulary(
             tokenizer, model.config.text.vocab_size, self.config.eos_token_ids
         )
         self.prompt = encode_prompt(
             tokenizer, prompt, raw=raw, system_prompt=system_prompt, thinking=thinking
         )
-        self._prefill_step_size = prefill_step_size or DEFAULT_STEP_SIZE
+        self._prefill_step_size = prefill_step_size
         self.length = self.config.canvas_length or model.config.canvas_length
         self.noise = SeededNoise(self.seed)
-        self.predictor = make_predictor(model, self.config.soft_cutoff)
+        self.denoiser = Denoiser(model)
         self.passes = 0
         self.canvases = 0
-        self._cache = model.make_cache()
+        self.cache = model.make_cache()
         self._on_step = on_step or (lambda step: None)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Canvas length and vocabulary size."""
-        return self.length, self.vocabulary.size
 
     def fitted(self) -> DiffusionConfig:
         """The settings, with an answer that ends where the context ends."""
-        return fit_to_context(self.model, self.prompt, self.config)
+        return fit_to_context(self.model, [self.prompt], self.config)[0]
 
     def stepped(self, step: DenoisingStep) -> None:
         """Count a denoising step and report it."""
         self.passes += 1
         self._on_step(step)
 
-    def prefix(self, text_tokens: Sequence[int] = ()) -> PrefixCache:
-        """The cache of the prompt, followed by these tokens of the answer."""
+    def prefix(self, text_tokens: Sequence[int] = ()) -> Prefix:
+        """The prompt, followed by these tokens of the answer, encoded."""
         ids = [*self.prompt, *text_tokens]
-        fit_to_context(self.model, ids, self.config)
-        reuse_prefix(self._cache, ids)
-        rest = ids[len(self._cache.tokens[0]) :]
-        if rest:
-            ids_left = mx.array([rest], mx.int32)
-            for _ in prefill(self.model, ids_left, self._cache, step_size=self._prefill_step_size):
-                pass
-            self._cache.tokens[0].extend(rest)
-        return self._cache
+        fit_to_context(self.model, [ids], self.config)
+        return self.encoded(ids)
+
+    def encoded(self, ids: Sequence[int]) -> Prefix:
+        """These token ids encoded; what they begin with in common with the last ones is known."""
+        for _ in encode(self.model, self.cache, ids, step_size=self._prefill_step_size):
+            pass
+        return self.cache.prefix
+
+    def canvas(self, layout: Layout, **start: Any) -> Canvas:
+        """The next canvas of this session; `start` as for `Canvas.start`."""
+        return Canvas.start(
+            self.config,
+            self.noise,
+            self.canvases,
+            self.length,
+            self.vocabulary.size,
+            layout=layout,
+            **start,
+        )
 
     def denoise(
         self,
-        cache: PrefixCache,
+        prefix: Prefix,
         layout: Layout,
         *,
         initial: Sequence[int] | None = None,
         watched: range | None = None,
         first_step: int = 1,
-        config: DiffusionConfig | None = None,
     ) -> Denoised:
         """Denoise one canvas that must be as `layout` says; `initial` is what it starts from
         instead of noise, and the `watched` positions decide when it is done (all if None)."""
         counted = None
         if watched is not None:
-            counted = np.isin(np.arange(self.length), list(watched))[None]
-        steps = denoise_canvas(
-            self.predictor,
-            cache,
-            config or self.config,
-            self.noise,
-            rows=[0],
-            canvas_index=self.canvases,
-            canvas_length=self.length,
-            vocab_size=self.vocabulary.size,
-            initial_canvas=None if initial is None else mx.array([list(initial)], mx.int32),
-            constraint=CanvasConstraint.of([layout], self.vocabulary.size),
-            counted=counted,
-            first_step=first_step,
-        )
-        last = None
-        for last in steps:
-            self.stepped(last)
-        assert last is not None, "a canvas takes at least one step"
+            counted = np.isin(np.arange(self.length), list(watched))
+        canvas = self.canvas(layout, initial=initial, first_step=first_step, counted=counted)
+        for stepped in denoise(self.denoiser, {0: InFlight(canvas, prefix)}, until_done(prefix)):
+            canvas = stepped[0]
+            self.stepped(DenoisingStep(0, canvas))
         self.canvases += 1
-        return Denoised(last.draft[0].tolist(), last.entropy[0].tolist(), last.step)
+        return Denoised(canvas.draft.tolist(), canvas.entropy.tolist(), canvas.passes)
 
-    def first_look(self, cache: PrefixCache, layouts: Sequence[Layout]) -> np.ndarray:
-        """What the model believes at first sight of each layout, all filled up with the same noise,
-        at temperature 1: [R, C] in nats, the log-probability of the token where one is fixed,
-        elsewhere the negative entropy of what may stand there."""
-        noise = self.noise.initial_canvas([0], self.canvases, *self.shape)
-        at_once = max(1, _LOGITS_AT_ONCE // (self.length * self.vocabulary.size))
-        found = []
-        for start in range(0, len(layouts), at_once):
-            some = layouts[start : start + at_once]
-            constraint = CanvasConstraint.of(some, self.vocabulary.size)
-            canvas = constraint.pin(mx.repeat(noise, len(some), axis=0))
-            hidden = self.model.decode(canvas, repeated(cache, [0] * len(some)))
-            logits = self.model.logits(hidden)
-            standing = mx.take_along_axis(logits, canvas[..., None], axis=-1)[..., 0]
-            fixed = standing - mx.logsumexp(logits, axis=-1)
-            free = -entropy(constraint.restrict(logits))
-            found.append(np.array(mx.where(constraint.is_open, free, fixed)))
-            self.passes += 1
-        return np.concatenate(found)
-
-
-def repeated(cache: PrefixCache, rows: Sequence[int]) -> PrefixCache:
-    """A copy of the cache with these of its sequences, each as often as it is named."""
-    copy = cache.snapshot()
-    copy.keep_rows(rows)
-    return copy
+    def first_look(self, prefix: Prefix, layouts: Sequence[Layout]) -> list[Look]:
+        """What the model believes at first sight of each layout, all filled up with the same
+        noise."""
+        self.passes += 1
+        canvases = [self.canvas(layout) for layout in layouts]
+        return self.denoiser.look(canvases, [prefix] * len(canvases))

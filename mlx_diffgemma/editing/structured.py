@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.diffusion.events import CanvasCommitted
 from mlx_diffgemma.diffusion.matching import BrokenOffError, MatchingSettings, generate_matching
 from mlx_diffgemma.editing.grammar import (
@@ -59,6 +60,7 @@ class Structured:
         return json.loads(self.text)
 
 
+@memory.wired()
 def generate_structured(
     model: DiffusionGemma,
     tokenizer: Any,
@@ -114,13 +116,12 @@ def generate_structured(
 
 def _run(session: Session, vocabulary: Vocabulary, matcher: GrammarMatcher) -> Structured:
     end = MatchingSettings(vocabulary.eos, vocabulary.end, vocabulary.text)
-    cache = session.prefix()
-    config = session.fitted()
+    session.prefix()
     events = generate_matching(
         session.model,
-        session.predictor,
-        cache,
-        config,
+        session.denoiser,
+        session.cache,
+        session.fitted(),
         session.noise,
         matcher,
         closer(vocabulary),
@@ -133,13 +134,13 @@ def _run(session: Session, vocabulary: Vocabulary, matcher: GrammarMatcher) -> S
     try:
         for event in events:
             if isinstance(event, CanvasCommitted):
-                tokens += event.tokens[0]
-                entropy += latest[: len(event.tokens[0])].tolist()
-                steps.append(event.steps[0])
+                tokens += event.tokens
+                entropy += latest[: len(event.tokens)].tolist()
+                steps.append(event.passes)
                 latest = np.zeros(session.length)
             else:
                 # A token that is pinned has no entropy left: what it had before is what counts.
-                now = event.entropy[0]
+                now = event.canvas.entropy
                 latest[: len(now)] = np.where(now > 0, now, latest[: len(now)])
                 session.stepped(event)
     except BrokenOffError as error:

@@ -1,64 +1,32 @@
-"""Attention: `encode` writes the prefix cache, `decode` only reads it.
+"""Attention, its rotary embedding, and who sees whom.
 
-Letters: B batch, S new positions, L prefix positions, C canvas, K keys in sight, H heads,
-Dh head size, D hidden.
+Letters: B batch, S new positions, C canvas, K keys in sight, H heads, Dh head size, D hidden.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_diffgemma.config import FULL, SLIDING, AttentionConfig, RopeConfig, TextConfig
-from mlx_diffgemma.model.cache import LayerCache, PrefixCache
-
-Mask = mx.array | str | None
+from mlx_diffgemma.config import AttentionConfig, RopeConfig, TextConfig
+from mlx_diffgemma.model.cache import KeysValues
 
 _SCORE_BYTES = 64 << 20  # most bytes of attention scores to hold at once
 
 
-def encoder_masks(config: TextConfig, cache: PrefixCache, new: int) -> dict[str, Mask]:
-    """Who sees whom in the encoder, by kind of layer: a token sees itself and what came before,
-    in sliding layers only the last `window` positions, itself included; nobody sees padding."""
-    causal: Mask = "causal"
-    if cache.pads is not None:
-        causal = _causal_mask(cache.offset, new, 0, None, cache.pads)
-    sliding, window = causal, config.sliding_window
-    if cache.offset + new > window:
-        first = max(0, cache.offset - (window - 1))
-        sliding = _causal_mask(cache.offset, new, first, window, cache.pads)
-    return {FULL: causal, SLIDING: sliding}
+@dataclass(frozen=True)
+class Causal:
+    """A token sees itself and what came before it; where `window` is given, only the last `window`
+    positions, itself included. The last query stands at the last key."""
+
+    window: int | None = None
 
 
-def decoder_masks(config: TextConfig, cache: PrefixCache, canvas: int) -> dict[str, Mask]:
-    """Who sees whom in the decoder: every canvas token sees the whole canvas and all of the prefix
-    that the cache holds (in sliding layers its last `window - 1` positions), but no padding."""
-    if cache.pads is None:
-        return {FULL: None, SLIDING: None}
-    end = cache.offset + canvas
-    first = {FULL: 0, SLIDING: max(0, cache.offset - (config.sliding_window - 1))}
-    pads = cache.pads[:, None]
-    return {
-        kind: mx.array(np.arange(start, end) >= pads)[:, None, None, :]
-        for kind, start in first.items()
-    }
-
-
-def _causal_mask(
-    offset: int, new: int, first: int, window: int | None, pads: np.ndarray | None
-) -> mx.array:
-    """[B or 1, 1, S, K]: query `offset + s` sees key `first + k`. A padding token sees itself, for
-    a softmax over nothing would be NaN and spread."""
-    query = np.arange(offset, offset + new)[:, None]
-    key = np.arange(first, offset + new)[None, :]
-    seen = key <= query
-    if window is not None:
-        seen &= query - key < window
-    if pads is None:
-        return mx.array(seen)[None, None]
-    seen = seen & (key >= pads[:, None, None]) | (key == query)
-    return mx.array(seen)[:, None]
+Mask = mx.array | Causal | None
+"""[B or 1, 1, S or 1, K] booleans, a rule, or None where every query sees every key."""
 
 
 class Rope:
@@ -100,36 +68,53 @@ class Rope:
 def attend(
     queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, *, bounded: bool = False
 ) -> mx.array:
-    """Softmax attention with scale 1, [B, H, S, Dh], a block of queries at a time where the scores
-    of all at once would not fit in a fixed budget.
+    """Softmax attention with scale 1, [B, H, S, Dh], in even blocks of queries where the scores of
+    all at once would not fit in a fixed budget. No mask is larger than a block's.
 
     `bounded` evaluates each block before the next is begun: MLX takes the memory of an operation
     when it is queued, so blocks that are queued together hold it together.
     """
     batch, heads, new, _ = queries.shape
     total = keys.shape[2]
-    block = max(1, _SCORE_BYTES // (4 * batch * heads * total))
-    if new <= block:
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
+    in_sight = total
+    if isinstance(mask, Causal) and mask.window is not None:
+        in_sight = min(total, new + mask.window - 1)
+    most = max(1, _SCORE_BYTES // (queries.dtype.size * batch * heads * in_sight))
+    count = -(-new // most)
+    block = -(-new // count)
     outputs = []
     for start in range(0, new, block):
         stop = min(start + block, new)
-        seen = total - new + stop if mask == "causal" else total
-        part = (
-            mask[..., start:stop, :] if isinstance(mask, mx.array) and mask.shape[2] > 1 else mask
-        )
+        first, last, part = _sight(mask, start, stop, new, total)
         outputs.append(
             mx.fast.scaled_dot_product_attention(
                 queries[:, :, start:stop],
-                keys[:, :, :seen],
-                values[:, :, :seen],
+                keys[:, :, first:last],
+                values[:, :, first:last],
                 scale=1.0,
                 mask=part,
             )
         )
-        if bounded:
+        if bounded and count > 1:
             mx.eval(outputs[-1])
-    return mx.concatenate(outputs, axis=2)
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+
+
+def _sight(
+    mask: Mask, start: int, stop: int, new: int, total: int
+) -> tuple[int, int, mx.array | str | None]:
+    """What the queries from `start` to `stop` of `new` see of `total` keys: from which key to which
+    one, and a mask on these."""
+    if mask is None:
+        return 0, total, None
+    if isinstance(mask, mx.array):
+        return 0, total, mask[..., start:stop, :] if mask.shape[2] > 1 else mask
+    own, last = total - new + start, total - new + stop
+    if mask.window is None or last <= mask.window:
+        return 0, last, "causal"
+    first = max(0, own - (mask.window - 1))
+    apart = mx.arange(own, last)[:, None] - mx.arange(first, last)[None]
+    return first, last, ((apart >= 0) & (apart < mask.window))[None, None]
 
 
 class Attention(nn.Module):
@@ -150,46 +135,31 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(sizes.head_dim, eps=eps)
         self._eps = eps
         self._rope = Rope(sizes.head_dim, sizes.rope)
+        self.causal = Causal(config.sliding_window if sizes.is_sliding else None)
 
-    def encode(
-        self, x: mx.array, mask: Mask, cache: LayerCache, offset: int | mx.array
-    ) -> mx.array:
-        """[B, S, D] attends to itself and the prefix, and joins the prefix."""
-        queries, keys, values = self._project(x, offset)
-        # A gradient is traced, and nothing can be evaluated inside it.
-        bounded = not self.training
-        return self._output(attend(queries, *cache.extend(keys, values), mask, bounded=bounded))
-
-    def decode(
-        self,
-        x: mx.array,
-        mask: Mask,
-        cache: LayerCache,
-        offset: int | mx.array,
-        places: mx.array | None = None,
-    ) -> mx.array:
-        """A canvas [B, C, D] attends both ways to itself and to the prefix, which is only read.
-
-        Where `places` [A] is given, x [B, A, D] are those positions of the canvas; the others take
-        part with the keys and values of the last pass that computed them.
-        """
-        queries, keys, values = self._project(x, offset, places)
-        return self._output(attend(queries, *cache.with_canvas(keys, values, places), mask))
-
-    def _project(
-        self, x: mx.array, offset: int | mx.array, places: mx.array | None = None
-    ) -> tuple[mx.array, mx.array, mx.array]:
+    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """[B, S, D] -> queries, keys and values [B, H, S, Dh], not rotated yet."""
         batch, new, _ = x.shape
         size = self.sizes.head_dim
         queries = self.q_norm(self.q_proj(x).reshape(batch, new, -1, size))
         raw_keys = self.k_proj(x).reshape(batch, new, -1, size)
         values = self.v_proj(x).reshape(raw_keys.shape) if self.sizes.is_sliding else raw_keys
-        queries, keys, values = (
-            heads.transpose(0, 2, 1, 3)
-            for heads in (queries, self.k_norm(raw_keys), mx.fast.rms_norm(values, None, self._eps))
-        )
-        return self._rope(queries, offset, places), self._rope(keys, offset, places), values
+        parts = (queries, self.k_norm(raw_keys), mx.fast.rms_norm(values, None, self._eps))
+        queries, keys, values = (part.transpose(0, 2, 1, 3) for part in parts)
+        return queries, keys, values
 
-    def _output(self, heads: mx.array) -> mx.array:
+    def rotate(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        offset: int | mx.array,
+        places: mx.array | None = None,
+    ) -> KeysValues:
+        """Queries and keys [B, H, S, Dh] at the positions from `offset` on (a number, or [B]), or
+        at `offset + places` [S]."""
+        return self._rope(queries, offset, places), self._rope(keys, offset, places)
+
+    def output(self, heads: mx.array) -> mx.array:
+        """What was attended to, [B, H, S, Dh] -> [B, S, D]."""
         batch, _, new, _ = heads.shape
         return self.o_proj(heads.transpose(0, 2, 1, 3).reshape(batch, new, -1))

@@ -1,221 +1,324 @@
-"""The prefix cache: keys and values of the prompt and of every committed canvas.
+"""What every layer remembers of a sequence: a value that grows by making a longer one.
 
-The encoder writes it, the decoder only reads it. Letters: B batch, H KV heads, L prefix positions,
-C canvas, Dh head size.
+Letters: H KV heads, L positions of the prefix, S new positions, C canvas, Dh head size.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_diffgemma.config import TextConfig
-from mlx_diffgemma.errors import CheckpointError
+from mlx_diffgemma.errors import CheckpointError, UsageError
 
+KeysValues = tuple[mx.array, mx.array]
+
+MARK_BYTES = 1 << 30  # most bytes of the marks of one prefix
 _GROWTH = 256  # positions by which a buffer grows, so that few sizes occur
+_FORMAT = "mlx-diffgemma prefix 2"
 
 
-class LayerCache:
-    """Keys and values of one layer, with room for a canvas behind the prefix.
+@dataclass(frozen=True)
+class LayerPrefix:
+    """Keys and values of one layer, [1, H, M, Dh] each, of which the first `length` count.
 
-    A sliding layer keeps the last `window - 1` positions: what the next token, and every canvas
-    token, may still see. The buffers hold `length` valid positions; what lies behind is scratch
-    that each denoising step overwrites with its canvas, so no step copies the prefix.
+    A sliding layer holds the last `window - 1` positions: what the next token, and every canvas
+    token, may still see. A full layer (`window` is None) holds all of them, in a buffer with room
+    behind them. Nothing is written in place here: `mx.slice_update` copies a buffer that a shorter
+    prefix still holds, and writes into it where nobody else does.
     """
 
-    def __init__(self, window: int | None = None) -> None:
-        self.window = window
-        self.length = 0
-        self._canvas = 0
-        self._reserved = 0
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+    window: int | None = None
+    length: int = 0
+    keys: mx.array | None = None
+    values: mx.array | None = None
 
-    def reserve(self, positions: int) -> None:
-        """Make the next buffer long enough for `positions`, where they are all kept: a prefix that
-        is written piece by piece is then never copied from one buffer to a longer one."""
+    def extended(
+        self, keys: mx.array, values: mx.array, room: int = 0
+    ) -> tuple[LayerPrefix, mx.array, mx.array]:
+        """The layer with [1, H, S, Dh] appended, and all that the new positions may see. A new
+        buffer is made for `room` positions at least."""
         if self.window is None:
-            self._reserved = positions
+            end = self.length + keys.shape[2]
+            longer = replace(
+                self,
+                length=end,
+                keys=self._written(self.keys, keys, room),
+                values=self._written(self.values, values, room),
+            )
+            return longer, *longer.held()
+        seen = self.followed_by(keys, values)
+        length = min(self.window - 1, seen[0].shape[2])
+        # A copy: a slice would hold the whole of what it was cut from.
+        kept = (mx.contiguous(part[..., part.shape[2] - length :, :]) for part in seen)
+        return LayerPrefix(self.window, length, *kept), *seen
 
-    def extend(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append [B, H, S, Dh]; returns all that the new positions may see, themselves included."""
-        if self.window is None:
-            keys, values = self._write(keys, values)
-            self.length = keys.shape[2]
-            return keys, values
-        if self.keys is not None and self.values is not None:
-            keys = mx.concatenate([self.keys[..., : self.length, :], keys], axis=2)
-            values = mx.concatenate([self.values[..., : self.length, :], values], axis=2)
-        self.length = min(self.window - 1, keys.shape[2])
-        start = keys.shape[2] - self.length
-        self.keys, self.values = keys[..., start:, :], values[..., start:, :]
-        return keys, values
-
-    def with_canvas(
-        self, keys: mx.array, values: mx.array, places: mx.array | None = None
-    ) -> tuple[mx.array, mx.array]:
-        """The prefix followed by a canvas [B, H, C, Dh], which is not kept; or, where `places` [A]
-        is given, by the canvas of the last call with those positions replaced."""
-        if places is None:
-            self._canvas = keys.shape[2]
-            return self._write(keys, values)
+    def held(self) -> KeysValues:
+        """The positions that count, [1, H, length, Dh] each."""
         assert self.keys is not None and self.values is not None
-        slots, end = places + self.length, self.length + self._canvas
-        self.keys[:, :, slots] = keys
-        self.values[:, :, slots] = values
-        return self.keys[..., :end, :], self.values[..., :end, :]
+        return self.keys[..., : self.length, :], self.values[..., : self.length, :]
 
-    def _write(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        end = self.length + keys.shape[2]
-        room = max(end, self._reserved)
-        self.keys = _with_room(self.keys, keys, self.length, end, room)
-        self.values = _with_room(self.values, values, self.length, end, room)
-        self.keys[..., self.length : end, :] = keys
-        self.values[..., self.length : end, :] = values
-        return self.keys[..., :end, :], self.values[..., :end, :]
+    def followed_by(self, keys: mx.array, values: mx.array) -> KeysValues:
+        """What is held with [1, H, S, Dh] behind it, joined for one use."""
+        if self.keys is None or self.values is None or not self.length:
+            return keys, values
+        before = self.held()
+        return (
+            mx.concatenate([before[0], keys], axis=2),
+            mx.concatenate([before[1], values], axis=2),
+        )
+
+    def trimmed(self, length: int) -> LayerPrefix:
+        """The first `length` positions of a layer that has dropped none."""
+        return replace(self, length=length)
 
     def arrays(self) -> list[mx.array]:
         return [array for array in (self.keys, self.values) if array is not None]
 
-
-def _with_room(
-    buffer: mx.array | None, like: mx.array, length: int, end: int, room: int
-) -> mx.array:
-    """`buffer` if it holds `end` positions, else one for `room` with its first `length`."""
-    if buffer is not None and buffer.shape[2] >= end:
-        return buffer
-    batch, heads, _, size = like.shape
-    capacity = -(-room // _GROWTH) * _GROWTH
-    longer = mx.zeros((batch, heads, capacity, size), like.dtype)
-    if buffer is not None:
-        longer[..., :length, :] = buffer[..., :length, :]
-    return longer
+    def _written(self, buffer: mx.array | None, new: mx.array, room: int) -> mx.array:
+        end = self.length + new.shape[2]
+        if buffer is None or buffer.shape[2] < end:
+            batch, heads, _, size = new.shape
+            capacity = -(-max(end, room) // _GROWTH) * _GROWTH
+            longer = mx.zeros((batch, heads, capacity, size), new.dtype)
+            if buffer is not None and self.length:
+                longer = _update(longer, buffer[..., : self.length, :], 0)
+            buffer = longer
+        return _update(buffer, new, self.length)
 
 
-class PrefixCache:
-    """What every layer remembers of the prefix of B sequences.
+def _update(buffer: mx.array, new: mx.array, at: int) -> mx.array:
+    return mx.slice_update(buffer, new, mx.array([at]), axes=(2,))
 
-    Sequences of different lengths end at the same index: shorter ones are padded on the left, and
-    `pads[b]` says by how much. Positions count from the first real token, so a sequence computes
-    the same alone and in a batch.
+
+@dataclass(frozen=True)
+class Mark:
+    """A place that a prefix can go back to: what its sliding layers held after `length` positions.
+    Full layers need no copy, for they drop nothing."""
+
+    length: int
+    windows: tuple[LayerPrefix, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for layer in self.windows for array in layer.arrays())
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """One sequence as every layer remembers it, with the token ids that are in it.
 
     Attributes:
-        layers: one `LayerCache` a layer.
-        offset: positions encoded so far, padding included.
-        pads: [B] left padding, or None where there is none.
-        tokens: the token ids of each sequence that are in the cache, kept by the caller so that a
-            later prompt can reuse a common beginning.
+        ids: the tokens encoded, L of them.
+        layers: what each layer holds of them.
+        room: positions for which buffers are made when they have to grow.
+        marks: places to go back to, the least recently used first.
     """
 
-    def __init__(self, layers: Sequence[LayerCache], pads: Sequence[int] | None = None) -> None:
-        self.layers = list(layers)
-        self.offset = 0
-        self.pads = np.array(pads) if pads is not None and any(pads) else None
-        self.tokens: list[list[int]] = []
+    ids: tuple[int, ...]
+    layers: tuple[LayerPrefix, ...]
+    room: int = 0
+    marks: tuple[Mark, ...] = ()
 
     @classmethod
-    def for_model(cls, config: TextConfig, pads: Sequence[int] | None = None) -> PrefixCache:
-        windows = [config.sliding_window if a.is_sliding else None for a in config.attention]
-        return cls([LayerCache(window) for window in windows], pads)
+    def empty(cls, config: TextConfig) -> Prefix:
+        """A prefix of no tokens."""
+        windows = (config.sliding_window if a.is_sliding else None for a in config.attention)
+        return cls((), tuple(LayerPrefix(window) for window in windows))
 
-    def rope_offset(self) -> int | mx.array:
-        """Position of the next token: one number, or [B] where the padding differs."""
-        return self.offset if self.pads is None else mx.array(self.offset - self.pads)
-
-    def reserve(self, positions: int) -> None:
-        """Make room for `positions` more, ahead of writing them piece by piece."""
-        for layer in self.layers:
-            layer.reserve(self.offset + positions)
+    def __len__(self) -> int:
+        return len(self.ids)
 
     def arrays(self) -> list[mx.array]:
-        """Every array held, for `mx.eval`."""
+        """Every array that later tokens see, for `mx.eval`."""
         return [array for layer in self.layers for array in layer.arrays()]
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays())
+        """Bytes held, marks included."""
+        arrays = self.arrays() + [
+            array for mark in self.marks for layer in mark.windows for array in layer.arrays()
+        ]
+        return sum({id(array): array.nbytes for array in arrays}.values())
 
-    def snapshot(self) -> PrefixCache:
-        """An independent cache in the same state. Cheap: arrays are shared until one is written."""
-        copy = PrefixCache([LayerCache(layer.window) for layer in self.layers])
-        copy.restore(self)
-        return copy
+    def with_room(self, positions: int) -> Prefix:
+        """The same prefix, whose buffers will be made for `positions` more when they grow: what is
+        encoded piece by piece is then never copied from one buffer to a longer one."""
+        return replace(self, room=len(self) + positions)
 
-    def restore(self, snapshot: PrefixCache) -> None:
-        """Return to the state of `snapshot`, which stays usable."""
-        for mine, theirs in zip(self.layers, snapshot.layers, strict=True):
-            mine.length, mine.keys, mine.values = theirs.length, theirs.keys, theirs.values
-        self.offset, self.pads = snapshot.offset, snapshot.pads
-        self.tokens = [list(row) for row in snapshot.tokens]
+    def marked(self, most_bytes: int = MARK_BYTES) -> Prefix:
+        """The same prefix with a mark at its end. The least recently used marks are dropped where
+        all of them take more than `most_bytes`."""
+        windows = tuple(layer for layer in self.layers if layer.window is not None)
+        others = [mark for mark in self.marks if mark.length != len(self)]
+        marks = [*others, Mark(len(self), windows)]
+        while marks and sum(mark.nbytes for mark in marks) > most_bytes:
+            del marks[0]
+        return replace(self, marks=tuple(marks))
 
-    def trim(self, positions: int) -> bool:
-        """Go back to the first `positions` of the only sequence, if no sliding layer has dropped
-        any position yet; returns whether that was possible."""
-        if len(self.tokens) != 1 or self.pads is not None or positions > self.offset:
-            return False
-        if any(layer.length != self.offset for layer in self.layers):
-            return False
-        for layer in self.layers:
-            layer.length = positions
-        self.offset = positions
-        self.tokens = [self.tokens[0][:positions]]
-        return True
+    def back_to(self, ids: Sequence[int]) -> Prefix:
+        """The longest beginning of `ids` that this prefix can become without encoding anything:
+        itself, itself cut short where no sliding layer has dropped a position yet, one of its
+        marks, or a prefix of no tokens."""
+        common = 0
+        for held, wanted in zip(self.ids, ids, strict=False):
+            if held != wanted:
+                break
+            common += 1
+        if common == len(self):
+            return self
+        if all(layer.length == len(self) for layer in self.layers):
+            return self._cut(common, tuple(layer.trimmed(common) for layer in self.layers))
+        fitting = [mark for mark in self.marks if mark.length <= common]
+        if not fitting:
+            return self.emptied()
+        mark = max(fitting, key=lambda mark: mark.length)
+        windows = iter(mark.windows)
+        layers = tuple(
+            layer.trimmed(mark.length) if layer.window is None else next(windows)
+            for layer in self.layers
+        )
+        used = (*(other for other in self.marks if other is not mark), mark)
+        return replace(self, marks=used)._cut(mark.length, layers)
 
-    def clear(self) -> None:
-        """Forget the prefix, as if newly made for sequences without padding."""
-        self.restore(PrefixCache([LayerCache(layer.window) for layer in self.layers]))
+    def emptied(self) -> Prefix:
+        """A prefix of no tokens, which holds no arrays."""
+        return Prefix((), tuple(LayerPrefix(layer.window) for layer in self.layers))
 
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Keep only these sequences of the batch, in this order."""
-        index = mx.array(list(rows))
-        for layer in self.layers:
-            if layer.keys is not None and layer.values is not None:
-                layer.keys, layer.values = layer.keys[index], layer.values[index]
-        if self.pads is not None:
-            self.pads = self.pads[list(rows)]
-        self.tokens = [self.tokens[row] for row in rows]
+    def _cut(self, length: int, layers: tuple[LayerPrefix, ...]) -> Prefix:
+        marks = tuple(mark for mark in self.marks if mark.length <= length)
+        return Prefix(self.ids[:length], layers, marks=marks)
 
-    def save(self, path: str | Path) -> None:
-        """Write the cache to a safetensors file that `load` reads."""
-        arrays = {}
-        for index, layer in enumerate(self.layers):
-            if layer.keys is not None and layer.values is not None:
-                arrays[f"{index}.keys"] = layer.keys[..., : layer.length, :]
-                arrays[f"{index}.values"] = layer.values[..., : layer.length, :]
-        state = {
-            "windows": [layer.window for layer in self.layers],
-            "offset": self.offset,
-            "pads": None if self.pads is None else self.pads.tolist(),
-            "tokens": self.tokens,
-        }
-        mx.save_safetensors(str(path), arrays, metadata={"prefix_cache": json.dumps(state)})
 
-    @classmethod
-    def load(cls, path: str | Path) -> PrefixCache:
-        """Read what `save` wrote.
+class PrefixCache:
+    """A place for a prefix from one call to the next, for one call at a time.
+
+    What a call encodes is put here chunk by chunk, so what is left where it is broken off is a
+    shorter prefix, and a true one.
+
+    Attributes:
+        prefix: what is held now.
+    """
+
+    def __init__(self, prefix: Prefix, identity: Callable[[], str]) -> None:
+        self.prefix = prefix
+        self._identity = identity
+        self._lock = threading.Lock()
+
+    @property
+    def offset(self) -> int:
+        """Positions held."""
+        return len(self.prefix)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.prefix.nbytes
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside, this call alone uses the cache.
 
         Raises:
-            CheckpointError: the file is missing or holds no prefix cache.
+            UsageError: another call does.
         """
+        if not self._lock.acquire(blocking=False):
+            raise UsageError(
+                "this prefix_cache is in use by another call; give each call at a time its own "
+                "(prefix_cache.snapshot() makes one that holds the same)."
+            )
         try:
-            arrays, metadata = _load_safetensors(str(path))
-            state = json.loads(metadata["prefix_cache"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{path} is not a saved prefix cache ({error}).") from None
-        cache = cls([LayerCache(window) for window in state["windows"]], state["pads"])
-        cache.offset, cache.tokens = state["offset"], state["tokens"]
-        for index, layer in enumerate(cache.layers):
-            keys = arrays.get(f"{index}.keys")
-            if keys is not None:
-                layer.keys, layer.values = keys, arrays[f"{index}.values"]
-                layer.length = keys.shape[2]
+            yield
+        finally:
+            self._lock.release()
+
+    def snapshot(self) -> PrefixCache:
+        """Another cache that holds the same prefix. Nothing is copied until one of them grows."""
+        return PrefixCache(self.prefix, self._identity)
+
+    def clear(self) -> None:
+        """Forget the prefix."""
+        self.prefix = self.prefix.emptied()
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to a safetensors file that `load` reads; the marks are left out.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        file = _safetensors(path)
+        arrays = {}
+        for index, layer in enumerate(self.prefix.layers):
+            if layer.keys is not None:
+                arrays[f"{index}.keys"], arrays[f"{index}.values"] = layer.held()
+        state = {"format": _FORMAT, "model": self._identity(), "ids": list(self.prefix.ids)}
+        if not file.parent.is_dir():
+            raise CheckpointError(f"{file} cannot be written: there is no folder {file.parent}.")
+        try:
+            mx.save_safetensors(str(file), arrays, metadata={"prefix": json.dumps(state)})
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{file} cannot be written ({error}).") from None
+
+    @classmethod
+    def load(cls, path: str | Path, model: MakesCaches) -> PrefixCache:
+        """Read what `save` wrote with the same model.
+
+        Raises:
+            CheckpointError: the file is missing, holds no prefix, or one of another model.
+        """
+        file, cache = _safetensors(path), model.make_cache()
+        try:
+            arrays, metadata = _load_safetensors(str(file))
+            state = json.loads(metadata["prefix"])
+            if state["format"] != _FORMAT:
+                raise ValueError(f"its format is {state['format']!r}")
+            ids = tuple(int(token) for token in state["ids"])
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file} is not a saved prefix cache ({error}).") from None
+        if state["model"] != cache._identity():
+            raise CheckpointError(
+                f"{file} was saved with other weights; encode the prompt again with this model."
+            )
+        if ids:
+            cache.prefix = Prefix(ids, _loaded_layers(file, arrays, cache.prefix, len(ids)))
         return cache
+
+
+class MakesCaches(Protocol):
+    """A model, as far as loading a cache needs it."""
+
+    def make_cache(self) -> PrefixCache: ...
+
+
+def _loaded_layers(
+    file: Path, arrays: dict[str, mx.array], empty: Prefix, length: int
+) -> tuple[LayerPrefix, ...]:
+    layers = []
+    for index, layer in enumerate(empty.layers):
+        held = length if layer.window is None else min(length, layer.window - 1)
+        keys, values = arrays.get(f"{index}.keys"), arrays.get(f"{index}.values")
+        if keys is None or values is None or keys.shape[2] != held or values.shape[2] != held:
+            raise CheckpointError(
+                f"{file} does not hold {held} positions of layer {index}; encode the prompt again."
+            )
+        layers.append(LayerPrefix(layer.window, held, keys, values))
+    return tuple(layers)
+
+
+def _safetensors(path: str | Path) -> Path:
+    """MLX adds the suffix where it is missing."""
+    file = Path(path)
+    return file if file.suffix == ".safetensors" else file.with_name(f"{file.name}.safetensors")
 
 
 def _load_safetensors(path: str) -> tuple[dict[str, mx.array], dict[str, str]]:
     # MLX's own signature is a union over every file format and every flag.
-    return mx.load(path, format="safetensors", return_metadata=True)  # type: ignore[return-value]
+    loaded: Any = mx.load(path, format="safetensors", return_metadata=True)
+    return loaded

@@ -1,23 +1,39 @@
 """DiffusionGemma: one set of weights, run as an encoder of the prefix and a denoiser of a canvas.
 
 Follows `transformers.models.diffusion_gemma` (5.23). Attributes bear the names of the checkpoint's
-tensors. Letters: B batch, L new prefix positions, C canvas, D hidden, V vocabulary.
+tensors. Sequences of any length go through together, one behind the other, and attend each to its
+own prefix, so there is no padding. Letters: R sequences, C canvas, N positions of all of them
+together, H KV heads, Dh head size, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
 
 from mlx_diffgemma.config import ModelConfig, TextConfig
 from mlx_diffgemma.kernels.activation import softcap
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
-from mlx_diffgemma.kernels.vocabulary import VocabularyPass, vocabulary_pass
-from mlx_diffgemma.model.attention import decoder_masks, encoder_masks
-from mlx_diffgemma.model.cache import PrefixCache
+from mlx_diffgemma.kernels.materialized import whole_pass
+from mlx_diffgemma.kernels.vocabulary import (
+    Row,
+    VocabularyPass,
+    VocabularyResult,
+    vocabulary_pass,
+)
+from mlx_diffgemma.model.attention import Attention, attend
+from mlx_diffgemma.model.cache import KeysValues, LayerPrefix, Prefix, PrefixCache
 from mlx_diffgemma.model.layers import DecoderLayer, SelfConditioning
+
+_PREFILL_STEP_SIZE = 2048  # as mlx-lm: many tokens a product, for a GPU
+_SMALL_VOCABULARY = 8192  # words up to which the logits of a canvas may be held
 
 
 class _EncoderLayer(nn.Module):
@@ -56,14 +72,45 @@ class _Backbone(nn.Module):
         self.encoder = _Encoder(config)
 
 
+@dataclass(frozen=True)
+class CanvasView:
+    """What a pass over one canvas starts from.
+
+    Attributes:
+        tokens: [C] int32.
+        prefix: the sequence that the canvas continues.
+        soft_embeddings: [C, D], what the pass before expected; None before the first one.
+        places: [A] the positions to compute, where the others are to be seen as they were; None for
+            all of them.
+        layers: the canvas's keys and values, [1, H, C, Dh] twice, in every layer of an earlier
+            pass; needed with `places`.
+    """
+
+    tokens: mx.array
+    prefix: Prefix
+    soft_embeddings: mx.array | None = None
+    places: np.ndarray | None = None
+    layers: tuple[KeysValues, ...] = ()
+
+
 class DiffusionGemma(nn.Module):
-    """The text model. It draws nothing at random and knows no strings."""
+    """The text model. It draws nothing at random but by the keys that it is given, and knows no
+    strings.
+
+    Attributes:
+        vocabulary_pass: how hidden states become predictions; loading puts a CPU's form in.
+        prefill_step_size: tokens of a prompt to encode at a time.
+        adapted: whether an adapter is part of the weights.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.model = _Backbone(config.text)
-        self.vocabulary_pass: VocabularyPass = vocabulary_pass
+        self.prefill_step_size = _PREFILL_STEP_SIZE
+        self.adapted = False
+        small = config.text.vocab_size <= _SMALL_VOCABULARY
+        self.vocabulary_pass: VocabularyPass = whole_pass if small else vocabulary_pass
 
     @property
     def layers(self) -> list[DecoderLayer]:
@@ -74,61 +121,126 @@ class DiffusionGemma(nn.Module):
         """Type of the activations, and of weights that are not quantized."""
         return self.model.decoder.norm.weight.dtype
 
-    def make_cache(self, pads: Sequence[int] | None = None) -> PrefixCache:
-        """An empty prefix cache; `pads` is the left padding of each sequence, if they differ."""
-        return PrefixCache.for_model(self.config.text, pads)
+    def compile(self) -> None:
+        """Run the layers as a GPU runs them best: what follows the attention as one function."""
+        for layer in self.layers:
+            layer.compile()
 
-    def encode(self, ids: mx.array, cache: PrefixCache) -> mx.array:
-        """Append `ids` [B, L] to the prefix and return their hidden states [B, L, D].
+    def empty_prefix(self) -> Prefix:
+        """The prefix of a sequence of which nothing is encoded yet."""
+        return Prefix.empty(self.config.text)
 
-        A caller that only wants the cache evaluates `cache.arrays()`: the last layer's MLP and the
+    def make_cache(self) -> PrefixCache:
+        """A place for a prefix from one call to the next."""
+        return PrefixCache(self.empty_prefix(), self.identity)
+
+    def identity(self) -> str:
+        """A fingerprint of the weights: equal for equal weights, and hardly ever for others."""
+        parameters: list[tuple[str, mx.array]] = tree_flatten(self.parameters())
+        firsts = [array.reshape(-1)[:8] for _, array in parameters]
+        mx.eval(firsts)
+        digest = hashlib.sha256()
+        for (name, array), first in zip(parameters, firsts, strict=True):
+            digest.update(f"{name} {array.dtype} {array.shape} {first.tolist()}".encode())
+        return digest.hexdigest()
+
+    def encode(
+        self, ids: Sequence[Sequence[int]], prefixes: Sequence[Prefix]
+    ) -> tuple[mx.array, tuple[Prefix, ...]]:
+        """Append token ids, one sequence of them for each of R prefixes; returns the hidden states
+        [N, D] of all of them, one sequence behind the other, and the longer prefixes.
+
+        A caller that only wants the prefixes evaluates their arrays: the last layer's MLP and the
         final norm are then never computed.
         """
-        x = self.embed(ids)
-        masks = encoder_masks(self.config.text, cache, ids.shape[1])
-        offset = cache.rope_offset()
+        lengths = [len(row) for row in ids]
+        x = self.embed(mx.array([token for row in ids for token in row], mx.int32)[None])
+        layers: list[list[LayerPrefix]] = [[] for _ in prefixes]
         scalars = self.model.encoder.language_model.layers
-        for layer, own, layer_cache in zip(self.layers, scalars, cache.layers, strict=True):
-            mask = masks[layer.self_attn.sizes.kind]
-            x = layer.encode(x, mask, layer_cache, offset, own.layer_scalar)
-        cache.offset += ids.shape[1]
-        return self.model.decoder.norm(x)
+        for index, (layer, own) in enumerate(zip(self.layers, scalars, strict=True)):
 
-    def decode(
-        self,
-        canvas: mx.array,
-        cache: PrefixCache,
-        soft_embeddings: mx.array | None = None,
-        places: mx.array | None = None,
-    ) -> mx.array:
-        """Hidden states [B, C, D] of a canvas [B, C] that continues the prefix.
+            def look(attention: Attention, x: mx.array, index: int = index) -> mx.array:
+                outputs = []
+                for row, heads in enumerate(_rows(lengths, *attention.project(x))):
+                    prefix, (queries, keys, values) = prefixes[row], heads
+                    queries, keys = attention.rotate(queries, keys, len(prefix))
+                    longer, keys, values = prefix.layers[index].extended(keys, values, prefix.room)
+                    layers[row].append(longer)
+                    # A gradient is traced, and nothing can be evaluated inside it.
+                    bounded = not attention.training
+                    outputs.append(attend(queries, keys, values, attention.causal, bounded=bounded))
+                return attention.output(_joined(outputs))
 
-        `soft_embeddings` [B, C, D] is what the previous step expected; None at the first step.
-        Where `places` [A] is given, only those positions are computed, [B, A, D]; the others are
-        seen as they were in the last pass over them. That needs a pass over the whole canvas
-        before, and a batch without padding.
-        """
-        length = canvas.shape[1]
-        if places is not None:
-            canvas = canvas[:, places]
-            soft_embeddings = None if soft_embeddings is None else soft_embeddings[:, places]
-        x = self.embed(canvas)
-        if soft_embeddings is None:
-            soft_embeddings = mx.zeros_like(x)
-        x = self.model.decoder.self_conditioning(x, soft_embeddings.astype(x.dtype))
-        masks = decoder_masks(self.config.text, cache, length)
-        offset = cache.rope_offset()
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x = layer.decode(x, masks[layer.self_attn.sizes.kind], layer_cache, offset, places)
-        return self.model.decoder.norm(x)
+            x = layer(x, look, own.layer_scalar)
+        longer = tuple(
+            replace(prefix, ids=(*prefix.ids, *map(int, row)), layers=tuple(made))
+            for prefix, row, made in zip(prefixes, ids, layers, strict=True)
+        )
+        return self.model.decoder.norm(x)[0], longer
+
+    def decode(self, canvases: Sequence[CanvasView]) -> mx.array:
+        """Hidden states [N, D] of R canvases, each behind its own prefix, which is only read."""
+        return self.decode_keeping(canvases)[0]
+
+    def decode_keeping(
+        self, canvases: Sequence[CanvasView]
+    ) -> tuple[mx.array, tuple[tuple[KeysValues, ...], ...]]:
+        """As `decode`, with the keys and values of each canvas in every layer, which a later pass
+        over a part of it needs. Where a canvas names `places` [A], only those positions are
+        computed and counted in N."""
+        places = [None if c.places is None else mx.array(c.places) for c in canvases]
+        parts = [
+            canvas.tokens if place is None else canvas.tokens[place]
+            for canvas, place in zip(canvases, places, strict=True)
+        ]
+        lengths = [part.shape[0] for part in parts]
+        x = self.embed(mx.concatenate(parts)[None])
+        x = self.model.decoder.self_conditioning(x, self._soft(canvases, places, x))
+        kept: list[list[KeysValues]] = [[] for _ in canvases]
+        for index, layer in enumerate(self.layers):
+
+            def look(attention: Attention, x: mx.array, index: int = index) -> mx.array:
+                outputs = []
+                for row, heads in enumerate(_rows(lengths, *attention.project(x))):
+                    canvas, (queries, keys, values) = canvases[row], heads
+                    offset = len(canvas.prefix)
+                    queries, keys = attention.rotate(queries, keys, offset, places[row])
+                    if canvas.places is not None:
+                        stale = canvas.layers[index]
+                        keys = _replaced(stale[0], keys, canvas.places)
+                        values = _replaced(stale[1], values, canvas.places)
+                    kept[row].append((keys, values))
+                    keys, values = canvas.prefix.layers[index].followed_by(keys, values)
+                    outputs.append(attend(queries, keys, values, None))
+                return attention.output(_joined(outputs))
+
+            x = layer(x, look, layer.layer_scalar)
+        return self.model.decoder.norm(x)[0], tuple(map(tuple, kept))
+
+    def predict(
+        self, hidden: mx.array, rows: Sequence[Row], standing: mx.array | None = None
+    ) -> VocabularyResult:
+        """What hidden states [N, D] say of the vocabulary; `rows` say what is asked of them, and
+        `standing` [N] of which tokens the probability is wanted."""
+        table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
+        cap = self.config.text.final_logit_softcapping
+        return self.vocabulary_pass(hidden, table, rows, softcap=cap, standing=standing)
+
+    def logits_of(self, hidden: mx.array, ids: mx.array) -> mx.array:
+        """Hidden states [P, D] and token ids [P, K] -> the soft-capped logits of these tokens
+        alone, [P, K] in float32."""
+        table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
+        rows = table.take(ids, mx.float32)
+        raw = (rows @ hidden.astype(mx.float32)[..., None])[..., 0]
+        return softcap(raw, self.config.text.final_logit_softcapping)
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """[B, C, D] -> [B, C, V] in float32, soft-capped."""
+        """[..., D] -> [..., V] in float32, soft-capped."""
         table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
         return softcap(table.product(hidden), self.config.text.final_logit_softcapping)
 
     def soft_embeddings(self, processed_logits: mx.array) -> mx.array:
-        """The embedding that the model expects at each position: [B, C, V] -> [B, C, D].
+        """The embedding that the model expects at each position: [..., V] -> [..., D].
 
         `processed_logits` are the logits after the temperature.
         """
@@ -136,11 +248,44 @@ class DiffusionGemma(nn.Module):
         table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
         return table.expected(weights) * self._embed_scale
 
+    def embed(self, ids: mx.array) -> mx.array:
+        """Token ids [...] -> [..., D], scaled by √D."""
+        return self.model.decoder.embed_tokens(ids).astype(self.dtype) * self._embed_scale
+
     @property
     def _embed_scale(self) -> mx.array:
         # The reference rounds √hidden to the type of the embedding.
         return mx.array(self.config.text.hidden_size**0.5, self.dtype)
 
-    def embed(self, ids: mx.array) -> mx.array:
-        """Token ids [B, L] -> [B, L, D], scaled by √D."""
-        return self.model.decoder.embed_tokens(ids).astype(self.dtype) * self._embed_scale
+    def _soft(
+        self, canvases: Sequence[CanvasView], places: Sequence[mx.array | None], x: mx.array
+    ) -> mx.array:
+        """The soft embeddings [1, N, D] of all canvases; zeros before a first pass."""
+        if all(canvas.soft_embeddings is None for canvas in canvases):
+            return mx.zeros_like(x)
+        parts = []
+        for canvas, place in zip(canvases, places, strict=True):
+            soft = canvas.soft_embeddings
+            if soft is None:
+                soft = mx.zeros((canvas.tokens.shape[0], x.shape[-1]), x.dtype)
+            parts.append((soft if place is None else soft[place]).astype(x.dtype))
+        return mx.concatenate(parts)[None]
+
+
+def _rows(lengths: Sequence[int], *heads: mx.array) -> list[tuple[mx.array, ...]]:
+    """Heads [1, H, N, Dh] as those of each sequence, [1, H, S, Dh]."""
+    if len(lengths) == 1:
+        return [heads]
+    spans = list(pairwise(accumulate(lengths, initial=0)))
+    return [tuple(part[:, :, start:stop] for part in heads) for start, stop in spans]
+
+
+def _joined(outputs: list[mx.array]) -> mx.array:
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+
+
+def _replaced(stale: mx.array, fresh: mx.array, places: np.ndarray) -> mx.array:
+    """[1, H, C, Dh] with the positions `places` [A] taken from `fresh` [1, H, A, Dh]."""
+    source = np.arange(stale.shape[2])
+    source[places] = stale.shape[2] + np.arange(len(places))
+    return mx.take(mx.concatenate([stale, fresh], axis=2), mx.array(source), axis=2)

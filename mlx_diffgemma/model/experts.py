@@ -28,12 +28,12 @@ class Router(nn.Module):
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """[N, D] -> the experts of each token [N, K] and their weights [N, K] in float32."""
-        x = mx.fast.rms_norm(x, None, self._eps) * self.scale * self._root
-        probabilities = mx.softmax(self.proj(x).astype(mx.float32), axis=-1)
-        chosen = mx.argpartition(-probabilities, self._top_k - 1, axis=-1)[..., : self._top_k]
+        normed = mx.fast.rms_norm(x, self.scale * self._root, self._eps)
+        scores = self.proj(normed).astype(mx.float32)
+        chosen = mx.argpartition(-scores, self._top_k - 1, axis=-1)[..., : self._top_k]
         chosen = mx.stop_gradient(chosen)
-        weights = mx.take_along_axis(probabilities, chosen, axis=-1)
-        weights = weights / weights.sum(axis=-1, keepdims=True)
+        # Probabilities over all experts, brought to a sum of 1 among the chosen, are these.
+        weights = mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1)
         return chosen, weights * self.per_expert_scale[chosen]
 
 
@@ -48,7 +48,7 @@ class Experts(nn.Module):
         self.activation = gated_gelu
 
     def __call__(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
-        """[N, D], the experts [N, K] of each token and their weights -> [N, D]."""
+        """[N, D], the experts [N, K] of each token and their weights [N, K] -> [N, D]."""
         count, top_k = chosen.shape
         pairs = chosen.flatten()
         tokens = mx.arange(count * top_k, dtype=mx.uint32) // top_k

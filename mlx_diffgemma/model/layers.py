@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_diffgemma.config import AttentionConfig, TextConfig
 from mlx_diffgemma.kernels.activation import gated_gelu
-from mlx_diffgemma.model.attention import Attention, Mask
-from mlx_diffgemma.model.cache import LayerCache
+from mlx_diffgemma.model.attention import Attention
 from mlx_diffgemma.model.experts import Experts, Router
+
+Attend = Callable[[Attention, mx.array], mx.array]
+"""How [B, S, D] attends, with the weights of an attention: the caller knows what is in sight."""
 
 
 class MLP(nn.Module):
@@ -29,7 +34,7 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention, then a dense MLP and a mixture of experts side by side, each between two norms.
 
-    Both passes share everything but `layer_scalar`, which the encoder brings along.
+    Both passes share everything but the layer scalar, which the encoder brings along.
     """
 
     def __init__(self, config: TextConfig, sizes: AttentionConfig) -> None:
@@ -47,38 +52,27 @@ class DecoderLayer(nn.Module):
         self.pre_feedforward_layernorm_2 = nn.RMSNorm(dim, eps=eps)
         self.post_feedforward_layernorm_2 = nn.RMSNorm(dim, eps=eps)
         self.layer_scalar = mx.ones((1,))
+        self._compiled: Any = None
 
-    def encode(
-        self,
-        x: mx.array,
-        mask: Mask,
-        cache: LayerCache,
-        offset: int | mx.array,
-        layer_scalar: mx.array,
-    ) -> mx.array:
-        """[B, S, D] -> [B, S, D], writing `cache`."""
-        attended = self.self_attn.encode(self.input_layernorm(x), mask, cache, offset)
-        return self._feed_forward(x, attended) * layer_scalar
+    def __call__(self, x: mx.array, attend: Attend, layer_scalar: mx.array) -> mx.array:
+        """[B, S, D] -> [B, S, D]."""
+        attended = attend(self.self_attn, self.input_layernorm(x))
+        run = self.feed_forward if self._compiled is None or self.training else self._compiled
+        return run(x, attended, layer_scalar)
 
-    def decode(
-        self,
-        x: mx.array,
-        mask: Mask,
-        cache: LayerCache,
-        offset: int | mx.array,
-        places: mx.array | None = None,
-    ) -> mx.array:
-        """A canvas [B, C, D], or its positions `places`, -> the same shape, reading `cache`."""
-        attended = self.self_attn.decode(self.input_layernorm(x), mask, cache, offset, places)
-        return self._feed_forward(x, attended) * self.layer_scalar
-
-    def _feed_forward(self, x: mx.array, attended: mx.array) -> mx.array:
+    def feed_forward(self, x: mx.array, attended: mx.array, layer_scalar: mx.array) -> mx.array:
+        """All that follows the attention, which has no state: [B, S, D] twice -> [B, S, D]."""
         h = x + self.post_attention_layernorm(attended)
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(h)))
         flat = h.reshape(-1, h.shape[-1])
         sparse = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat))
         sparse = self.post_feedforward_layernorm_2(sparse.reshape(h.shape))
-        return h + self.post_feedforward_layernorm(dense + sparse)
+        return (h + self.post_feedforward_layernorm(dense + sparse)) * layer_scalar
+
+    def compile(self) -> None:
+        """Run what follows the attention as one compiled function from now on, outside training."""
+        # The weights are inputs: those of an adapter or of another checkpoint count at once.
+        self._compiled = mx.compile(self.feed_forward, inputs=[self.state])
 
 
 class SelfConditioning(nn.Module):
@@ -95,7 +89,7 @@ class SelfConditioning(nn.Module):
         self._eps = config.rms_norm_eps
 
     def __call__(self, embeddings: mx.array, soft_embeddings: mx.array) -> mx.array:
-        """[B, C, D] twice -> [B, C, D]."""
+        """[B, S, D] twice -> [B, S, D]."""
         n = self.pre_norm(soft_embeddings)
         signal = self.down_proj(self.activation(self.gate_proj(n), self.up_proj(n)))
         return mx.fast.rms_norm(embeddings + signal, None, self._eps)

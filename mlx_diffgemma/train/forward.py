@@ -8,47 +8,16 @@ Letters: B examples, S sequence positions, C canvas, D hidden, H KV heads, Dh he
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_diffgemma.config import FULL, SLIDING, TextConfig
-from mlx_diffgemma.model.attention import Mask
+from mlx_diffgemma.model.attention import Attention, attend
+from mlx_diffgemma.model.cache import KeysValues
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.train.recompute import recomputed
-
-KeysValues = tuple[mx.array, mx.array]
-
-
-@dataclass
-class _Kept:
-    """Stands where a layer expects its cache: [B, H, S, Dh] twice."""
-
-    keys: mx.array | None = None
-    values: mx.array | None = None
-
-    def extend(self, keys: mx.array, values: mx.array) -> KeysValues:
-        self.keys, self.values = keys, values
-        return keys, values
-
-    def with_canvas(self, keys: mx.array, values: mx.array, places: None = None) -> KeysValues:
-        assert self.keys is not None and self.values is not None
-        return (
-            mx.concatenate([self.keys, keys], axis=2),
-            mx.concatenate([self.values, values], axis=2),
-        )
-
-
-def causal_masks(config: TextConfig, length: int) -> dict[str, Mask]:
-    """Who sees whom in the encoder: a token sees itself and what came before, in sliding layers
-    the last `window` positions. Padding is on the right, where nobody looks."""
-    sliding: Mask = "causal"
-    if length > config.sliding_window:
-        apart = mx.arange(length)[:, None] - mx.arange(length)[None]
-        sliding = ((apart >= 0) & (apart < config.sliding_window))[None, None]
-    return {FULL: "causal", SLIDING: sliding}
 
 
 def canvas_masks(
@@ -71,13 +40,11 @@ def encode(
 ) -> tuple[mx.array, list[KeysValues]]:
     """[B, S] token ids -> hidden states [B, S, D], and the keys and values of every layer."""
     x = model.embed(sequence)
-    masks = causal_masks(model.config.text, sequence.shape[1])
     kept = []
     scalars = model.model.encoder.language_model.layers
     for layer, own in zip(model.layers, scalars, strict=True):
         run = recomputed(layer, _encode_layer) if checkpoint else _bound(layer, _encode_layer)
-        mask = masks[layer.self_attn.sizes.kind]
-        x, keys, values = run(x, mask, own.layer_scalar)
+        x, keys, values = run(x, own.layer_scalar)
         kept.append((keys, values))
     return model.model.decoder.norm(x), kept
 
@@ -106,18 +73,35 @@ def decode(
 
 
 def _encode_layer(
-    layer: Any, x: mx.array, mask: Mask, layer_scalar: mx.array
+    layer: Any, x: mx.array, layer_scalar: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    kept = _Kept()
-    x = layer.encode(x, mask, kept, 0, layer_scalar)
-    assert kept.keys is not None and kept.values is not None
-    return x, kept.keys, kept.values
+    kept: list[mx.array] = []
+
+    def look(attention: Attention, x: mx.array) -> mx.array:
+        queries, keys, values = attention.project(x)
+        queries, keys = attention.rotate(queries, keys, 0)
+        kept.extend((keys, values))
+        # Padding is on the right, where nobody looks.
+        return attention.output(attend(queries, keys, values, attention.causal))
+
+    x = layer(x, look, layer_scalar)
+    keys, values = kept
+    return x, keys, values
 
 
 def _decode_layer(
-    layer: Any, x: mx.array, mask: Mask, keys: mx.array, values: mx.array, prefix: mx.array
+    layer: Any, x: mx.array, mask: mx.array, keys: mx.array, values: mx.array, prefix: mx.array
 ) -> mx.array:
-    return layer.decode(x, mask, _Kept(keys, values), prefix)
+    def look(attention: Attention, x: mx.array) -> mx.array:
+        queries, own_keys, own_values = attention.project(x)
+        queries, own_keys = attention.rotate(queries, own_keys, prefix)
+        seen = (
+            mx.concatenate([keys, own_keys], axis=2),
+            mx.concatenate([values, own_values], axis=2),
+        )
+        return attention.output(attend(queries, *seen, mask))
+
+    return layer(x, look, layer.layer_scalar)
 
 
 def _bound(layer: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:

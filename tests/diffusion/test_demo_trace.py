@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from demo_checkpoint import demo_config, demo_weights
-from replay import CanvasDraws, ReplayNoise, ReplayPredictor
+from replay import CanvasDraws, replay_noise, replaying
 from tiny_models import make_model
 
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.diffusion.config import DiffusionConfig
-from mlx_diffgemma.diffusion.denoise import generate_canvases
 from mlx_diffgemma.diffusion.events import DenoisingStep, Finished
+from mlx_diffgemma.diffusion.generate import generate_canvases
 
 TRACE = Path(__file__).parents[1] / "traces" / "demo.npz"
 RUNS = 6
@@ -43,18 +43,18 @@ def test_every_step_is_the_references(model, trace, run):
             model,
             [trace[f"{run}.prompt"].tolist()],
             config,
-            ReplayNoise(draws),
-            predictor=ReplayPredictor(model, draws),
+            replay_noise(draws),
+            denoiser=replaying(model),
         )
     )
-    steps = [event for event in events if isinstance(event, DenoisingStep)]
+    steps = [event.canvas for event in events if isinstance(event, DenoisingStep)]
     assert len(steps) == sum(len(canvas.draws) for canvas in draws)
-    for event in steps:
-        name = f"{run}.{event.canvas_index}"
-        assert event.draft.tolist() == trace[f"{name}.draft"][event.step - 1].tolist()
-        assert event.canvas.tolist() == trace[f"{name}.canvas"][event.step - 1].tolist()
-        accepted = np.unpackbits(trace[f"{name}.accepted"][event.step - 1], axis=-1)
-        assert event.accepted.tolist() == accepted.astype(bool).tolist()
+    for canvas in steps:
+        name, step = f"{run}.{canvas.index}", canvas.passes - 1
+        assert canvas.draft.tolist() == trace[f"{name}.draft"][step][0].tolist()
+        assert canvas.tokens.tolist() == trace[f"{name}.canvas"][step][0].tolist()
+        accepted = np.unpackbits(trace[f"{name}.accepted"][step][0], axis=-1)
+        assert canvas.accepted.tolist() == accepted.astype(bool).tolist()
     finished = events[-1]
     assert isinstance(finished, Finished)
     theirs = trace[f"{run}.tokens"][0].tolist()

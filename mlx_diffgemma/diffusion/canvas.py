@@ -1,0 +1,230 @@
+"""A canvas in flight: a value that can be kept, forked, shown, edited and continued.
+
+Letters: C canvas, D hidden, V vocabulary, A positions computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.diffusion.constraints import FREE, Layout
+from mlx_diffgemma.diffusion.noise import Noise
+from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.model.cache import KeysValues
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The model's view of a canvas at a temperature.
+
+    Attributes:
+        argmax: [C] int32, the most likely tokens.
+        draw: [C] int32, one sample a position.
+        entropy: [C] float32, in nats.
+        confidence: [C] float32, the probability of `draw`.
+        soft_embeddings: [C, D], the expected embeddings, for the next step; None after the last.
+        dropped_mass: [C] float32, the probability that the likeliest few tokens leave out.
+    """
+
+    argmax: mx.array
+    draw: mx.array
+    entropy: mx.array
+    confidence: mx.array
+    soft_embeddings: mx.array | None
+    dropped_mass: mx.array
+
+    def map(self, function: Callable[[mx.array], mx.array]) -> Prediction:
+        """The prediction with a function of positions applied to each of its arrays."""
+        soft = self.soft_embeddings
+        return Prediction(
+            function(self.argmax),
+            function(self.draw),
+            function(self.entropy),
+            function(self.confidence),
+            None if soft is None else function(soft),
+            function(self.dropped_mass),
+        )
+
+    def followed_by(self, other: Prediction) -> Prediction:
+        """The positions of this prediction, then those of another."""
+        mine, theirs = self.soft_embeddings, other.soft_embeddings
+        return Prediction(
+            mx.concatenate([self.argmax, other.argmax]),
+            mx.concatenate([self.draw, other.draw]),
+            mx.concatenate([self.entropy, other.entropy]),
+            mx.concatenate([self.confidence, other.confidence]),
+            None if mine is None or theirs is None else mx.concatenate([mine, theirs]),
+            mx.concatenate([self.dropped_mass, other.dropped_mass]),
+        )
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What one forward pass brought for a canvas.
+
+    Attributes:
+        prediction: of every position, those that were not computed as they were before.
+        whole: whether all positions were computed.
+        layers: keys and values of the canvas in every layer, [1, H, C, Dh] twice, where
+            `settled_after` needs them.
+    """
+
+    prediction: Prediction
+    whole: bool = True
+    layers: tuple[KeysValues, ...] = ()
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What an experiment remembers of a canvas whose settled positions are computed rarely.
+
+    Attributes:
+        passed: the last pass.
+        argmax: [C] what was likeliest in it.
+        streak: [C] for how many steps each position has stayed the same and certain.
+        since_full: passes since all positions were computed.
+    """
+
+    passed: Passed
+    argmax: np.ndarray
+    streak: np.ndarray
+    since_full: int = 0
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """One sequence's canvas after `passes` forward passes over it.
+
+    Attributes:
+        settings: how it is denoised.
+        noise: the randomness of its sequence.
+        index: which canvas of the sequence it is, from 0.
+        vocab: V.
+        tokens: [C] int32, what the next pass starts from: accepted draws and fresh noise.
+        first_step: the step of the schedule that its first pass took or will take, from 1.
+        endless: whether the last step of the schedule is repeated until somebody else ends it.
+        passes: forward passes run.
+        layout: what it must hold; None for anything.
+        counted: [C] the positions that decide when it is done, of those that are not fixed; None
+            for all.
+        soft_embeddings: [C, D], what the last pass expected; None before the first one.
+        draft: [C] what would be committed now; `FREE` before the first pass.
+        entropy: [C] nats, after the temperature; infinite before the first pass.
+        accepted: [C] which positions of `tokens` hold a draw of the model.
+        few_suffice: [C] where the likeliest few tokens held nearly all of the probability in the
+            last pass.
+        shown: [C] the draft as the stop rule sees it (see `stopping.py`).
+        unchanged: [C] for how many passes each position of `shown` has stayed the same.
+        done: whether it needs no further pass.
+        converged: whether it is done for another reason than that its steps are used up.
+        settled: what `settled_after` needs.
+    """
+
+    settings: DiffusionConfig
+    noise: Noise
+    index: int
+    vocab: int
+    tokens: mx.array
+    draft: np.ndarray
+    entropy: np.ndarray
+    accepted: np.ndarray
+    few_suffice: np.ndarray
+    shown: np.ndarray
+    unchanged: np.ndarray
+    first_step: int = 1
+    endless: bool = False
+    passes: int = 0
+    layout: Layout | None = None
+    counted: np.ndarray | None = None
+    soft_embeddings: mx.array | None = None
+    done: bool = False
+    converged: bool = False
+    settled: Settled | None = None
+
+    @classmethod
+    def start(
+        cls,
+        settings: DiffusionConfig,
+        noise: Noise,
+        index: int,
+        length: int,
+        vocab: int,
+        *,
+        layout: Layout | None = None,
+        initial: Sequence[int] | None = None,
+        first_step: int = 1,
+        endless: bool = False,
+        counted: np.ndarray | None = None,
+    ) -> Canvas:
+        """A canvas of `length` tokens of noise, or of the `initial` ones. A `first_step` above 1
+        enters the schedule late, for a canvas that is partly right already.
+
+        Raises:
+            UsageError: the layout or the initial tokens do not fit.
+        """
+        if initial is None:
+            tokens = noise.initial(index, length, vocab)
+        else:
+            tokens = mx.array(_checked(initial, length, vocab), mx.int32)
+        nothing, no = np.full(length, FREE, np.int32), np.zeros(length, bool)
+        canvas = cls(
+            settings,
+            noise,
+            index,
+            vocab,
+            tokens,
+            draft=nothing,
+            entropy=np.full(length, np.inf, np.float32),
+            accepted=no,
+            few_suffice=no,
+            shown=nothing,
+            unchanged=np.zeros(length, int),
+            first_step=first_step,
+            endless=endless,
+            counted=counted,
+        )
+        return canvas if layout is None else canvas.under(layout)
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def step(self) -> int:
+        """The step of the schedule that the next pass takes, from 1."""
+        return self.first_step + self.passes
+
+    @property
+    def temperature(self) -> float:
+        """Of the next pass."""
+        return self.settings.temperature(self.step)
+
+    @property
+    def is_last_step(self) -> bool:
+        """Whether the schedule ends with the next pass."""
+        return not self.endless and self.step >= self.settings.max_denoising_steps
+
+    def under(self, layout: Layout) -> Canvas:
+        """The same canvas, held to another layout from now on."""
+        layout.check(len(self), self.vocab)
+        return replace(self, layout=layout, tokens=layout.pin(self.tokens))
+
+    def counts(self) -> np.ndarray:
+        """[C] the positions that decide when the canvas is done."""
+        counted = np.ones(len(self), bool) if self.counted is None else self.counted
+        return counted if self.layout is None else counted & self.layout.open
+
+
+def _checked(initial: Sequence[int], length: int, vocab: int) -> list[int]:
+    if len(initial) != length:
+        raise UsageError(f"initial_canvas has {len(initial)} tokens; the canvas has {length}.")
+    for place, token in enumerate(initial):
+        if not 0 <= token < vocab:
+            raise UsageError(
+                f"initial_canvas: token {place} is {token}; ids go from 0 to {vocab - 1}."
+            )
+    return list(initial)

@@ -1,0 +1,266 @@
+"""The denoising step, and the loop over it: the only place that runs passes over canvases.
+
+Letters: C canvas, N positions of all canvases of a step, D hidden, K candidate tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_diffgemma.diffusion.active_set import settle
+from mlx_diffgemma.diffusion.canvas import Canvas
+from mlx_diffgemma.diffusion.predict import Passed, Predict, Predictor
+from mlx_diffgemma.diffusion.sampler import propose
+from mlx_diffgemma.diffusion.stopping import as_shown, has_converged
+from mlx_diffgemma.errors import NumericalError, not_finite
+from mlx_diffgemma.kernels.vocabulary import Row
+from mlx_diffgemma.model.cache import Prefix
+from mlx_diffgemma.model.diffusion_gemma import CanvasView, DiffusionGemma
+
+_FEW_LEAVE = 0.01  # probability that the likeliest few tokens may leave out to stand for all
+_LOOK_BYTES = 100_000_000  # most bytes of what one look holds in a layer
+
+Name = TypeVar("Name")
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A canvas that is being denoised, and the prefix that it continues."""
+
+    canvas: Canvas
+    prefix: Prefix
+
+
+class Denoiser:
+    """Runs passes over canvases of any age, each with settings, randomness, layout and prefix of
+    its own.
+
+    Args:
+        model: the network.
+        predict: how a pass is computed; None takes the model's own.
+    """
+
+    def __init__(self, model: DiffusionGemma, predict: Predict | None = None) -> None:
+        self.model = model
+        self._predict: Predict = Predictor(model) if predict is None else predict
+
+    def step(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> list[Canvas]:
+        """The canvases after one pass over each, in one batch: one graph, one wait. A canvas
+        becomes the same alone and in any company, to rounding of the products.
+
+        Raises:
+            NumericalError: the model returned values that are not finite.
+        """
+        return self.queue(canvases, prefixes).read()
+
+    def queue(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> QueuedStep:
+        """Hand a step to the device, without waiting for it."""
+        passed = self._predict(canvases, prefixes)
+        stepped, read = [], []
+        for canvas, found in zip(canvases, passed, strict=True):
+            prediction, proposal = found.prediction, propose(found.prediction, canvas)
+            stepped.append(
+                replace(canvas, tokens=proposal.tokens, soft_embeddings=prediction.soft_embeddings)
+            )
+            read.append(
+                mx.stack([
+                    proposal.draft.astype(mx.int32),
+                    proposal.accepted.astype(mx.int32),
+                    prediction.argmax.astype(mx.int32),
+                    prediction.entropy.astype(mx.float32).view(mx.int32),
+                    prediction.dropped_mass.astype(mx.float32).view(mx.int32),
+                ])
+            )  # fmt: skip
+        # One array of all that the host wants to know, so that it reads once.
+        wanted = read[0] if len(read) == 1 else mx.concatenate(read, axis=1)
+        kept = [[c.tokens, c.soft_embeddings] for c in stepped]
+        mx.async_eval(wanted, kept, [each for found in passed for each in found.layers])
+        return QueuedStep(tuple(stepped), tuple(passed), wanted, self._not_finite)
+
+    def look(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> list[Look]:
+        """What the model believes at the sight of canvases as they stand, at temperature 1."""
+        looks: list[Look] = []
+        for views, rows, layouts in self._few_at_a_time(canvases, prefixes):
+            hidden = self.model.decode(views)
+            standing = mx.concatenate([view.tokens for view in views])
+            asked = [
+                Row(length=length, temperature=1.0, allowed=words, need_soft=False)
+                for length, words in zip(rows, layouts, strict=True)
+            ]
+            seen = self.model.predict(hidden, asked, standing)
+            assert seen.standing_log_probability is not None
+            both = np.array(mx.stack([seen.standing_log_probability, seen.entropy]))
+            # A token that is not allowed to stand where it stands has no probability at all.
+            self._require_finite(np.where(both == -np.inf, 0.0, both), "a look at the canvas")
+            looks += [Look(*both[:, start:stop]) for start, stop in _spans(rows)]
+        return looks
+
+    def score(
+        self,
+        canvases: Sequence[Canvas],
+        prefixes: Sequence[Prefix],
+        places: Sequence[int],
+        candidates: Sequence[Sequence[int]],
+    ) -> list[np.ndarray]:
+        """The log-probability at temperature 1 of each of a canvas's `candidates` at one of its
+        positions, [K] in nats for each canvas."""
+        found: list[np.ndarray] = []
+        for views, rows, _ in self._few_at_a_time(canvases, prefixes):
+            some = range(len(found), len(found) + len(views))
+            at = [start + places[n] for n, (start, _) in zip(some, _spans(rows), strict=True)]
+            hidden = self.model.decode(views)[mx.array(at)]
+            asked = [Row(length=1, temperature=1.0, need_soft=False)] * len(views)
+            log_sum = self.model.predict(hidden, asked).log_sum
+            most = max(len(candidates[n]) for n in some)
+            ids = [[*candidates[n], *[0] * (most - len(candidates[n]))] for n in some]
+            log_p = self.model.logits_of(hidden, mx.array(ids)) - log_sum[:, None]
+            values = np.array(log_p)
+            self._require_finite(values, "a look at answers")
+            found += [row[: len(candidates[n])] for n, row in zip(some, values, strict=True)]
+        return found
+
+    def _require_finite(self, values: np.ndarray, where: str) -> None:
+        if not np.isfinite(values).all():
+            raise self._not_finite(where)
+
+    def _not_finite(self, where: str) -> NumericalError:
+        float16 = self.model.dtype == mx.float16
+        return NumericalError(not_finite(where, float16=float16, adapter=self.model.adapted))
+
+    def _few_at_a_time(
+        self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]
+    ) -> Iterator[tuple[list[CanvasView], list[int], list[np.ndarray | None]]]:
+        """As many canvases at a time as fit in a fixed budget: views, lengths, allowed tokens."""
+        text = self.model.config.text
+        widest = text.top_k_experts * (3 * text.moe_intermediate_size + 2 * text.hidden_size)
+        most = max(1, _LOOK_BYTES // (widest * self.model.dtype.size))
+        start = 0
+        while start < len(canvases):
+            stop, positions = start + 1, len(canvases[start])
+            while stop < len(canvases) and positions + len(canvases[stop]) <= most:
+                positions += len(canvases[stop])
+                stop += 1
+            some = canvases[start:stop]
+            yield (
+                [CanvasView(c.tokens, p) for c, p in zip(some, prefixes[start:stop], strict=True)],
+                [len(canvas) for canvas in some],
+                [None if c.layout is None else c.layout.words(c.vocab) for c in some],
+            )
+            start = stop
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the model believes of a canvas as it stands, [C] each, in nats.
+
+    Attributes:
+        standing: log-probability of the token that stands at each position; -inf where it may not
+            stand there.
+        entropy: of what may stand there.
+    """
+
+    standing: np.ndarray
+    entropy: np.ndarray
+
+
+@dataclass(frozen=True)
+class QueuedStep:
+    """A step that the device is computing."""
+
+    stepped: tuple[Canvas, ...]
+    passed: tuple[Passed, ...]
+    wanted: mx.array
+    not_finite: Callable[[str], NumericalError]
+
+    def read(self, titles: Sequence[str] = ()) -> list[Canvas]:
+        """Wait for the step, once; the canvases after it. `titles` are what an error calls the
+        sequence of each.
+
+        Raises:
+            NumericalError: the model returned values that are not finite.
+        """
+        wanted = np.array(self.wanted)
+        spans = _spans([len(canvas) for canvas in self.stepped])
+        canvases = []
+        for canvas, passed, (start, stop) in zip(self.stepped, self.passed, spans, strict=True):
+            canvases.append(_after(canvas, passed, wanted[:, start:stop]))
+            if not np.isfinite(canvases[-1].entropy).all():
+                of_which = f"{titles[len(canvases) - 1]}, " if titles else ""
+                raise self.not_finite(
+                    f"{of_which}canvas {canvas.index + 1}, step {canvas.passes + 1}"
+                )
+        return canvases
+
+
+def denoise(
+    denoiser: Denoiser,
+    flight: Mapping[Name, InFlight],
+    following: Callable[[Name, Canvas], InFlight | None],
+    title: Callable[[Name], str] | None = None,
+) -> Iterator[dict[Name, Canvas]]:
+    """Step canvases together until none is in flight; yields those of each step, by name.
+
+    After each step `following` says what becomes of a canvas: what goes on in its place, or None.
+    The next step is handed to the device before the last one is yielded, so whoever takes time to
+    show it costs the device none. A run that is broken off wastes that one step. `title` says what
+    an error calls a sequence; None leaves it out.
+    """
+    stepped: dict[Name, Canvas] | None = None
+    while flight:
+        queued = denoiser.queue(
+            [each.canvas for each in flight.values()], [each.prefix for each in flight.values()]
+        )
+        names = list(flight)
+        if stepped is not None:
+            yield stepped
+        # A prefix that is to grow is copied where it is still held.
+        flight = {}
+        titles = [] if title is None else [title(name) for name in names]
+        stepped = dict(zip(names, queued.read(titles), strict=True))
+        for name, canvas in stepped.items():
+            next_one = following(name, canvas)
+            if next_one is not None:
+                flight[name] = next_one
+        next_one = None
+    if stepped is not None:
+        yield stepped
+
+
+def until_done(prefix: Prefix) -> Callable[[object, Canvas], InFlight | None]:
+    """What follows where canvases behind one prefix are denoised and nothing else."""
+    return lambda name, canvas: None if canvas.done else InFlight(canvas, prefix)
+
+
+def _after(canvas: Canvas, passed: Passed, wanted: np.ndarray) -> Canvas:
+    """A canvas after a pass, with what was read of it, [5, C] as `Denoiser.queue` packs it."""
+    draft, accepted, argmax = wanted[0], wanted[1].astype(bool), wanted[2]
+    entropy, dropped = wanted[3].view(np.float32), wanted[4].view(np.float32)
+    shown, _ = as_shown(canvas.settings, draft, entropy)
+    unchanged = np.where(shown == canvas.shown, canvas.unchanged + 1, 0)
+    settled = None
+    if canvas.settings.settled_after is not None:
+        settled = settle(canvas, passed, argmax, entropy)
+    after = replace(
+        canvas,
+        passes=canvas.passes + 1,
+        few_suffice=dropped <= _FEW_LEAVE,
+        draft=draft,
+        entropy=entropy,
+        accepted=accepted,
+        shown=shown,
+        unchanged=unchanged,
+        settled=settled,
+    )
+    converged = passed.whole and has_converged(after)
+    used_up = after.step > canvas.settings.max_denoising_steps
+    return replace(after, converged=converged, done=not canvas.endless and (converged or used_up))
+
+
+def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    return list(pairwise(accumulate(lengths, initial=0)))

@@ -1,0 +1,195 @@
+"""Generating sequences canvas by canvas, each ending by itself. Letters: B sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from mlx_diffgemma.diffusion.canvas import Canvas
+from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.diffusion.constraints import Layout
+from mlx_diffgemma.diffusion.denoiser import Denoiser, InFlight, denoise
+from mlx_diffgemma.diffusion.encode import encode
+from mlx_diffgemma.diffusion.events import (
+    CanvasCommitted,
+    DenoisingStep,
+    Event,
+    Finished,
+    FinishReason,
+)
+from mlx_diffgemma.diffusion.noise import NoiseOf
+from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.model.cache import PrefixCache
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+
+Constrain = Callable[[int, int], Layout | None]
+"""What a canvas must hold, by the row of its sequence and its number."""
+
+
+@dataclass
+class _Sequence:
+    """One sequence while it is written."""
+
+    row: int
+    config: DiffusionConfig
+    cache: PrefixCache
+    tokens: list[int] = field(default_factory=list)
+    passes: list[int] = field(default_factory=list)
+    reason: FinishReason | None = None
+    stop_token: int | None = None
+
+    @property
+    def room(self) -> int:
+        return self.config.max_tokens - len(self.tokens)
+
+    def commit(self, canvas: Canvas) -> CanvasCommitted:
+        draft = canvas.draft.tolist()
+        kept, self.reason = cut(draft, self.config.eos_token_ids, self.room)
+        if self.reason == "stop":
+            self.stop_token = draft[len(kept)]
+        self.tokens += kept
+        self.passes.append(canvas.passes)
+        return CanvasCommitted(
+            self.row,
+            canvas.index,
+            tuple(kept),
+            canvas.passes,
+            canvas.converged,
+            self.reason,
+            self.stop_token,
+        )
+
+
+def generate_canvases(
+    model: DiffusionGemma,
+    prompts: Sequence[Sequence[int]],
+    config: DiffusionConfig | Sequence[DiffusionConfig],
+    noise: NoiseOf,
+    *,
+    caches: Sequence[PrefixCache] | None = None,
+    denoiser: Denoiser | None = None,
+    initial_canvas: Sequence[Sequence[int]] | None = None,
+    constrain: Constrain | None = None,
+    prefill_step_size: int | None = None,
+    marks: Sequence[Sequence[int]] | None = None,
+) -> Iterator[Event]:
+    """Generate for B prompts of token ids at once, each with its own settings and end.
+
+    Args:
+        config: how to denoise, for all sequences or for each.
+        noise: the randomness of each sequence, by its row (see `seeded`).
+        caches: a place for each sequence's prefix; what it has in common with the prompt is not
+            encoded again. None starts from nothing.
+        denoiser: what runs the passes; None takes the model's own.
+        initial_canvas: [B][C] token ids that the first canvases start from instead of noise.
+        constrain: what each canvas must hold.
+        marks: for each prompt, where to mark its prefix (see `encode`).
+
+    Raises:
+        UsageError: `initial_canvas` or a layout does not fit.
+        NumericalError: the model returned values that are not finite.
+
+    Yields:
+        `PrefillProgress`, then for each step a `DenoisingStep` a sequence, and a `CanvasCommitted`
+        where its canvas is done; in the end one `Finished`.
+    """
+    denoiser = denoiser or Denoiser(model)
+    configs = [config] * len(prompts) if isinstance(config, DiffusionConfig) else list(config)
+    caches = [model.make_cache() for _ in prompts] if caches is None else caches
+    sequences = [
+        _Sequence(row, *both) for row, both in enumerate(zip(configs, caches, strict=True))
+    ]
+    if initial_canvas is not None and len(initial_canvas) != len(prompts):
+        raise UsageError(
+            f"initial_canvas has {len(initial_canvas)} canvases; there are {len(prompts)} prompts, "
+            "and each takes one."
+        )
+
+    def canvas(sequence: _Sequence, index: int) -> InFlight:
+        """The next canvas of a sequence, behind what its cache holds."""
+        row, settings = sequence.row, sequence.config
+        first = initial_canvas[row] if initial_canvas is not None and index == 0 else None
+        started = Canvas.start(
+            settings,
+            noise(row),
+            index,
+            canvas_length(model, settings, sequence.room),
+            model.config.text.vocab_size,
+            layout=None if constrain is None else constrain(row, index),
+            initial=first,
+        )
+        return InFlight(started, sequence.cache.prefix)
+
+    # 1. Encode the prompts.
+    for sequence, prompt in zip(sequences, prompts, strict=True):
+        yield from encode(
+            model,
+            sequence.cache,
+            prompt,
+            row=sequence.row,
+            step_size=prefill_step_size,
+            room=reserved(model, sequence.config),
+            marks=() if marks is None else marks[sequence.row],
+        )
+
+    # 2. Denoise: a canvas that is done is committed, and the next one takes its place.
+    committed: dict[int, CanvasCommitted] = {}
+
+    def following(row: int, stepped: Canvas) -> InFlight | None:
+        sequence = sequences[row]
+        if not stepped.done:
+            return InFlight(stepped, sequence.cache.prefix)
+        committed[row] = sequence.commit(stepped)
+        if sequence.reason is not None:
+            return None  # a finished sequence needs its last canvas encoded no more
+        extend(model, sequence.cache, stepped.draft.tolist())
+        return canvas(sequence, stepped.index + 1)
+
+    first = {sequence.row: canvas(sequence, 0) for sequence in sequences}
+    title = None if len(sequences) == 1 else (lambda row: f"prompt {row + 1}")
+    steps = denoise(denoiser, first, following, title)
+    del first  # a prefix that is to grow is copied where it is still held
+    for stepped in steps:
+        for row, each in stepped.items():
+            yield DenoisingStep(row, each)
+            if each.done:
+                yield committed.pop(row)
+
+    yield Finished(
+        tokens=tuple(tuple(each.tokens) for each in sequences),
+        finish_reasons=tuple(each.reason or "length" for each in sequences),
+        stop_tokens=tuple(each.stop_token for each in sequences),
+        steps=tuple(tuple(each.passes) for each in sequences),
+    )
+
+
+def extend(model: DiffusionGemma, cache: PrefixCache, tokens: Sequence[int]) -> None:
+    """Append what was committed to the prefix in `cache`, without waiting for it."""
+    cache.prefix = model.encode([tokens], [cache.prefix])[1][0]
+    mx.async_eval(cache.prefix.arrays())
+    mx.clear_cache()
+
+
+def canvas_length(model: DiffusionGemma, config: DiffusionConfig, room: int) -> int:
+    """Tokens of the next canvas of a sequence that may still grow by `room`."""
+    length = config.canvas_length or model.config.canvas_length
+    return min(length, room) if config.shrink_canvas else length
+
+
+def reserved(model: DiffusionGemma, config: DiffusionConfig) -> int:
+    """Positions that an answer may take in its prefix: whole canvases."""
+    length = config.canvas_length or model.config.canvas_length
+    return -(-config.max_tokens // length) * length
+
+
+def cut(
+    canvas: Sequence[int], eos_token_ids: Sequence[int], room: int
+) -> tuple[list[int], FinishReason | None]:
+    """The tokens of a canvas that become text: up to the first eos, at most `room`; and why the
+    sequence ends here, or None if it does not."""
+    for place, token in enumerate(canvas[:room]):
+        if token in eos_token_ids:
+            return list(canvas[:place]), "stop"
+    return list(canvas[:room]), "length" if room <= len(canvas) else None
