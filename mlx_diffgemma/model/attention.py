@@ -74,13 +74,8 @@ def attend(
     `bounded` evaluates each block before the next is begun: MLX takes the memory of an operation
     when it is queued, so blocks that are queued together hold it together.
     """
-    batch, heads, new, _ = queries.shape
-    total = keys.shape[2]
-    in_sight = total
-    if isinstance(mask, Causal) and mask.window is not None:
-        in_sight = min(total, new + mask.window - 1)
-    most = max(1, _SCORE_BYTES // (queries.dtype.size * batch * heads * in_sight))
-    count = -(-new // most)
+    new, total = queries.shape[2], keys.shape[2]
+    count = block_count(queries, total, mask)
     block = -(-new // count)
     outputs = []
     for start in range(0, new, block):
@@ -98,6 +93,16 @@ def attend(
         if bounded and count > 1:
             mx.eval(outputs[-1])
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+
+
+def block_count(queries: mx.array, total: int, mask: Mask) -> int:
+    """In how many blocks `attend` takes queries [B, H, S, Dh] that come with `total` keys."""
+    batch, heads, new, _ = queries.shape
+    in_sight = total
+    if isinstance(mask, Causal) and mask.window is not None:
+        in_sight = min(total, new + mask.window - 1)
+    most = max(1, _SCORE_BYTES // (queries.dtype.size * batch * heads * in_sight))
+    return -(-new // most)
 
 
 def _sight(

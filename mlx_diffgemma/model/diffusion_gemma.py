@@ -28,7 +28,7 @@ from mlx_diffgemma.kernels.vocabulary import (
     VocabularyResult,
     vocabulary_pass,
 )
-from mlx_diffgemma.model.attention import Attention, attend
+from mlx_diffgemma.model.attention import Attention, attend, block_count
 from mlx_diffgemma.model.cache import KeysValues, LayerPrefix, Prefix, PrefixCache
 from mlx_diffgemma.model.layers import DecoderLayer, SelfConditioning
 
@@ -161,11 +161,16 @@ class DiffusionGemma(nn.Module):
                 for row, heads in enumerate(_rows(lengths, *attention.project(x))):
                     prefix, (queries, keys, values) = prefixes[row], heads
                     queries, keys = attention.rotate(queries, keys, len(prefix))
-                    longer, *seen = prefix.layers[index].extended(keys, values, prefix.room)
+                    held, causal = prefix.layers[index], attention.causal
+                    longer, *seen = held.extended(keys, values, prefix.room)
                     layers[row].append(longer)
                     # A gradient is traced, and nothing can be evaluated inside it.
                     bounded = not attention.training
-                    outputs.append(attend(queries, *seen, attention.causal, bounded=bounded))
+                    if bounded and block_count(queries, seen[0].shape[2], causal) > 1:
+                        # Evaluated now, while the caller has the shorter prefix, its longer buffer
+                        # would be a copy; later it is written where the shorter one was.
+                        seen = list(held.followed_by(keys, values))
+                    outputs.append(attend(queries, *seen, causal, bounded=bounded))
                 return attention.output(_joined(outputs))
 
             x = layer(x, look, own.layer_scalar)
