@@ -239,6 +239,14 @@ class PrefixCache:
         finally:
             self._lock.release()
 
+    def require_model(self, model: MakesCaches) -> None:
+        """Raise UsageError unless the cache is of this model, or of one with the same weights."""
+        # Methods are equal where they are of the same model, and that takes no time to see.
+        if self._identity != model.identity and self._identity() != model.identity():
+            raise UsageError(
+                "this prefix_cache belongs to another model; take one from model.make_cache()."
+            )
+
     def snapshot(self) -> PrefixCache:
         """Another cache that holds the same prefix. Nothing is copied until one of them grows."""
         return PrefixCache(self.prefix, self._identity)
@@ -292,9 +300,11 @@ class PrefixCache:
 
 
 class MakesCaches(Protocol):
-    """A model, as far as loading a cache needs it."""
+    """A model, as far as a cache needs it."""
 
     def make_cache(self) -> PrefixCache: ...
+
+    def identity(self) -> str: ...
 
 
 def _loaded_layers(
