@@ -164,7 +164,7 @@ def as_on_a_gpu(*, fresh: bool = True) -> Iterator[GpuWork]:
             return mx.zeros(tuple(shape), dtype)
         key = tuple(shape), dtype
         if key not in made:
-            made[key] = mx.stop_gradient(mx.zeros(key[0], dtype))
+            made[key] = mx.zeros(key[0], dtype)
             mx.eval(made[key])
         return made[key]
 
@@ -246,7 +246,7 @@ def _arrays(*given: mx.array | None) -> list[mx.array]:
 def _once_there(results: list[mx.array], inputs: Sequence[mx.array]) -> list[mx.array]:
     """`results` that are not there before `inputs` are."""
     arrays = [each for each in inputs if isinstance(each, mx.array)]
-    return list(mx.depends(results, arrays))  # type: ignore[arg-type]
+    return list(mx.depends(results, arrays))
 
 
 def nodes(*arrays: mx.array) -> Counter[str]:

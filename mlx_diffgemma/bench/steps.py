@@ -21,6 +21,7 @@ from mlx_diffgemma.bench.counting import Cost, Weights, layers_cost, vocabulary_
 from mlx_diffgemma.bench.device import Device
 from mlx_diffgemma.bench.random_model import weight_bytes
 from mlx_diffgemma.bench.timing import alternate, peak_bytes
+from mlx_diffgemma.cpu.vocabulary import tiled_pass
 from mlx_diffgemma.diffusion.canvas import Canvas, Passed, Prediction
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.denoiser import Denoiser
@@ -30,11 +31,15 @@ from mlx_diffgemma.diffusion.generate import Constrain, generate_canvases
 from mlx_diffgemma.diffusion.noise import seeded
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.kernels.materialized import whole_pass
-from mlx_diffgemma.kernels.vocabulary import VocabularyPass
+from mlx_diffgemma.kernels.vocabulary import VocabularyPass, vocabulary_pass
 from mlx_diffgemma.model.cache import KeysValues, Prefix
 from mlx_diffgemma.model.diffusion_gemma import CanvasView, DiffusionGemma
 
-VOCABULARY_PASSES: Mapping[str, VocabularyPass] = {"whole": whole_pass}
+VOCABULARY_PASSES: Mapping[str, VocabularyPass] = {
+    "chunked": vocabulary_pass,
+    "tiled": tiled_pass,
+    "whole": whole_pass,
+}
 """Forms of the pass over the vocabulary that can be measured in place of the model's own."""
 
 _COUNTED = 4  # steps whose waits are counted
@@ -83,7 +88,8 @@ class StepReport:
 
 
 def vocabulary_pass_named(name: str) -> VocabularyPass:
-    """A form of the pass over the vocabulary by its name: "whole".
+    """A form of the pass over the vocabulary by its name: "chunked" (for a GPU), "tiled" (for a
+    CPU) or "whole" (slow).
 
     Raises:
         UsageError: there is none of that name.

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_diffgemma import cpu
 from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.checkpoint.locate import locate
 from mlx_diffgemma.checkpoint.names import canonical_name, expert_piece, is_vision
@@ -17,7 +18,6 @@ from mlx_diffgemma.checkpoint.quantization import formats_from_config
 from mlx_diffgemma.checkpoint.shards import StoredTensor, read_json, stored_tensors
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import CheckpointError
-from mlx_diffgemma.kernels.cpu_layers import use_cpu_layers
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -69,7 +69,7 @@ def load_model(
     _quantize_modules(model, config, stored)
     _compare(model, stored)
     if mx.default_device() == mx.cpu:
-        use_cpu_layers(model)
+        cpu.use(model)
     model.load_weights(list(_read(stored, dtype).items()))
     model.eval()
     if check:

@@ -102,7 +102,7 @@ def _row(canvas: Canvas, length: int) -> Row:
         allowed=None if layout is None else layout.words(canvas.vocab),
         need_soft=not canvas.is_last_step,
         soft_cutoff=settings.soft_cutoff,
-        likely=canvas.few_suffice,
+        likely=canvas.few_suffice is not None and bool(canvas.few_suffice.all()),
     )
 
 

@@ -5,8 +5,6 @@ Letters: N positions, V vocabulary, W words of 32 tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import mlx.core as mx
 import numpy as np
 
@@ -35,18 +33,9 @@ def forbid(logits: mx.array, words: mx.array | None) -> mx.array:
     return mx.where(unpack_allowed(words, logits.shape[-1]), logits, FORBIDDEN)
 
 
-def restricted_rows(
-    words: mx.array, starts: Sequence[int], tile: int, vocab: int
-) -> list[np.ndarray]:
-    """For every tile of tokens, the rows of `words` [N, W] that do not allow all of it.
-
-    Most sets allow all but a few tokens, so most tiles need no look at them.
-    """
-    full = np.full(words.shape[-1], 0xFFFFFFFF, np.uint32)
+def every_token(vocab: int) -> np.ndarray:
+    """The set of all token ids as a bit mask [W] uint32."""
+    mask = np.full(-(-vocab // WORD), 0xFFFFFFFF, np.uint32)
     if vocab % WORD:
-        full[vocab // WORD] = (1 << vocab % WORD) - 1
-    lacking = np.array(words, copy=False) != full
-    return [
-        np.flatnonzero(lacking[:, start // WORD : -(-(start + tile) // WORD)].any(axis=-1))
-        for start in starts
-    ]
+        mask[-1] = (1 << vocab % WORD) - 1
+    return mask

@@ -46,7 +46,6 @@ class Launcher(Protocol):
     ) -> list[mx.array]: ...
 
 
-_training_on_cpu: ContextVar[bool] = ContextVar("training_on_cpu", default=False)
 _override: ContextVar[Implementation | Launcher] = ContextVar("implementation", default="auto")
 
 
@@ -69,23 +68,6 @@ def launcher_for(implementation: Implementation | Launcher) -> Launcher | None:
     if choice == "mlx":
         return None
     return launch_on_metal if choice == "metal" else choice
-
-
-@contextmanager
-def training_forms(wanted: bool = True) -> Iterator[None]:
-    """Inside, layers take the forms of `differentiable` and `expert_blocks`, if the default device
-    is a CPU and they are `wanted`. The passes of training run so, and nothing else does."""
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    token = _training_on_cpu.set(wanted and on_cpu)
-    try:
-        yield
-    finally:
-        _training_on_cpu.reset(token)
-
-
-def training_on_cpu() -> bool:
-    """Whether layers are to take their forms for training on a CPU."""
-    return _training_on_cpu.get()
 
 
 def launch_on_metal(kernel: MetalKernel, **arguments: Any) -> list[mx.array]:

@@ -5,7 +5,7 @@ Letters: V vocabulary, D hidden.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -58,10 +58,27 @@ class EmbeddingTable:
         """√D in float32, but rounded to `dtype` on the way, as the reference does."""
         return mx.array(self.hidden_size**0.5, self.dtype).astype(mx.float32)
 
-    @property
-    def product_dtype(self) -> mx.Dtype:
-        """In which to multiply: the CPU has a fast product for float32 alone."""
-        return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else self.dtype
+    def product(self, x: mx.array) -> mx.array:
+        """x @ table.T, [..., D] -> [..., V], with packed weights as they are."""
+        if self.scales is None:
+            return x @ self.weight.T
+        return self._packed(x, transpose=True)
+
+    def expected(self, weights: mx.array) -> mx.array:
+        """weights @ table, [..., V] -> [..., D], with packed weights as they are."""
+        if self.scales is None:
+            return weights @ self.weight
+        return self._packed(weights, transpose=False)
+
+    def part(self, start: int, stop: int) -> EmbeddingTable:
+        """The table of the tokens `start` to `stop` alone, without a copy."""
+        where = slice(start, stop)
+        return replace(
+            self,
+            weight=self.weight[where],
+            scales=None if self.scales is None else self.scales[where],
+            biases=None if self.biases is None else self.biases[where],
+        )
 
     def rows(self, start: int, stop: int, dtype: mx.Dtype) -> mx.array:
         """Rows `start` to `stop`, dequantized: [stop - start, D]."""
@@ -70,6 +87,19 @@ class EmbeddingTable:
     def take(self, ids: mx.array, dtype: mx.Dtype) -> mx.array:
         """The rows `ids` [...], dequantized: [..., D]."""
         return self._read(ids, dtype)
+
+    def _packed(self, x: mx.array, *, transpose: bool) -> mx.array:
+        assert self.scales is not None
+        return mx.quantized_matmul(
+            x,
+            self.weight,
+            self.scales,
+            self.biases,
+            transpose=transpose,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+        )
 
     def _read(self, where: slice | mx.array, dtype: mx.Dtype) -> mx.array:
         if self.scales is None:

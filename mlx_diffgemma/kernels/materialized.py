@@ -1,96 +1,132 @@
-"""The pass over the vocabulary in one piece: the slow twin of `vocabulary.py`, which is tested
-against it. It holds several copies of the logits [R, C, V]."""
+"""The pass over the vocabulary in one piece, which holds several copies of the logits [N, V].
+
+It is the form for small vocabularies, and the slow twin against which `vocabulary.py` and
+`cpu/vocabulary.py` are tested. Letters: N positions of all rows, n of some rows, V vocabulary, D
+hidden.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
+import numpy as np
 
-from mlx_diffgemma.kernels.allowed_tokens import forbid
+from mlx_diffgemma.kernels.activation import softcap as soft_cap
+from mlx_diffgemma.kernels.allowed_tokens import FORBIDDEN, unpack_allowed
+from mlx_diffgemma.kernels.dispatch import Implementation, Launcher
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
-from mlx_diffgemma.kernels.vocabulary import VocabularyResult, bind
+from mlx_diffgemma.kernels.rows import Row, VocabularyResult
 
 
-def materialized(
+def whole_pass(
     hidden: mx.array,
     table: EmbeddingTable,
+    rows: Sequence[Row],
     *,
     softcap: float,
-    temperature: float,
-    keys: mx.array | None = None,
-    allowed: mx.array | None = None,
-    fixed: mx.array | None = None,
-    need_soft: bool = True,
-    soft_cutoff: float | None = None,
+    standing: mx.array | None = None,
+    implementation: Implementation | Launcher = "auto",
 ) -> VocabularyResult:
-    """As `vocabulary_pass`, with all logits at once. Its draws follow the same distribution from
-    other random numbers."""
-    dtype = table.product_dtype
-    embeddings = table.rows(0, table.vocab_size, dtype)
-    raw = (hidden.astype(dtype) @ embeddings.T).astype(mx.float32)
-    x = forbid(mx.tanh(raw / softcap) * softcap / temperature, allowed)
+    """A `VocabularyPass` with all logits at once. Its draws follow the same distribution from other
+    random numbers, and it has no kernels to choose an `implementation` of."""
+    lengths = [row.length for row in rows]
+    raw = table.product(hidden)
+    temperatures = np.repeat(np.array([row.temperature for row in rows], np.float32), lengths)
+    x = soft_cap(raw, softcap) / mx.array(temperatures)[:, None]
+    kept = _kept(rows, table.vocab_size)
+    if kept is not None:
+        x = mx.where(kept, x, FORBIDDEN)
     log_sum = mx.logsumexp(x, axis=-1)
-    log_p = x - log_sum[..., None]
+    # The softcap makes an infinity finite, and the softmax does with a lack of tokens what it can.
+    sound = mx.isfinite(raw).all(axis=-1) & (x.max(axis=-1) > FORBIDDEN)
+    log_sum = mx.where(sound, log_sum, mx.nan)
+    log_p = x - log_sum[:, None]
     p = mx.exp(log_p)
-    draw = draw_log_p = None
-    if keys is not None:
-        drawn = [mx.random.categorical(row, key=key) for row, key in zip(x, keys, strict=True)]
-        draw = mx.stack(drawn).astype(mx.int32)
-        draw_log_p = mx.take_along_axis(log_p, draw[..., None], axis=-1)[..., 0]
-    soft = None
-    dropped = mx.zeros(hidden.shape[:2])
-    if need_soft:
-        kept = p
-        if soft_cutoff is not None:
-            kept = mx.where(x >= x.max(axis=-1, keepdims=True) - soft_cutoff, p, 0.0)
-            mass = kept.sum(axis=-1, keepdims=True)
-            kept, dropped = kept / mass, mx.maximum(1.0 - mass[..., 0], 0.0)
-        soft = (kept.astype(dtype) @ embeddings).astype(mx.float32) * table.scale
-        soft = soft.astype(hidden.dtype)
-    result = VocabularyResult(
-        argmax=mx.argmax(x, axis=-1).astype(mx.int32),
+    argmax = mx.argmax(x, axis=-1).astype(mx.int32)
+    draw = _draws(x, argmax, rows)
+    bound = mx.array(_fixed(rows) >= 0)
+
+    def log_probability(tokens: mx.array) -> mx.array:
+        chosen = mx.take_along_axis(log_p, tokens[:, None], axis=-1)[:, 0]
+        return mx.where(bound, 0.0, chosen)
+
+    dropped = mx.zeros(hidden.shape[:1])
+    least = _least(x, rows)
+    if least is not None:
+        mass = mx.where(x >= least, p, 0.0).sum(axis=-1)
+        dropped = mx.where(bound, 0.0, mx.maximum(1.0 - mass, 0.0))
+    return VocabularyResult(
+        argmax=argmax,
         draw=draw,
-        entropy=-(p * log_p).sum(axis=-1),
-        soft_embeddings=soft,
-        log_sum=log_sum,
-        draw_log_probability=draw_log_p,
+        entropy=mx.where(bound, 0.0, -(p * log_p).sum(axis=-1)),
+        log_sum=mx.where(bound, 0.0, log_sum),
+        draw_log_probability=None if draw is None else log_probability(draw),
+        standing_log_probability=None if standing is None else log_probability(standing),
+        soft_embeddings=_soft_embeddings(x, least, table, rows, hidden.dtype),
         dropped_mass=dropped,
     )
-    return result if fixed is None else bind(result, fixed, table)
 
 
-def whole_pass(hidden, table, rows, *, softcap, standing=None, implementation="auto"):
-    import numpy as np
-    raw = hidden @ table.weight.T
-    raw = raw.astype(mx.float32)
-    x = mx.tanh(raw / softcap) * softcap
-    parts = []
-    at = 0
+def _fixed(rows: Sequence[Row]) -> np.ndarray:
+    """[N] the token that a position is bound to, or −1."""
+    none = [np.full(row.length, -1, np.int32) if row.fixed is None else row.fixed for row in rows]
+    return np.concatenate(none)
+
+
+def _kept(rows: Sequence[Row], vocab: int) -> mx.array | None:
+    """[N, V] which tokens may stand where; None where nothing is asked."""
+    if all(row.fixed is None and row.allowed is None for row in rows):
+        return None
+    kept = []
     for row in rows:
-        own = x[at : at + row.length] / row.temperature
-        st = None if standing is None else standing[at : at + row.length]
-        at += row.length
+        may = mx.ones((row.length, vocab), mx.bool_)
         if row.allowed is not None:
-            own = forbid(own, mx.array(row.allowed))
-            own = mx.where(own <= -1e38, -mx.inf, own)
+            may = unpack_allowed(mx.array(row.allowed), vocab)
         if row.fixed is not None:
-            f = mx.array(row.fixed)[:, None]
-            own = mx.where((f < 0) | (f == mx.arange(own.shape[-1])), own, -mx.inf)
-        ls = mx.logsumexp(own, axis=-1)
-        draw = mx.zeros((row.length,), mx.int32)
-        if row.key is not None:
-            draw = mx.random.categorical(own, key=row.key).astype(mx.int32)
-        logp = own - ls[:, None]
-        ent = -mx.where(own == -mx.inf, 0.0, mx.exp(logp) * logp).sum(axis=-1)
-        dlp = mx.take_along_axis(own, draw[:, None], axis=-1)[:, 0] - ls
-        slp = None
-        if st is not None:
-            slp = mx.where(mx.array(row.fixed) >= 0, 0.0, mx.take_along_axis(own, st[:, None], axis=-1)[:, 0] - ls) if row.fixed is not None else mx.take_along_axis(own, st[:, None], axis=-1)[:, 0] - ls
-        soft = mx.zeros((row.length, hidden.shape[-1]), hidden.dtype)
-        if row.need_soft:
-            cutl = own
-            if row.soft_cutoff is not None:
-                cutl = mx.where(own >= own.max(axis=-1, keepdims=True) - row.soft_cutoff, own, -mx.inf)
-            soft = (mx.softmax(cutl, axis=-1).astype(table.dtype) @ table.weight) * mx.array(table.hidden_size**0.5, table.dtype)
-        parts.append((mx.argmax(own, axis=-1).astype(mx.int32), draw, ent, soft, ls, dlp, mx.zeros_like(ent), slp))
-    cols = [None if c[0] is None else mx.concatenate(c) for c in zip(*parts)]
-    return VocabularyResult(*cols)
+            fixed = mx.array(row.fixed)[:, None]
+            may = mx.where(fixed < 0, may, fixed == mx.arange(vocab))
+        kept.append(may)
+    return mx.concatenate(kept)
+
+
+def _draws(x: mx.array, argmax: mx.array, rows: Sequence[Row]) -> mx.array | None:
+    """A token of each position [N], a row from its own key; the argmax in rows without one."""
+    if all(row.key is None for row in rows):
+        return None
+    drawn, start = [], 0
+    for row in rows:
+        stop = start + row.length
+        if row.key is None:
+            drawn.append(argmax[start:stop])
+        else:
+            tokens = mx.random.categorical(x[start:stop], key=row.key)
+            drawn.append(tokens.astype(mx.int32))
+        start = stop
+    return mx.concatenate(drawn)
+
+
+def _least(x: mx.array, rows: Sequence[Row]) -> mx.array | None:
+    """[N, 1] the least logit that enters the soft embeddings; None where all do in all rows."""
+    if all(row.soft_cutoff is None for row in rows):
+        return None
+    cutoffs = [np.inf if row.soft_cutoff is None else row.soft_cutoff for row in rows]
+    at = np.repeat(np.array(cutoffs, np.float32), [row.length for row in rows])
+    return x.max(axis=-1, keepdims=True) - mx.array(at)[:, None]
+
+
+def _soft_embeddings(
+    x: mx.array,
+    least: mx.array | None,
+    table: EmbeddingTable,
+    rows: Sequence[Row],
+    dtype: mx.Dtype,
+) -> mx.array | None:
+    """[N, D], zeros in rows that need none; None if no row needs any."""
+    needed = np.repeat([row.need_soft for row in rows], [row.length for row in rows])
+    if not needed.any():
+        return None
+    cut = x if least is None else mx.where(x >= least, x, FORBIDDEN)
+    weights = mx.softmax(cut, axis=-1).astype(table.dtype)
+    soft = (table.expected(weights) * table.scale).astype(dtype)
+    return soft if needed.all() else mx.where(mx.array(needed)[:, None], soft, 0.0).astype(dtype)

@@ -19,8 +19,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_diffgemma.config import ModelConfig, TextConfig
+from mlx_diffgemma.kernels.activation import softcap
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
-from mlx_diffgemma.kernels.tile_epilogue import softcapped
 from mlx_diffgemma.kernels.materialized import whole_pass
 from mlx_diffgemma.kernels.vocabulary import (
     Row,
@@ -220,8 +220,8 @@ class DiffusionGemma(nn.Module):
         """What hidden states [N, D] say of the vocabulary; `rows` say what is asked of them, and
         `standing` [N] of which tokens the probability is wanted."""
         table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
-        softcap = self.config.text.final_logit_softcapping
-        return self.vocabulary_pass(hidden, table, rows, softcap=softcap, standing=standing)
+        cap = self.config.text.final_logit_softcapping
+        return self.vocabulary_pass(hidden, table, rows, softcap=cap, standing=standing)
 
     def logits_of(self, hidden: mx.array, ids: mx.array) -> mx.array:
         """Hidden states [P, D] and token ids [P, K] -> the soft-capped logits of these tokens alone,
@@ -229,29 +229,21 @@ class DiffusionGemma(nn.Module):
         table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
         rows = table.take(ids, mx.float32)
         raw = (rows @ hidden.astype(mx.float32)[..., None])[..., 0]
-        return softcapped(raw, self.config.text.final_logit_softcapping)
+        return softcap(raw, self.config.text.final_logit_softcapping)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[..., D] -> [..., V] in float32, soft-capped."""
-        cap = self.config.text.final_logit_softcapping
-        raw = self.model.decoder.embed_tokens.as_linear(hidden).astype(mx.float32)
-        return mx.tanh(raw / cap) * cap
+        table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
+        return softcap(table.product(hidden), self.config.text.final_logit_softcapping)
 
     def soft_embeddings(self, processed_logits: mx.array) -> mx.array:
         """The embedding that the model expects at each position: [..., V] -> [..., D].
 
         `processed_logits` are the logits after the temperature.
         """
-        table = self.model.decoder.embed_tokens
         weights = mx.softmax(processed_logits.astype(mx.float32), axis=-1).astype(self.dtype)
-        if isinstance(table, nn.QuantizedEmbedding):
-            expected = mx.quantized_matmul(
-                weights, table.weight, table.scales, table.get("biases"), transpose=False,
-                group_size=table.group_size, bits=table.bits, mode=table.mode,
-            )  # fmt: skip
-        else:
-            expected = weights @ table.weight
-        return expected * self._embed_scale
+        table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
+        return table.expected(weights) * self._embed_scale
 
     def embed(self, ids: mx.array) -> mx.array:
         """Token ids [...] -> [..., D], scaled by √D."""

@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_diffgemma.kernels.dispatch import training_forms, training_on_cpu
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
 BLOCK = 1 << 24
@@ -30,13 +29,11 @@ def cross_entropy(model: DiffusionGemma, hidden: mx.array, targets: mx.array) ->
         return nn.losses.cross_entropy(model.logits(hidden), targets)
     table = model.model.decoder.embed_tokens
     weight = table.trainable_parameters().get("weight")
-    on_cpu = training_on_cpu()
 
     def loss(x: mx.array, ids: mx.array, weight: mx.array) -> mx.array:
         if trained:
             table.weight = weight
-        with training_forms(on_cpu):  # the gradient is asked for after the forward pass has left it
-            return nn.losses.cross_entropy(model.logits(x), ids)
+        return nn.losses.cross_entropy(model.logits(x), ids)
 
     trained = weight is not None
     blocks = _in_blocks(loss, rows, trained)

@@ -12,7 +12,6 @@ from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.events import Finished
 from mlx_diffgemma.diffusion.generate import generate_canvases
 from mlx_diffgemma.diffusion.noise import seeded
-from mlx_diffgemma.kernels.dispatch import training_forms
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.train.batches import Drawn, Sizes, check, clean_canvases, draw_canvas, lay_out
 from mlx_diffgemma.train.config import EVALUATED_NOISE, TrainConfig
@@ -49,8 +48,7 @@ def held_out_loss(
     sums = np.zeros(len(EVALUATED_NOISE) + 1)
     for at in range(0, len(drawn), config.batch_size):
         part = drawn[at : at + config.batch_size]
-        with training_forms():
-            sums += len(part) * _losses(model, part, config, sizes, rng)
+        sums += len(part) * _losses(model, part, config, sizes, rng)
     means = (sums / len(drawn)).tolist()
     return HeldOut(dict(zip(EVALUATED_NOISE, means, strict=False)), means[-1])
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_diffgemma.kernels.dispatch import training_forms
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.train.cross_entropy import cross_entropy
 from mlx_diffgemma.train.examples import Batch
@@ -30,13 +29,6 @@ def loss(
     denoising step. No gradient goes into the first pass; the embedding gets that of the expectation
     over its rows, as in the reference.
     """
-    with training_forms():
-        return _loss(model, batch, encoder_weight, checkpoint)
-
-
-def _loss(
-    model: DiffusionGemma, batch: Batch, encoder_weight: float, checkpoint: bool
-) -> tuple[mx.array, mx.array, mx.array]:
     hidden, kept = encode(model, batch.sequence, checkpoint=checkpoint)
     soft = expected_embeddings(model, batch, kept)
     seen = decode(model, batch.corrupted, kept, batch.prefix, soft, checkpoint=checkpoint)

@@ -14,8 +14,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_diffgemma.kernels.dispatch import training_forms, training_on_cpu
-
 
 def recomputed(layer: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
     """`run` for this layer: `recomputed(layer, run)(*arguments)` is `run(layer, *arguments)`.
@@ -23,7 +21,6 @@ def recomputed(layer: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
     Gradients go to the layer's trainable parameters and to every argument that is an array of
     floats.
     """
-    forms = training_on_cpu()
 
     def call(*arguments: Any) -> Any:
         parameters = tree_flatten(layer.trainable_parameters())
@@ -34,9 +31,8 @@ def recomputed(layer: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
             given = list(arguments)
             for place, value in zip(places, values[len(names) :], strict=True):
                 given[place] = value
-            with training_forms(forms):  # the second pass comes after the first has left them
-                layer.update(tree_unflatten(list(zip(names, values, strict=False))))
-                return run(layer, *given)
+            layer.update(tree_unflatten(list(zip(names, values, strict=False))))
+            return run(layer, *given)
 
         def backward(primals: Any, gradients: Any, _: Any) -> Any:
             above = list(gradients) if isinstance(gradients, (list, tuple)) else [gradients]

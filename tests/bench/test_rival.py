@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from demo_checkpoint import CHECKPOINT
+from one_pass import decoded, encoded
 
 from mlx_diffgemma import load
 from mlx_diffgemma.bench.random_model import chosen_recipe, random_model
@@ -21,7 +22,6 @@ from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.profiles import PROFILES
 from mlx_diffgemma.errors import CheckpointError
 from mlx_diffgemma.generation import diffusion_config
-from mlx_diffgemma.model.diffusion_gemma import CanvasView
 
 INSTALLED = find_spec("mlx_vlm") is not None
 
@@ -50,7 +50,6 @@ def test_their_model_runs_on_our_weights(tiny_config, bits):
     theirs = rival_model(model)
     canvas = mx.arange(model.config.canvas_length)[None]
     their_cache = theirs.make_cache()
-    _, (prefix,) = model.encode([[9, 8, 7]], [model.empty_prefix()])
     their_cache = theirs.diffusion_prefill_cache(
         mx.array([[9, 8, 7]]), cache=their_cache, attention_mask=None
     )
@@ -59,7 +58,7 @@ def test_their_model_runs_on_our_weights(tiny_config, bits):
         cache=their_cache,
         decoder_attention_mask=theirs.diffusion_decoder_masks(canvas, their_cache, None),
     )
-    ours = model.logits(model.decode([CanvasView(canvas[0], prefix)]))
+    ours = model.logits(decoded(model, canvas[0], encoded(model, [9, 8, 7])[1]))
     np.testing.assert_allclose(np.array(logits)[0], np.array(ours), atol=2e-3)
     (report,) = compare_steps(model, DiffusionConfig(), prefix=5, repeats=2)
     assert report.name == f"mlx-vlm {rival_version()}, confidence-threshold"

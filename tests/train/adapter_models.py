@@ -6,11 +6,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+from one_pass import decoded, encoded
 from tiny_models import make_config, make_model, make_weights
 
+from mlx_diffgemma import cpu
 from mlx_diffgemma.checkpoint.names import is_quantizable
 from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.kernels.cpu_layers import use_cpu_layers
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.train.config import LoraParameters, TrainConfig
 
@@ -43,7 +44,7 @@ def small_model(fmt=PLAIN, seed: int = 1) -> DiffusionGemma:
                 and "router" not in path
             ),
         )
-    use_cpu_layers(model)
+    cpu.use(model)
     model.eval()
     return model
 
@@ -65,11 +66,10 @@ def train_somehow(model: DiffusionGemma, size: float = 0.05) -> None:
 
 def logits(model: DiffusionGemma) -> np.ndarray:
     """Of a canvas behind a prefix, with self-conditioning. [C, V]"""
-    ids = mx.arange(7, 27)[None]
-    cache = model.make_cache()
-    model.encode(ids, cache)
-    first = model.logits(model.decode(ids, cache))
-    return np.array(model.logits(model.decode(ids, cache, model.soft_embeddings(first)))[0])
+    ids = range(7, 27)
+    _, prefix = encoded(model, ids)
+    first = model.logits(decoded(model, ids, prefix))
+    return np.array(model.logits(decoded(model, ids, prefix, model.soft_embeddings(first))))
 
 
 def save(model: DiffusionGemma, folder, config: TrainConfig, keys, fingerprint: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from one_pass import decoded, encoded
 from training import furthest, gradients, random_batch
 
-from mlx_diffgemma.kernels.dispatch import training_forms
+from mlx_diffgemma import cpu
 from mlx_diffgemma.train import forward
 
 
@@ -20,15 +21,16 @@ def test_logits_are_those_of_inference(tiny_model, seed, forms):
     prefixes = (1, window - 1, window, window + 1, 2 * window + 3)
     batch = random_batch(model, prefixes, seed=seed)
     soft = mx.random.normal((5, batch.canvas.shape[1], model.config.text.hidden_size))
-    with training_forms(forms):
-        hidden, kept = forward.encode(model, batch.sequence)
-        ours = forward.decode(model, batch.corrupted, kept, batch.prefix, soft)
+    if forms:
+        cpu.use(model)
+    model.train()
+    hidden, kept = forward.encode(model, batch.sequence)
+    ours = forward.decode(model, batch.corrupted, kept, batch.prefix, soft)
+    model.eval()
     for row, prefix in enumerate(prefixes):
-        cache = model.make_cache()
-        expected = model.encode(batch.sequence[row : row + 1, :prefix], cache)
-        _close(hidden[row, :prefix], expected[0])
-        one = slice(row, row + 1)
-        _close(ours[row], model.decode(batch.corrupted[one], cache, soft[one])[0])
+        expected, held = encoded(model, batch.sequence[row, :prefix].tolist())
+        _close(hidden[row, :prefix], expected)
+        _close(ours[row], decoded(model, batch.corrupted[row], held, soft[row]))
 
 
 def test_what_follows_the_prefix_is_not_seen(tiny_model):

@@ -8,39 +8,57 @@ import numpy as np
 import pytest
 from training import furthest, gradients, random_batch
 
-from mlx_diffgemma.kernels import differentiable, dispatch
-from mlx_diffgemma.kernels.expert_blocks import lay_out, mix_experts
-from mlx_diffgemma.train import objective
-
-
-@pytest.fixture
-def plain(monkeypatch):
-    """Call it to have the loss computed with the model's own forms."""
-
-    def use() -> None:
-        monkeypatch.setattr(objective, "training_forms", lambda: dispatch.training_forms(False))
-
-    return use
+from mlx_diffgemma import cpu
+from mlx_diffgemma.cpu import differentiable
+from mlx_diffgemma.cpu.expert_blocks import lay_out, mix_experts
+from mlx_diffgemma.cpu.vocabulary import tiled_pass
+from mlx_diffgemma.kernels.materialized import whole_pass
+from mlx_diffgemma.kernels.vocabulary import vocabulary_pass
+from mlx_diffgemma.train.objective import loss
 
 
 @pytest.mark.parametrize("conditioned", [0, 2, 3])
 @pytest.mark.parametrize("seed", [1, 6])
-def test_loss_and_gradients_are_those_of_the_plain_forms(tiny_model, plain, seed, conditioned):
+def test_loss_and_gradients_are_those_of_the_plain_forms(tiny_model, seed, conditioned):
     model = tiny_model(seed)
     batch = random_batch(model, conditioned=conditioned, seed=seed)
-    fast_losses, fast = gradients(model, batch)
-    plain()
     losses, expected = gradients(model, batch)
+    cpu.use(model)
+    fast_losses, fast = gradients(model, batch)
     np.testing.assert_allclose(fast_losses, losses, rtol=1e-5)
     assert furthest(fast, expected)[0] < 1e-3, furthest(fast, expected)
     assert any(np.abs(fast[n] - expected[n]).max() > 0 for n in fast)  # two ways, not one twice
 
 
-def test_forms_are_taken_in_training_alone():
-    assert not dispatch.training_on_cpu()
-    with dispatch.training_forms():
-        assert dispatch.training_on_cpu() == (mx.default_device() == mx.cpu)
-    assert not dispatch.training_on_cpu()
+def test_forms_are_taken_in_training_alone(tiny_model, monkeypatch):
+    taken = []
+    for name in ("tanh", "softmax", "gated_gelu"):
+        form = getattr(differentiable, name)
+        monkeypatch.setattr(
+            differentiable, name, lambda *x, n=name, f=form: taken.append(n) or f(*x)
+        )
+    model = tiny_model(1)
+    batch = random_batch(model, conditioned=2)
+    for used, training, expected in (
+        (False, True, set()),
+        (True, False, set()),
+        (True, True, {"tanh", "softmax", "gated_gelu"}),
+    ):
+        if used:
+            cpu.use(model)
+        model.train(training)
+        mx.eval(loss(model, batch))
+        assert set(taken) == expected
+
+
+def test_a_model_gets_the_pass_over_the_vocabulary_for_a_cpu(tiny_model):
+    model = tiny_model(1)
+    assert model.vocabulary_pass is vocabulary_pass
+    cpu.use(model)
+    assert model.vocabulary_pass is tiled_pass
+    model.vocabulary_pass = whole_pass
+    cpu.use(model)
+    assert model.vocabulary_pass is whole_pass
 
 
 @pytest.mark.parametrize("rows", [1, 8, 128])
@@ -56,7 +74,7 @@ def test_experts_in_blocks(tokens, rows, monkeypatch):
     scores = mx.random.normal((tokens, experts - 1), key=next(keys))
     chosen = mx.argsort(scores, axis=-1)[:, :top_k]
     pull = mx.random.normal((tokens, dim), key=next(keys))
-    monkeypatch.setattr("mlx_diffgemma.kernels.expert_blocks._ROWS", rows)
+    monkeypatch.setattr("mlx_diffgemma.cpu.expert_blocks._ROWS", rows)
 
     def in_blocks(x, weights, gate_up, down):
         return (mix_experts(x, chosen, weights, gate_up, down, _gated) * pull).sum()

@@ -7,8 +7,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tiny_models import make_config
 
+from mlx_diffgemma import cpu
 from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.kernels.cpu_layers import use_cpu_layers
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.train.examples import Batch, Example
 from mlx_diffgemma.train.objective import loss
@@ -96,7 +96,7 @@ def small_model(seed: int = 0) -> DiffusionGemma:
     )
     mx.random.seed(seed)
     model = DiffusionGemma(ModelConfig.from_dict({**raw, "canvas_length": 8}))
-    use_cpu_layers(model)
+    cpu.use(model)
     mx.eval(model.parameters())
     return model
 

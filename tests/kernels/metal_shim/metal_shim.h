@@ -280,6 +280,8 @@ inline int min(int a, int b) { return a < b ? a : b; }
 inline uint max(uint a, uint b) { return a > b ? a : b; }
 inline uint min(uint a, uint b) { return a < b ? a : b; }
 
+inline bool isfinite(float x) { return std::isfinite(x); }
+
 namespace precise {
 inline float exp(float x) { return std::exp(x); }
 inline float tanh(float x) { return std::tanh(x); }

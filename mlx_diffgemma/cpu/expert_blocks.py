@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_diffgemma.kernels.differentiable import custom_function
+from mlx_diffgemma.cpu.differentiable import custom_function
 
 _ROWS = 128
 

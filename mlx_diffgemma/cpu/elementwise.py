@@ -1,8 +1,8 @@
 """exp and tanh over whole tiles.
 
 MLX's CPU back end calls scalar exp and tanh for each element (14 to 18 ns), but vectorizes sums and
-products (0.2 ns). So on the CPU both are computed from a polynomial: 1.0 s less over a canvas of
-256 and a vocabulary of 262,144. On a GPU the functions of MLX run.
+products (0.2 ns). So both are computed from a polynomial here: 1.0 s less over a canvas of 256 and
+a vocabulary of 262,144.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ _SATURATED = 13.0  # |x| from which tanh is ±1 in float32, and more
 
 def exp_nonpositive(x: mx.array) -> mx.array:
     """Exponential of float32 x ≤ 0; exactly 0 below −88.03."""
-    if mx.default_device().type != mx.DeviceType.cpu:
-        return mx.exp(x)
     # At −127 the bits below come out as those of 0.
     power, integer = _power_of_two(mx.maximum(x * _LOG2_E, -127.0))
     return ((power + 1.0).view(mx.int32) + integer).view(mx.float32)
@@ -35,8 +33,6 @@ def exp_nonpositive(x: mx.array) -> mx.array:
 
 def tanh(x: mx.array) -> mx.array:
     """Hyperbolic tangent of float32 x."""
-    if mx.default_device().type != mx.DeviceType.cpu:
-        return mx.tanh(x)
     # tanh x = m / (m + 2) with m = e^2x − 1, of which the polynomial gives small ones exactly.
     power, integer = _power_of_two(mx.clip(x, -_SATURATED, _SATURATED) * (2 * _LOG2_E))
     scale = (integer + _BITS_OF_ONE).view(mx.float32)

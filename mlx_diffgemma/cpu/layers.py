@@ -2,7 +2,7 @@
 
 There a quantized product runs at a few GFLOP/s, and a gathered one goes token by token. These
 layers dequantize, and multiply once an expert. They hold the same weights as the layers whose
-place they take, so a checkpoint loads into either. A GPU never sees them.
+place they take, so a checkpoint loads into either.
 Letters: P token-expert pairs, D input, O output, E experts.
 """
 
@@ -40,18 +40,6 @@ class DequantizedSwitchLinear(QuantizedSwitchLinear):
         if self.training:
             return super().__call__(x, indices, sorted_indices)
         return _by_expert(x, indices, lambda expert: dequantized(self, expert))
-
-
-def use_cpu_layers(model: nn.Module) -> None:
-    """Replace the layers of `model` that have a faster form on the CPU, weights unchanged."""
-    forms = {
-        nn.QuantizedLinear: DequantizedLinear,
-        SwitchLinear: GroupedSwitchLinear,
-        QuantizedSwitchLinear: DequantizedSwitchLinear,
-    }
-    for module in model.modules():
-        if type(module) in forms:
-            module.__class__ = forms[type(module)]
 
 
 def dequantized(layer: nn.Module, where: int | slice = slice(None)) -> mx.array:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from mlx_diffgemma.kernels.cpu_layers import (
+from mlx_diffgemma import cpu
+from mlx_diffgemma.cpu.layers import (
     DequantizedLinear,
     DequantizedSwitchLinear,
     GroupedSwitchLinear,
-    use_cpu_layers,
 )
 
 FORMATS = [
@@ -36,7 +36,7 @@ def test_linear(how: dict, bias: bool) -> None:
     layer = nn.Linear(64, 48, bias=bias).to_quantized(**how)
     x = mx.random.normal((2, 5, 64), key=mx.random.key(1))
     expected = layer(x)
-    use_cpu_layers(layer)
+    cpu.use(layer)
     assert type(layer) is DequantizedLinear
     assert layer(x).dtype == mx.float32
     close(layer(x), expected)
@@ -55,14 +55,14 @@ def test_experts(how: dict | None, sort: bool, pairs: int) -> None:
     if sort:
         indices = mx.sort(indices)
     expected = layer(x, indices, sorted_indices=sort)
-    use_cpu_layers(layer)
+    cpu.use(layer)
     assert type(layer) in (GroupedSwitchLinear, DequantizedSwitchLinear)
     close(layer(x, indices, sorted_indices=sort), expected)
 
 
 def test_experts_can_be_differentiated_in_training() -> None:
     layer = SwitchLinear(16, 8, 3, bias=False)
-    use_cpu_layers(layer)
+    cpu.use(layer)
     layer.train()
     x, indices = mx.ones((4, 1, 16)), mx.array([0, 2, 2, 1], mx.uint32)
     gradient = mx.grad(lambda x: layer(x, indices).sum())(x)
@@ -71,5 +71,5 @@ def test_experts_can_be_differentiated_in_training() -> None:
 
 def test_other_layers_stay_as_they_are() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Embedding(3, 4))
-    use_cpu_layers(model)
+    cpu.use(model)
     assert [type(layer) for layer in model.layers] == [nn.Linear, nn.Embedding]

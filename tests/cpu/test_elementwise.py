@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma.kernels.elementwise import exp_nonpositive, tanh
+from mlx_diffgemma.cpu.elementwise import exp_nonpositive, tanh
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,26 @@
+"""One pass over one sequence, without any of the loop: what tests compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from mlx_diffgemma.model.cache import Prefix
+from mlx_diffgemma.model.diffusion_gemma import CanvasView, DiffusionGemma
+
+
+def encoded(model: DiffusionGemma, prompt: Sequence[int]) -> tuple[mx.array, Prefix]:
+    """The hidden states [L, D] of a prompt, and its prefix."""
+    hidden, (prefix,) = model.encode([prompt], [model.empty_prefix()])
+    return hidden, prefix
+
+
+def decoded(
+    model: DiffusionGemma,
+    canvas: Sequence[int] | mx.array,
+    prefix: Prefix,
+    soft: mx.array | None = None,
+) -> mx.array:
+    """The hidden states [C, D] of a canvas behind a prefix; `soft` [C, D]."""
+    return model.decode([CanvasView(mx.array(canvas, mx.int32), prefix, soft)])
