@@ -38,6 +38,11 @@ def run_convert(settings: Settings) -> None:
     downloads = journal.downloads if settings["delete_source_shards"] else None
     source = open_source(settings["model"], settings["revision"], downloads, settings["retries"])
     plan = _plan(source, recipe, rules, settings)
+    if plan.in_float16 and not settings["quiet"]:
+        _say(
+            "warning: float16 overflows on activations of this model, which then answers NaN; "
+            "bf16 does not."
+        )
     if settings["plan"]:
         print(json.dumps(summary(plan), indent=2)) if settings["json"] else print_plan(plan)
         return

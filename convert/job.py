@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_diffgemma.checkpoint.memory import size_text
 from mlx_diffgemma.errors import CheckpointError, UsageError
 from mlx_diffgemma_convert.card import write_card
 from mlx_diffgemma_convert.journal import Journal
@@ -68,7 +69,7 @@ def convert(
         journal.publish()
     except OSError as error:
         if error.errno in _FULL:
-            left = gigabytes(_missing_bytes(plan, journal))
+            left = size_text(_missing_bytes(plan, journal))
             raise CheckpointError(
                 f"no room left for {journal.folder}; free {left}, then run the same command "
                 "again: it goes on where it stopped."
@@ -148,11 +149,7 @@ def _check_room(plan: Plan, journal: Journal) -> None:
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise CheckpointError(
-                f"the disk of {folder.parent} has {gigabytes(free)} free, the conversion needs "
-                f"{gigabytes(needed)}; free some, choose another --mlx-path, or add "
+                f"the disk of {folder.parent} has {size_text(free)} free, the conversion needs "
+                f"{size_text(needed)}; free some, choose another --mlx-path, or add "
                 "--delete-source-shards where the source is a repository."
             )
-
-
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -25,6 +25,7 @@ MX_DTYPES = {
 _BLOCK_BYTES = 4 << 20  # fits the caches, so a block is read, hashed and packed in them
 _CPU_CHECK_EVERY = 32  # rows; dequantizing on a CPU takes five times as long as quantizing
 _SIGNED = {"BF16": (np.int16, 0x7F80), "F16": (np.int16, 0x7C00), "F32": (np.int32, 0x7F800000)}
+_DAMAGED = "tensor {} holds NaN or infinity; fetch the weights again."
 _local = threading.local()
 
 
@@ -101,11 +102,9 @@ def pack(block: Block, raw: Mapping[str, np.ndarray]) -> Packed:
             return Packed(block, _kept(block, raw))
         else:
             weight = _dequantize(block, raw)
-        weight = weight.astype(MX_DTYPES[target.dtype])
+        weight = _in_dtype(weight, target.dtype, target.name)
         if not target.format.quantized:
-            values = to_bytes(weight)
-            check_finite(values, target.dtype, target.name)
-            return Packed(block, {"weight": values})
+            return Packed(block, {"weight": to_bytes(weight)})
         arrays = mx.quantize(weight, **target.format.parameters)
         mx.eval(arrays)
         every = _CPU_CHECK_EVERY if mx.default_device() == mx.cpu else 1
@@ -168,11 +167,13 @@ def _dequantize(block: Block, raw: Mapping[str, np.ndarray]) -> mx.array:
             check_finite(data, tensor.dtype, tensor.name)
         arrays[part] = to_mx(data, tensor.dtype, tensor.columns)
         if part != "weight" and fmt.mode == "affine":  # mlx computes in the type of the scales
-            arrays[part] = arrays[part].astype(MX_DTYPES[target.dtype])
-    return mx.dequantize(
+            arrays[part] = _in_dtype(arrays[part], target.dtype, tensor.name)
+    weight = mx.dequantize(
         arrays["weight"], arrays["scales"], arrays.get("biases"), **fmt.parameters,
         dtype=MX_DTYPES[target.dtype],
     )  # fmt: skip
+    _check_fits(weight, target.dtype, target.name)
+    return weight
 
 
 def _kept(block: Block, raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -183,11 +184,37 @@ def _kept(block: Block, raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if tensor.dtype in _SIGNED:
             check_finite(data, tensor.dtype, tensor.name)
             if tensor.dtype != target.dtype:
-                data = to_bytes(
-                    to_mx(data, tensor.dtype, tensor.columns).astype(MX_DTYPES[target.dtype])
-                )
+                values = to_mx(data, tensor.dtype, tensor.columns)
+                data = to_bytes(_in_dtype(values, target.dtype, tensor.name))
         kept[part] = data
     return kept
+
+
+def _in_dtype(values: mx.array, dtype: str, name: str) -> mx.array:
+    """Finite values in another type.
+
+    Raises:
+        CheckpointError: one of them does not fit.
+    """
+    if values.dtype == MX_DTYPES[dtype]:
+        return values
+    values = values.astype(MX_DTYPES[dtype])
+    _check_fits(values, dtype, name)
+    return values
+
+
+def _check_fits(values: mx.array, dtype: str, name: str) -> None:
+    """Raise CheckpointError if values made from finite ones are not finite in `dtype`."""
+    if mx.isfinite(values).all().item():
+        return
+    if mx.isnan(values).any().item():
+        raise CheckpointError(_DAMAGED.format(name))
+    kind, mend = {"F16": ("float16 (at most 65,504)", "bf16"), "BF16": ("bfloat16", "fp32")}.get(
+        dtype, ("float32", "another type")
+    )
+    raise CheckpointError(
+        f"tensor {name} holds a value that does not fit {kind}; convert to {mend}."
+    )
 
 
 def to_mx(data: np.ndarray, dtype: str, columns: int) -> mx.array:
@@ -213,7 +240,7 @@ def check_finite(data: np.ndarray, dtype: str, name: str) -> None:
     view = data.view(signed)
     top = 1 << (8 * view.itemsize - 1)
     if view.max() >= limit or view.view(f"u{view.itemsize}").max() >= top + limit:
-        raise CheckpointError(f"tensor {name} holds NaN or infinity; fetch the weights again.")
+        raise CheckpointError(_DAMAGED.format(name))
 
 
 def _stream() -> mx.Stream:

@@ -138,6 +138,11 @@ class Plan:
     def source_bytes(self) -> int:
         return sum(target.source_bytes for target in self.targets)
 
+    @property
+    def in_float16(self) -> bool:
+        """Whether the result computes in float16: its activations have the type of its norms."""
+        return any(t.dtype == "F16" and len(t.shape) == 1 for t in self.targets)
+
     def stored_bytes(self, shard: str | None = None) -> int:
         targets = self.targets if shard is None else self.shards[shard]
         return sum(s.nbytes for t in targets for s in t.stored(self.hugging_face))

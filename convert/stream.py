@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
+from mlx_diffgemma.checkpoint.memory import cache_limit
 from mlx_diffgemma_convert.pack import Block, Loss, Packed, blocks, pack
 from mlx_diffgemma_convert.pieces import Piece
 from mlx_diffgemma_convert.plan import Plan, Target
@@ -141,18 +142,18 @@ def packed_blocks(
 ) -> Generator[Packed, None, None]:
     """The blocks of `targets`, in order; `digests` gets the running checksum of each source."""
     on_cpu = mx.default_device() == mx.cpu
-    mx.set_cache_limit(_CACHE_BYTES)
     waiting: deque[Future[Packed]] = deque()
     readers = ThreadPoolExecutor(1, "read")
     packers = ThreadPoolExecutor(min(2, os.cpu_count() or 1) if on_cpu else 1, "pack")
     try:
-        for block in (block for target in targets for block in blocks(target)):
-            raw = readers.submit(read_block, block, reader, digests)
-            waiting.append(packers.submit(_pack_read, block, raw))
-            if len(waiting) >= _AHEAD:
+        with cache_limit(_CACHE_BYTES):
+            for block in (block for target in targets for block in blocks(target)):
+                raw = readers.submit(read_block, block, reader, digests)
+                waiting.append(packers.submit(_pack_read, block, raw))
+                if len(waiting) >= _AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
     finally:  # where all went well nothing is left; else nobody waits for a download to end
         for pool in (readers, packers):
             pool.shutdown(wait=False, cancel_futures=True)

@@ -9,11 +9,7 @@ from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.checkpoint.names import module_class, module_path
 from mlx_diffgemma_convert.plan import Plan
 
-_GPU_SHARE = (
-    (36, 2 / 3),
-    (1024, 3 / 4),
-)  # of the memory, on Macs up to so many GB: Metal's default
-_MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
+_ANSWER = 256
 _PROMPT = 2048
 
 
@@ -45,29 +41,20 @@ def rows(plan: Plan) -> list[Row]:
 
 
 def peak_memory(plan: Plan) -> int:
-    """Bytes held while generating with the result after a prompt of 2,048 tokens."""
+    """Bytes held while generating 256 tokens with the result after a prompt of 2,048."""
     weights = sum(row.nbytes for row in rows(plan) if row.kind != "vision")
     return memory.estimate(
-        plan.config.text, weights, canvas_length=plan.config.canvas_length, positions=_PROMPT
+        plan.config.text,
+        weights,
+        canvas_length=plan.config.canvas_length,
+        sequences=[(_PROMPT, _ANSWER)],
     ).total
-
-
-def fitting_macs(needed: int) -> tuple[int | None, int | None]:
-    """The smallest memory of a Mac, in GB, that runs it: as it comes, and with Metal's limit raised
-    to leave 3 GB for the system."""
-    as_is = (gb for gb in _MACS if needed <= gb * 2**30 * _share(gb))
-    raised = (gb for gb in _MACS if needed <= (gb - 3) * 2**30)
-    return next(as_is, None), next(raised, None)
-
-
-def _share(gb: int) -> float:
-    return next(share for most, share in _GPU_SHARE if gb <= most)
 
 
 def summary(plan: Plan) -> dict[str, Any]:
     """The table for machines."""
     stored, needed = plan.stored_bytes(), peak_memory(plan)
-    as_is, raised = fitting_macs(needed)
+    as_is, raised = memory.smallest_mac(needed)
     return {
         "source": plan.source.name,
         "revision": plan.source.revision,
@@ -121,12 +108,11 @@ def fits_text(found: dict[str, Any]) -> str:
         return "Fits no Mac of today."
     text = f"Fits Macs with {as_is} GB and more" if as_is else "Fits no Mac as it comes"
     if as_is is None or raised < as_is:
-        text += f"; with {raised} GB after `sudo sysctl iogpu.wired_limit_mb={(raised - 3) * 1024}`"
+        limit = memory.raised_limit_mb(raised)
+        text += f"; with {raised} GB after `sudo sysctl iogpu.wired_limit_mb={limit}`"
     return text + "."
 
 
 def size_text(size: int) -> str:
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= unit / 10:
-            return f"{size / unit:.2f} {name}"
-    return f"{size} B"
+    """A size to two decimals."""
+    return memory.size_text(size, 2)

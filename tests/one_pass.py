@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_diffgemma.model.cache import Prefix
 from mlx_diffgemma.model.diffusion_gemma import CanvasView, DiffusionGemma
@@ -18,9 +19,10 @@ def encoded(model: DiffusionGemma, prompt: Sequence[int]) -> tuple[mx.array, Pre
 
 def decoded(
     model: DiffusionGemma,
-    canvas: Sequence[int] | mx.array,
+    canvas: Sequence[int] | np.ndarray | mx.array,
     prefix: Prefix,
     soft: mx.array | None = None,
 ) -> mx.array:
     """The hidden states [C, D] of a canvas behind a prefix; `soft` [C, D]."""
-    return model.decode([CanvasView(mx.array(canvas, mx.int32), prefix, soft)])
+    tokens = canvas if isinstance(canvas, mx.array) else mx.array(np.array(canvas, np.int32))
+    return model.decode([CanvasView(tokens, prefix, soft)])

@@ -144,11 +144,21 @@ def test_a_target_that_cannot_be_made_is_named(tiny_source, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "warned"),
+    [(("--recipe", "fp16"), True), (("--dtype", "float16", "-q"), True), (("-q",), False)],
+)
+def test_float16_is_warned_of(tiny_source, tmp_path, arguments, warned):
+    result = invoke("--model", tiny_source, "--mlx-path", tmp_path / "out", *arguments)
+    assert result.exit_code == 0, result.output
+    assert ("warning: float16 overflows on activations" in result.stderr) == warned
+
+
 def test_no_room_is_said_with_the_numbers(tiny_source, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1000))
     result = invoke("--model", tiny_source, "--mlx-path", tmp_path / "out", "-q")
     assert result.exit_code == 1
-    assert "has 0.0 MB free, the conversion needs 0.7 MB; free some" in last_line(result)
+    assert "has 1.0 kB free, the conversion needs 0.7 MB; free some" in last_line(result)
 
 
 def test_debug_shows_the_traceback(tiny_source):

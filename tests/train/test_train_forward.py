@@ -9,6 +9,7 @@ from one_pass import decoded, encoded
 from training import furthest, gradients, random_batch
 
 from mlx_diffgemma import cpu
+from mlx_diffgemma.model.attention import attend
 from mlx_diffgemma.train import forward
 
 
@@ -69,9 +70,16 @@ def test_masks():
         [1, 0, 0, 0, 0, 1, 1],
         [0, 0, 1, 1, 0, 1, 1],
     ]
-    causal = forward.causal_masks(config, 4)
-    assert causal["full_attention"] == "causal"
-    assert np.array(causal["sliding_attention"])[0, 0].astype(int).tolist() == [
+
+
+def test_the_encoder_sees_what_came_before(tiny_model):
+    """With a window of 3, in sliding layers; four tokens, whose values say which they are."""
+    model = tiny_model(0, sliding_window=3)
+    rules = {layer.self_attn.sizes.kind: layer.self_attn.causal for layer in model.layers}
+    alike, own = mx.zeros((1, 1, 4, 4)), mx.eye(4)[None, None]
+    seen = {kind: np.array(attend(alike, alike, own, rule))[0, 0] for kind, rule in rules.items()}
+    assert (seen["full_attention"] > 0).astype(int).tolist() == np.tril(np.ones((4, 4))).tolist()
+    assert (seen["sliding_attention"] > 0).astype(int).tolist() == [
         [1, 0, 0, 0],
         [1, 1, 0, 0],
         [1, 1, 1, 0],
