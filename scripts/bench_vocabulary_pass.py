@@ -1,4 +1,4 @@
-"""Time and memory of the pass over the vocabulary, in tiles and in one piece, in one run.
+"""Time and memory of the pass over the vocabulary in all its forms, in one run.
 
     python scripts/bench_vocabulary_pass.py --openblas /usr/lib/x86_64-linux-gnu/openblas-pthread/libopenblas.so.0
 
@@ -13,6 +13,7 @@ import ctypes
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 
@@ -22,7 +23,8 @@ def main() -> None:
     parser.add_argument("--canvas", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--rows", type=int, default=1)
-    parser.add_argument("--tile", type=int, help="tokens at a time")
+    parser.add_argument("--tile", type=int, help="tokens at a time of the form for a CPU")
+    parser.add_argument("--skip", nargs="*", default=[], help="variants to leave out")
     parser.add_argument("--bits", type=int, choices=[4, 8], help="quantize the embedding (affine)")
     parser.add_argument("--gain", type=float, default=1.0, help="larger: more certain positions")
     parser.add_argument("--rounds", type=int, default=3)
@@ -39,10 +41,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds and bytes of each variant."""
     import mlx.core as mx
 
+    from mlx_diffgemma.cpu.vocabulary import tiled_pass
     from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
-    from mlx_diffgemma.kernels.materialized import materialized
-    from mlx_diffgemma.kernels.vocabulary import vocabulary_pass
-    from mlx_diffgemma.kernels.vocabulary_argmax import vocabulary_argmax
+    from mlx_diffgemma.kernels.materialized import whole_pass
+    from mlx_diffgemma.kernels.vocabulary import Row, vocabulary_pass
 
     vocab, width = options.vocab, options.hidden
     scale = options.gain * 5 * width**-0.5
@@ -51,35 +53,41 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.bits:
         table = EmbeddingTable(*quantized(weight, options.bits))
     del weight
-    shape = (options.rows, options.canvas, width)
+    shape = (options.rows * options.canvas, width)
     hidden = mx.random.normal(shape, key=mx.random.key(1))
     keys = mx.random.split(mx.random.key(2), options.rows)
     mx.eval(hidden, keys, table.weight)
-    common: dict[str, Any] = {"softcap": 30.0, "temperature": 0.6, "keys": keys}
-    tile = {"tile": options.tile}
 
-    def everything(result: Any) -> list[mx.array]:
+    forms: dict[str, Callable[..., Any]] = {
+        "whole": whole_pass,
+        "for a CPU": partial(tiled_pass, tile=options.tile),
+        "for a GPU": vocabulary_pass,
+    }
+    asked: dict[str, dict[str, Any]] = {
+        "all tokens": {},
+        "likely tokens": {"soft_cutoff": 10.0, "likely": True},
+        "no soft embeddings": {"need_soft": False},
+    }
+
+    def run(form: str, what: str) -> list[mx.array]:
+        rows = [Row(options.canvas, 0.6, key, **asked[what]) for key in keys]
+        result = forms[form](hidden, table, rows, softcap=30.0)
         arrays = (result.argmax, result.draw, result.entropy, result.soft_embeddings)
         return [array for array in arrays if array is not None]
 
-    variants: dict[str, Callable[[], list[mx.array]]] = {
-        "materialized": lambda: everything(materialized(hidden, table, **common)),
-        "tiled": lambda: everything(vocabulary_pass(hidden, table, **common, **tile)),
-        "tiled, likely tokens": lambda: everything(
-            vocabulary_pass(hidden, table, soft_cutoff=10.0, **common, **tile)
-        ),
-        "tiled, no soft embeddings": lambda: everything(
-            vocabulary_pass(hidden, table, need_soft=False, **common, **tile)
-        ),
-        "tiled, argmax alone": lambda: [vocabulary_argmax(hidden, table, **tile)],
+    variants = {
+        f"{form}, {what}": partial(run, form, what)
+        for form in forms
+        for what in asked
+        if form not in options.skip and f"{form}, {what}" not in options.skip
     }
     measured = {name: {"seconds": float("inf"), "bytes": 0} for name in variants}
     for _ in range(options.rounds):
-        for name, run in variants.items():
+        for name, variant in variants.items():
             mx.clear_cache()
             mx.reset_peak_memory()
             before, start = mx.get_active_memory(), time.perf_counter()
-            mx.eval(run())
+            mx.eval(variant())
             seconds, peak = time.perf_counter() - start, mx.get_peak_memory() - before
             best = measured[name]
             best["seconds"] = min(best["seconds"], seconds)
@@ -98,12 +106,12 @@ def quantized(weight: Any, bits: int) -> tuple[Any, ...]:
 
 
 def as_table(report: dict[str, Any]) -> str:
-    whole = report["variants"]["materialized"]["seconds"]
+    first = next(iter(report["variants"].values()))["seconds"]
     lines = [f"{report['device']}, {report['sizes']}, gain {report['gain']:g}", ""]
     lines += ["| variant | seconds | ratio | MB beyond weights |", "|---|---|---|---|"]
     for name, best in report["variants"].items():
         seconds, size = best["seconds"], best["bytes"] / 1e6
-        lines.append(f"| {name} | {seconds:.2f} | {seconds / whole:.2f} | {size:.0f} |")
+        lines.append(f"| {name} | {seconds:.2f} | {seconds / first:.2f} | {size:.0f} |")
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from mlx_diffgemma.kernels.activation import softcap as soft_cap
 from mlx_diffgemma.kernels.allowed_tokens import FORBIDDEN, unpack_allowed
 from mlx_diffgemma.kernels.dispatch import Implementation, Launcher
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
-from mlx_diffgemma.kernels.rows import Row, VocabularyResult
+from mlx_diffgemma.kernels.rows import Row, VocabularyResult, check
 
 
 def whole_pass(
@@ -30,6 +30,7 @@ def whole_pass(
 ) -> VocabularyResult:
     """A `VocabularyPass` with all logits at once. Its draws follow the same distribution from other
     random numbers, and it has no kernels to choose an `implementation` of."""
+    check(rows, hidden.shape[0])
     lengths = [row.length for row in rows]
     raw = table.product(hidden)
     temperatures = np.repeat(np.array([row.temperature for row in rows], np.float32), lengths)

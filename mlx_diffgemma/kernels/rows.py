@@ -101,6 +101,16 @@ class VocabularyPass(Protocol):
     ) -> VocabularyResult: ...
 
 
+def check(rows: Sequence[Row], count: int) -> None:
+    """Raise ValueError where the rows do not fit `count` hidden states, or a setting is wrong."""
+    asked = sum(row.length for row in rows)
+    if asked != count:
+        raise ValueError(f"rows of {asked} positions for {count} hidden states.")
+    for row in rows:
+        if not row.temperature > 0:
+            raise ValueError(f"temperature is {row.temperature}; it must be above 0.")
+
+
 @dataclass(frozen=True)
 class Positions:
     """The rows as flat arrays, all known on the host.
@@ -120,12 +130,8 @@ class Positions:
     @classmethod
     def of(cls, rows: Sequence[Row], count: int) -> Positions:
         """Those of `count` hidden states; raises ValueError where the rows do not fit them."""
+        check(rows, count)
         lengths = [row.length for row in rows]
-        if sum(lengths) != count:
-            raise ValueError(f"rows of {sum(lengths)} positions for {count} hidden states.")
-        for row in rows:
-            if not row.temperature > 0:
-                raise ValueError(f"temperature is {row.temperature}; it must be above 0.")
         free = [
             np.full(row.length, -1, np.int32) if row.fixed is None else row.fixed for row in rows
         ]

@@ -4,7 +4,9 @@ Head, softcap, softmax statistics, argmax, categorical draw, entropy and the sel
 product are attention of each canvas position over the embedding table: queries are the hidden
 states, keys and values the embeddings. So they are computed as attention is, a chunk of the
 vocabulary at a time with a running maximum. A chunk is one product, in the table's own packing, and
-one kernel. Everything is queued on the device; the host reads nothing.
+one kernel. Everything is queued on the device; the host reads nothing. What is queued holds memory
+until it is done: in bfloat16, 2 · N · V bytes if the device is behind with all of it, and twice
+that where soft embeddings are sums over all tokens.
 
 `materialized.py` has the same pass in one piece, and `cpu/vocabulary.py` the form for a CPU.
 Letters: N positions of all rows, M of them that no token is bound to, m whose soft embeddings are
@@ -14,6 +16,7 @@ summed over all tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -64,8 +67,11 @@ def vocabulary_pass(
         )
         state = after.running
         if after.exponentials is not None and after.shrink is not None:
-            product = part.expected(after.exponentials).astype(mx.float32)
-            sums = product if sums is None else sums * after.shrink + product
+            product = part.expected(after.exponentials)
+            if sums is None:
+                sums = product.astype(mx.float32)
+            else:
+                sums = _rescaled_sum(sums, after.shrink, product)
 
     total, maximum = state.total, state.best[:, 0]
     log_total = mx.log(total)
@@ -104,6 +110,12 @@ def vocabulary_pass(
         soft_embeddings=soft,
         dropped_mass=positions.spread(dropped),
     )
+
+
+@partial(mx.compile, shapeless=True)
+def _rescaled_sum(sums: mx.array, shrink: mx.array, product: mx.array) -> mx.array:
+    """The sums so far [m, D], brought down to a new maximum, with a product [m, D] in any type."""
+    return sums * shrink + product.astype(mx.float32)
 
 
 def _takes_few(row: Row) -> bool:

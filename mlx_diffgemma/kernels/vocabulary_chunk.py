@@ -133,7 +133,7 @@ def vocabulary_chunk(
         return _in_mlx(raw, before, wanted, start, place, dtype)
     count, tokens = raw.shape
     blocks = -(-tokens // BLOCK)
-    nothing = mx.zeros((1,), mx.int32)
+    nothing = mx.array([0], mx.int32)  # what a kernel does not look at
     uniforms, standing, slots = wanted.uniforms, wanted.standing, wanted.slots
     which, masks = wanted.which, wanted.masks
     dense = max(1, wanted.dense)
@@ -146,10 +146,10 @@ def vocabulary_chunk(
             mx.array([start, place], mx.int32),
             mx.array(wanted.softcap, mx.float32),
             wanted.scale,
-            mx.zeros((1, 1)) if uniforms is None else uniforms,
+            mx.array([[0.0]]) if uniforms is None else uniforms,
             nothing if standing is None else standing,
             nothing if which is None else which,
-            mx.zeros((1, 1), mx.uint32) if masks is None else masks,
+            mx.array([[0]], mx.uint32) if masks is None else masks,
             nothing if slots is None else slots,
         ],
         template=[
