@@ -76,10 +76,12 @@ def log_probabilities(
         temperature = config.t_min + (config.t_max - config.t_min) * level
         soft: Sequence[mx.array | None] = [None] * len(prefixes)
         for _ in ("without", "with"):
-            hidden = model.decode([
-                CanvasView(mx.array(tokens, mx.int32), *behind)
-                for tokens, *behind in zip(canvas, prefixes, soft, strict=True)
-            ])
+            hidden = model.decode(
+                [
+                    CanvasView(mx.array(tokens, mx.int32), prefix, expected)
+                    for tokens, prefix, expected in zip(canvas, prefixes, soft, strict=True)
+                ]
+            )
             processed = (model.logits(hidden) / temperature).reshape(*canvas.shape, -1)
             yield processed - mx.logsumexp(processed, axis=-1, keepdims=True)
             soft = list(model.soft_embeddings(processed))

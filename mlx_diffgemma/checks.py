@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +24,9 @@ def check_integer(name: str, value: Any, least: int) -> None:
 def check_number(name: str, value: Any, bound: float, *, inclusive: bool = False) -> None:
     """Raise UsageError unless `value` is a finite number above `bound`, or equal if `inclusive`."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (value >= bound if inclusive else value > bound) or value == float("inf"):
+    # An integer beyond the largest float is as good as infinite.
+    finite = number and -sys.float_info.max <= value <= sys.float_info.max
+    if not finite or not (value >= bound if inclusive else value > bound):
         sign = "at least" if inclusive else "above"
         raise UsageError(f"{name} must be a number {sign} {bound:g}, not {value!r}.")
 

@@ -6,7 +6,7 @@ missing size is an error that names the key.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,16 +22,16 @@ _REQUIRED = object()
 class _Section:
     """One JSON object of a config, read key by key; every error names the key's full path."""
 
-    def __init__(self, data: Any, path: str = "") -> None:
+    def __init__(self, data: Any, path: str = "", file: str = "config.json") -> None:
         if not isinstance(data, Mapping):
-            raise ConfigError(f"config.json: '{path or 'top level'}' must be an object.")
-        self.data, self.path = data, path
+            raise ConfigError(f"{file}: '{path or 'top level'}' must be an object.")
+        self.data, self.path, self.file = data, path, file
 
     def name(self, key: str) -> str:
         return f"{self.path}.{key}" if self.path else key
 
     def fail(self, key: str, why: str) -> ConfigError:
-        return ConfigError(f"config.json: '{self.name(key)}' {why}.")
+        return ConfigError(f"{self.file}: '{self.name(key)}' {why}.")
 
     def get(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self.data.get(key)
@@ -54,14 +54,24 @@ class _Section:
         return float(value)
 
     def section(self, key: str) -> _Section:
-        return _Section(self.get(key), self.name(key))
+        return _Section(self.get(key), self.name(key), self.file)
 
-    def ids(self, key: str) -> tuple[int, ...]:
+    def ids(self, key: str, vocab_size: int | None = None) -> tuple[int, ...]:
+        """One token id or a list of them; below `vocab_size`, where that is given."""
         value = self.get(key, [])
         ids = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
             raise self.fail(key, f"must be a token id or a list of them, not {value!r}")
+        for token in ids:
+            if vocab_size is not None and token >= vocab_size:
+                raise self.fail(key, f"is {token}, and ids go from 0 to {vocab_size - 1}")
         return tuple(ids)
+
+    def token(self, key: str, vocab_size: int) -> int | None:
+        """A token id, or None where there is none."""
+        if isinstance(self.data.get(key), (list, tuple)):
+            raise self.fail(key, f"must be one token id, not {self.data[key]!r}")
+        return next(iter(self.ids(key, vocab_size)), None)
 
 
 @dataclass(frozen=True)
@@ -134,11 +144,12 @@ class TextConfig:
             raise section.fail("tie_word_embeddings", "must be true: DiffusionGemma ties its head")
         if section.get("attention_bias", False):
             raise section.fail("attention_bias", "must be false: its encoder biases are not tied")
+        vocab_size = section.size("vocab_size")
         num_experts, top_k = section.size("num_experts"), section.size("top_k_experts")
         if top_k > num_experts:
             raise section.fail("top_k_experts", f"is {top_k}, more than num_experts {num_experts}")
         return cls(
-            vocab_size=section.size("vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=section.size("hidden_size"),
             intermediate_size=section.size("intermediate_size"),
             num_experts=num_experts,
@@ -149,8 +160,8 @@ class TextConfig:
             rms_norm_eps=section.number("rms_norm_eps"),
             attention=_read_attention(section),
             final_logit_softcapping=section.number("final_logit_softcapping", 30.0),
-            pad_token_id=section.get("pad_token_id", 0),
-            bos_token_id=section.get("bos_token_id", None),
+            pad_token_id=section.token("pad_token_id", vocab_size) or 0,
+            bos_token_id=section.token("bos_token_id", vocab_size),
         )
 
 
@@ -227,6 +238,23 @@ class ModelConfig:
     quantization: Mapping[str, Any] | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    def end_token_ids(self, tokenizer: Iterable[int] = ()) -> tuple[int, ...]:
+        """The ids that end an answer: those of `generation_config.json`, else of `config.json`,
+        else the `tokenizer`'s.
+
+        Raises:
+            ConfigError: none of them names one, so that no answer would ever end.
+        """
+        generation = self.raw.get("generation_config") or {}
+        ids = _Section(generation, file="generation_config.json").ids("eos_token_id")
+        ids = ids or self.eos_token_ids or tuple(sorted(tokenizer))
+        if not ids:
+            raise ConfigError(
+                "neither config.json nor generation_config.json nor the tokenizer names an "
+                "'eos_token_id', so no answer would end; add it to config.json."
+            )
+        return ids
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
         """Read and validate a parsed `config.json`.
@@ -252,7 +280,8 @@ class ModelConfig:
         return cls(
             text=text,
             canvas_length=top.size("canvas_length"),
-            eos_token_ids=top.ids("eos_token_id") or top.section("text_config").ids("eos_token_id"),
+            eos_token_ids=top.ids("eos_token_id", text.vocab_size)
+            or top.section("text_config").ids("eos_token_id", text.vocab_size),
             image_token_ids=tuple(
                 i
                 for key in ("image_token_id", "boi_token_id", "eoi_token_id")
@@ -261,6 +290,22 @@ class ModelConfig:
             quantization=quantization,
             raw=data,
         )
+
+
+def check_generation_ids(generation: Any, vocab_size: int, *, inside_config: bool = False) -> None:
+    """Check the token ids of a parsed `generation_config.json`, which a repository may also carry
+    inside `config.json`.
+
+    Raises:
+        ConfigError: one is no id of the vocabulary; file and key are named.
+    """
+    section = (
+        _Section(generation, "generation_config")
+        if inside_config
+        else _Section(generation, file="generation_config.json")
+    )
+    section.ids("eos_token_id", vocab_size)
+    section.token("pad_token_id", vocab_size)
 
 
 def both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:

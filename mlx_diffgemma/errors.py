@@ -37,14 +37,21 @@ class NumericalError(DiffGemmaError, ArithmeticError):
     """The model returned values that are not finite."""
 
 
-def not_finite(where: str, *, float16: bool, adapter: bool) -> str:
-    """What a `NumericalError` says: where NaN or infinity was met, and what may be its cause."""
+def not_finite(where: str, *, float16: bool, adapter: bool = False) -> str:
+    """The line of a `NumericalError`: what happened at `where` ("canvas 1, step 2"), and what it
+    may come from.
+
+    Args:
+        float16: the activations are in float16, whose largest number is 65,504.
+        adapter: an adapter sits on the model.
+    """
+    culprit = "its weights or those of the adapter" if adapter else "its weights"
+    damaged = f"{culprit} may be damaged (load them with check=True, or add --check)"
     if float16:
-        return (
-            f"{where}: the model returned NaN or infinity; float16 overflows in this model, take "
-            "weights in bfloat16."
+        reason = (
+            "float16 overflows on activations of this model (convert it to bf16); if it still does "
+            f"so then, {damaged}"
         )
-    what = "its weights or the adapter may be" if adapter else "its weights may be"
-    return (
-        f"{where}: the model returned NaN or infinity; {what} damaged (check them with --check)."
-    )
+    else:
+        reason = damaged
+    return f"{where}: the model returned NaN or infinity; {reason}."

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_diffgemma.checks import check_integer
 from mlx_diffgemma.checkpoint import adapters, loading, locate, memory
+from mlx_diffgemma.checks import check_integer
 from mlx_diffgemma.diffusion.config import DiffusionConfig
-from mlx_diffgemma.diffusion.encode import DEFAULT_STEP_SIZE, ends_of_turns
+from mlx_diffgemma.diffusion.encode import ends_of_turns
 from mlx_diffgemma.diffusion.events import (
     CanvasCommitted,
     DenoisingStep,
@@ -114,12 +114,16 @@ def load(
     model, _ = loading.load_model(path, lazy=lazy, check=check, name=str(path_or_repo))
     if adapter_path is not None:
         adapters.load_adapters(model, adapter_path)
+        if not lazy:  # what another thread finds unevaluated belongs to a stream that it lacks
+            mx.eval(model.parameters())
     tokenizer = load_tokenizer(
         path,
         eos_token_ids=list(diffusion_config(model).eos_token_ids),
         chat_template=chat_template,
         trust_remote_code=trust_remote_code,
     )
+    ends = model.config.end_token_ids(tokenizer.eos_token_ids)
+    model.config = replace(model.config, eos_token_ids=ends)
     return model, tokenizer
 
 
@@ -200,11 +204,11 @@ def stream_generate(
         NumericalError: the model returned NaN; the step is named.
     """
     config = diffusion_config(model, profile, max_tokens=max_tokens, **settings)
-    step_size = DEFAULT_STEP_SIZE if prefill_step_size is None else prefill_step_size
-    check_integer("prefill_step_size", step_size, 1)
+    if prefill_step_size is not None:
+        check_integer("prefill_step_size", prefill_step_size, 1)
     seed = checked_seed(seed)
     ids = encode_prompt(tokenizer, prompt, raw=raw, system_prompt=system_prompt, thinking=thinking)
-    (config,) = fit_to_context(model, [ids], config, step_size=step_size)
+    (config,) = fit_to_context(model, [ids], config, step_size=prefill_step_size)
     return _stream(
         model,
         StreamingText(tokenizer),
@@ -213,7 +217,7 @@ def stream_generate(
         seed=seed,
         initial_canvas=None if initial_canvas is None else [list(initial_canvas)],
         cache=model.make_cache() if prefix_cache is None else prefix_cache,
-        step_size=step_size,
+        step_size=prefill_step_size,
         draft=draft,
         on_prefill=on_prefill or (lambda done, total: None),
     )
@@ -224,7 +228,7 @@ def fit_to_context(
     prompts: Sequence[Sequence[int]],
     config: DiffusionConfig,
     *,
-    step_size: int = DEFAULT_STEP_SIZE,
+    step_size: int | None = None,
 ) -> list[DiffusionConfig]:
     """Check prompts that are to be run together against the model; returns the settings of each,
     with an answer that ends where its context ends.
@@ -262,7 +266,7 @@ def fit_to_context(
             (len(ids), reserved(model, each)) for ids, each in zip(prompts, configs, strict=True)
         ],
         activation_bytes=model.dtype.size,
-        step_size=step_size,
+        step_size=step_size or model.prefill_step_size,
     )
     longest = max(map(len, prompts))
     what = f"a prompt of {longest} tokens"
@@ -278,9 +282,7 @@ def _check_tokens(model: DiffusionGemma, ids: Sequence[int], name: str) -> None:
         raise PromptError(f"{name} is empty; give some text or token ids.")
     for place, token in enumerate(ids):
         if not 0 <= token < vocab:
-            raise PromptError(
-                f"{name}: token {place} is {token}; ids go from 0 to {vocab - 1}."
-            )
+            raise PromptError(f"{name}: token {place} is {token}; ids go from 0 to {vocab - 1}.")
         if token in images:
             raise PromptError(
                 f"{name}: token {place} ({token}) stands for an image; images are not supported "
@@ -297,7 +299,7 @@ def _stream(
     seed: int,
     initial_canvas: list[list[int]] | None,
     cache: PrefixCache,
-    step_size: int,
+    step_size: int | None,
     draft: bool,
     on_prefill: Callable[[int, int], None],
 ) -> Iterator[GenerationResponse]:
@@ -322,7 +324,6 @@ def _stream(
                     clock.prompt_is_encoded(event.total)
             elif isinstance(event, DenoisingStep):
                 canvas = event.canvas
-                assert canvas.draft is not None and canvas.entropy is not None
                 steps[canvas.index :] = [canvas.passes]
                 standing, room = canvas.draft.tolist(), config.max_tokens - len(tokens)
                 kept = cut(standing, config.eos_token_ids, room)[0]

@@ -99,6 +99,19 @@ def test_top_level_fields(tiny_config):
     assert ModelConfig.from_dict(raw).eos_token_ids == (1,)
 
 
+def test_the_ids_that_end_an_answer(tiny_config):
+    raw = tiny_config(0)
+    assert ModelConfig.from_dict(raw).end_token_ids([7]) == (1, 5)
+    raw["generation_config"] = {"eos_token_id": 3}
+    assert ModelConfig.from_dict(raw).end_token_ids([7]) == (3,)
+    del raw["generation_config"], raw["eos_token_id"], raw["text_config"]["eos_token_id"]
+    config = ModelConfig.from_dict(raw)  # enough for work on token ids
+    assert config.end_token_ids({9, 7}) == (7, 9)
+    message = r"^neither config\.json nor generation_config\.json nor the tokenizer names an 'eos"
+    with pytest.raises(ConfigError, match=message):
+        config.end_token_ids()
+
+
 # Where, what it is set to, and the beginning of what is said.
 WRONG = [
     ("model_type", "gemma4", "config.json: model_type is 'gemma4', not 'diffusion_gemma'; use"),
@@ -108,6 +121,10 @@ WRONG = [
     ("canvas_length", REMOVE, "config.json: 'canvas_length' is missing"),
     ("canvas_length", 0, "config.json: 'canvas_length' must be a positive integer, not 0."),
     ("eos_token_id", "x", "config.json: 'eos_token_id' must be a token id or a list of them"),
+    ("eos_token_id", [1, 999], "config.json: 'eos_token_id' is 999, and ids go from 0 to"),
+    ("text_config.pad_token_id", 999, "config.json: 'text_config.pad_token_id' is 999, and ids"),
+    ("text_config.pad_token_id", "0", "config.json: 'text_config.pad_token_id' must be a token"),
+    ("text_config.pad_token_id", [0], "config.json: 'text_config.pad_token_id' must be one token"),
     ("tie_word_embeddings", False, "config.json: 'tie_word_embeddings' must be true"),
     ("quantization_config", {"quant_method": "awq"}, "config.json: 'quantization_config' is not"),
     *[

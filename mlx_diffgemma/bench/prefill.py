@@ -10,7 +10,6 @@ from mlx_diffgemma.bench.device import Device
 from mlx_diffgemma.bench.random_model import weight_bytes
 from mlx_diffgemma.bench.steps import encoded
 from mlx_diffgemma.bench.timing import median_seconds, peak_bytes
-from mlx_diffgemma.diffusion.encode import DEFAULT_STEP_SIZE
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
 
@@ -50,7 +49,7 @@ def measure_prefill(
             repeats,
             warmup=0,
         )
-        floor = device.floor(prefill_cost(weights, length, DEFAULT_STEP_SIZE, batch))
+        floor = device.floor(prefill_cost(weights, length, model.prefill_step_size, batch))
         reports.append(
             PrefillReport(
                 length, seconds, batch * length / seconds, floor, peak - weight_bytes(model)

@@ -29,6 +29,7 @@ from mlx_diffgemma.bench.speed import (
     measure_profiles,
 )
 from mlx_diffgemma.bench.steps import measure_step, using_pass, vocabulary_pass_named
+from mlx_diffgemma.checkpoint.memory import wired
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.diffusion.profiles import PROFILES, profile_settings
 from mlx_diffgemma.generation import diffusion_config
@@ -72,6 +73,7 @@ class Plan:
     say: Callable[[str], None] = field(default=lambda text: None, repr=False)
 
 
+@wired()
 def run_bench(
     model: DiffusionGemma,
     plan: Plan,

@@ -161,9 +161,7 @@ def measure_step(
     config = replace(config, canvas_length=canvas, max_tokens=max(config.max_tokens, canvas))
 
     def stepper(length: int, denoiser: Denoiser | None = None) -> Stepper:
-        return Stepper(
-            model, config, prefix=length, batch=batch, seed=seed, denoiser=denoiser
-        )
+        return Stepper(model, config, prefix=length, batch=batch, seed=seed, denoiser=denoiser)
 
     whole = stepper(prefix)
     whole()

@@ -51,6 +51,7 @@ def load_adapters(
     weights = _read_weights(folder / WEIGHTS)
     _compare(model, weights, config, folder)
     model.load_weights(list(weights.items()), strict=False)
+    model.adapted = True
     model.eval()
 
 

@@ -16,7 +16,7 @@ from mlx_diffgemma.checkpoint.locate import locate
 from mlx_diffgemma.checkpoint.names import canonical_name, expert_piece, is_vision
 from mlx_diffgemma.checkpoint.quantization import formats_from_config
 from mlx_diffgemma.checkpoint.shards import StoredTensor, read_json, stored_tensors
-from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.config import ModelConfig, check_generation_ids
 from mlx_diffgemma.errors import CheckpointError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
@@ -57,12 +57,20 @@ def load_model(
     folder = locate(path_or_repo, revision)
     raw = read_config(folder)
     config = ModelConfig.from_dict(raw)
+    if raw.get("generation_config") is not None:
+        inside = not (folder / "generation_config.json").exists()
+        check_generation_ids(raw["generation_config"], config.text.vocab_size, inside_config=inside)
     stored = _text_tensors(folder)
     if dtype is None and mx.default_device() == mx.cpu:
         dtype = mx.float32
     if not lazy:
         weights = sum(_loaded_bytes(tensor, dtype) for tensor in stored.values())
-        estimate = memory.estimate(config.text, weights, canvas_length=config.canvas_length)
+        estimate = memory.estimate(
+            config.text,
+            weights,
+            canvas_length=config.canvas_length,
+            activation_bytes=2 if dtype is None else dtype.size,
+        )
         memory.require(estimate, name or str(path_or_repo))
 
     model = DiffusionGemma(config)
@@ -70,6 +78,8 @@ def load_model(
     _compare(model, stored)
     if mx.default_device() == mx.cpu:
         cpu.use(model)
+    else:
+        model.compile()
     model.load_weights(list(_read(stored, dtype).items()))
     model.eval()
     if check:
@@ -188,4 +198,6 @@ def _check_finite(model: DiffusionGemma) -> None:
     parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     for name, parameter in parameters.items():
         if mx.issubdtype(parameter.dtype, mx.floating) and not mx.isfinite(parameter).all().item():
-            raise CheckpointError(f"tensor {name} holds NaN or infinity; fetch the weights again.")
+            raise CheckpointError(
+                f"tensor {name} holds NaN or infinity; fetch or convert the weights again."
+            )

@@ -194,7 +194,7 @@ class Chat:
         with ExitStack() as runs:
 
             def start(on_prefill: output.OnPrefill) -> Any:
-                responses = stream_generate(
+                responses: Any = stream_generate(
                     model,
                     tokenizer,
                     self.messages(question),

@@ -92,6 +92,7 @@ def run(request: Request) -> None:
     """
     from mlx_diffgemma.checkpoint import locate
     from mlx_diffgemma.checkpoint.loading import load_model, read_config
+    from mlx_diffgemma.checkpoint.memory import wired
     from mlx_diffgemma.config import ModelConfig
 
     options = request.options
@@ -99,13 +100,13 @@ def run(request: Request) -> None:
         raise UsageError("say what to train on: --data with a folder or a data set.")
     _check_folder(request)
     path = locate.locate(request.model, options.get("revision"))
-    raw = read_config(path)
-    shapes = ModelConfig.from_dict(raw)
-    splits = _read_data(request, path, raw, shapes)
+    shapes = ModelConfig.from_dict(read_config(path))
+    splits = _read_data(request, path, shapes)
     _check_memory(request, path, shapes, splits)
     say(f"loading {request.model}")
     model, _ = load_model(path, name=request.model)
-    _train(request, model, splits)
+    with wired():
+        _train(request, model, splits)
 
 
 def _check_folder(request: Request) -> None:
@@ -121,16 +122,14 @@ def _check_folder(request: Request) -> None:
         )
 
 
-def _read_data(request: Request, path: Path, raw: Mapping[str, Any], shapes: ModelConfig) -> Splits:
-    from mlx_diffgemma.diffusion.config import DiffusionConfig
+def _read_data(request: Request, path: Path, shapes: ModelConfig) -> Splits:
     from mlx_diffgemma.text.tokenizer import load_tokenizer
     from mlx_diffgemma.train.data import Limits, load_data
 
     options = request.options
-    generation = DiffusionConfig.from_dict(raw.get("generation_config") or {})
     tokenizer = load_tokenizer(
         path,
-        eos_token_ids=list(generation.eos_token_ids or shapes.eos_token_ids),
+        eos_token_ids=list(shapes.end_token_ids()),
         chat_template=options.get("chat_template"),
         trust_remote_code=bool(options.get("trust_remote_code")),
     )
@@ -152,7 +151,6 @@ def _read_data(request: Request, path: Path, raw: Mapping[str, Any], shapes: Mod
 
 def _check_memory(request: Request, path: Path, shapes: ModelConfig, splits: Splits) -> None:
     """Raise MemoryShortageError where the run cannot end well."""
-    from mlx_diffgemma.checkpoint import memory
     from mlx_diffgemma.checkpoint.loading import weight_bytes
     from mlx_diffgemma.train import plan
 
@@ -164,7 +162,7 @@ def _check_memory(request: Request, path: Path, shapes: ModelConfig, splits: Spl
         length=longest,
         activation_bytes=plan.activation_bytes(),
     )
-    plan.require(estimate, request.model, request.config, memory.available_memory())
+    plan.require(estimate, request.model, request.config)
 
 
 def _train(request: Request, model: DiffusionGemma, splits: Splits) -> None:

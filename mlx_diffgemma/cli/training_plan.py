@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 RELEASE = "google/diffusiongemma-26B-A4B-it"
 BATCHES, LENGTHS = (1, 2, 4, 8), (512, 1024, 2048, 4096)
 MACS = (32, 64, 128)
-_RESERVED = 3 * 2**30  # of a Mac's memory, for the system, once Metal's limit is raised
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,6 @@ def show(request: Request, *, as_json: bool) -> None:
         print(json.dumps(_as_dict(request, base), indent=2))
     else:
         _print(request, base)
-
-
-def fits(needed: int, gigabytes: int, *, raised: bool) -> bool:
-    """Whether a Mac with so many (binary) gigabytes holds it: as it comes, where Metal takes two
-    thirds to three quarters, or with the limit raised."""
-    whole = gigabytes * 2**30
-    return needed <= (whole - _RESERVED if raised else whole * (2 / 3 if gigabytes <= 36 else 0.75))
 
 
 def _base(request: Request) -> Base:
@@ -95,6 +87,8 @@ def _estimate(request: Request, base: Base, **settings: Any) -> TrainingMemory:
 
 def _grid(request: Request, base: Base) -> list[dict[str, Any]]:
     """Every batch and length, with and without gradient checkpointing."""
+    from mlx_diffgemma.checkpoint.memory import raised_working_set, working_set
+
     rows = []
     for checkpoint in (False, True):
         for batch in BATCHES:
@@ -106,9 +100,9 @@ def _grid(request: Request, base: Base) -> list[dict[str, Any]]:
                     {
                         "grad_checkpoint": checkpoint, "batch_size": batch,
                         "max_seq_length": length, "bytes": needed,
-                        "fits_gb": [gb for gb in MACS if fits(needed, gb, raised=False)],
+                        "fits_gb": [gb for gb in MACS if needed <= working_set(gb)],
                         "fits_gb_with_raised_limit": [
-                            gb for gb in MACS if fits(needed, gb, raised=True)
+                            gb for gb in MACS if needed <= raised_working_set(gb)
                         ],
                     }
                 )  # fmt: skip
@@ -134,7 +128,8 @@ def _print(request: Request, base: Base) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mlx_diffgemma.train.plan import gigabytes, trained_numbers
+    from mlx_diffgemma.checkpoint.memory import size_text
+    from mlx_diffgemma.train.plan import trained_numbers
 
     console, config = Console(highlight=False), request.config
     count = trained_numbers(base.shapes, config)
@@ -150,8 +145,8 @@ def _print(request: Request, base: Base) -> None:
     parts.add_column()
     parts.add_column(justify="right")
     for name, size in asdict(needed).items():
-        parts.add_row(name, gigabytes(size))
-    parts.add_row("in all", gigabytes(needed.total))
+        parts.add_row(name, size_text(size))
+    parts.add_row("in all", size_text(needed.total))
     console.print(parts)
     grid = {
         (row["grad_checkpoint"], row["batch_size"], row["max_seq_length"]): row

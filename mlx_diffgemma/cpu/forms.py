@@ -30,12 +30,16 @@ from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.model.experts import Experts
 from mlx_diffgemma.model.layers import MLP, SelfConditioning
 
+_PREFILL_STEP_SIZE = 512  # more tokens at a time gain nothing where products are slow
+
 
 def use(model: nn.Module) -> None:
     """Give `model` and all that is in it the forms for a CPU, weights unchanged."""
     for module in model.modules():
         if type(module) in _FORMS:
             module.__class__ = _FORMS[type(module)]
+    if isinstance(model, DiffusionGemma):
+        model.prefill_step_size = _PREFILL_STEP_SIZE
     if getattr(model, "vocabulary_pass", None) is vocabulary_pass:
         model.vocabulary_pass = tiled_pass
 

@@ -8,12 +8,11 @@ committed on stale ground. Letters: C canvas, A positions computed.
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma.diffusion.canvas import Canvas, Passed, Prediction, Settled
+from mlx_diffgemma.diffusion.stopping import has_converged
 
 _CERTAIN = 0.01  # nats below which a position may settle
 _FULL_EVERY = 4  # passes over a part between two over the whole
@@ -24,6 +23,8 @@ def active_places(canvas: Canvas, least: int) -> np.ndarray | None:
     """The positions [A] that the next pass computes, `least` at the least; None for all."""
     known, after = canvas.settled, canvas.settings.settled_after
     if known is None or after is None or canvas.layout is not None or canvas.is_last_step:
+        return None
+    if not known.passed.whole and has_converged(canvas):
         return None
     length = len(canvas)
     active = int((known.streak < after).sum())
@@ -37,25 +38,19 @@ def active_places(canvas: Canvas, least: int) -> np.ndarray | None:
 def remembered(canvas: Canvas, part: Prediction, places: np.ndarray) -> Prediction:
     """A prediction of the positions `places` [A], and of the others as it was before."""
     assert canvas.settled is not None
-    last = canvas.settled.passed.prediction
     source = np.arange(len(canvas))
     source[places] = len(canvas) + np.arange(len(places))
     index = mx.array(source)
-    values = {}
-    for field in fields(Prediction):
-        old, new = getattr(last, field.name), getattr(part, field.name)
-        values[field.name] = (
-            None if new is None else mx.concatenate([old, new.astype(old.dtype)])[index]
-        )
-    return Prediction(**values)
+    return canvas.settled.passed.prediction.followed_by(part).map(lambda values: values[index])
 
 
 def settle(canvas: Canvas, passed: Passed, argmax: np.ndarray, entropy: np.ndarray) -> Settled:
     """What to remember of a canvas after a pass, given what it found likeliest [C] and with what
     entropies [C] in nats."""
-    known, streak, since_full = canvas.settled, np.zeros(len(canvas), int), 0
+    known, before, since_full = canvas.settled, np.zeros(len(canvas), int), 0
+    same = entropy < _CERTAIN
     if known is not None:
-        same = (argmax == known.argmax) & (entropy < _CERTAIN)
-        streak = np.where(same, known.streak + 1, 0)
+        same &= argmax == known.argmax
+        before = known.streak
         since_full = 0 if passed.whole else known.since_full + 1
-    return Settled(passed, argmax, streak, since_full)
+    return Settled(passed, argmax, np.where(same, before + 1, 0), since_full)

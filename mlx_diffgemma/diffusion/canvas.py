@@ -5,14 +5,14 @@ Letters: C canvas, D hidden, V vocabulary, A positions computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma.diffusion.config import DiffusionConfig
-from mlx_diffgemma.diffusion.constraints import Layout
+from mlx_diffgemma.diffusion.constraints import FREE, Layout
 from mlx_diffgemma.diffusion.noise import Noise
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.model.cache import KeysValues
@@ -37,6 +37,30 @@ class Prediction:
     confidence: mx.array
     soft_embeddings: mx.array | None
     dropped_mass: mx.array
+
+    def map(self, function: Callable[[mx.array], mx.array]) -> Prediction:
+        """The prediction with a function of positions applied to each of its arrays."""
+        soft = self.soft_embeddings
+        return Prediction(
+            function(self.argmax),
+            function(self.draw),
+            function(self.entropy),
+            function(self.confidence),
+            None if soft is None else function(soft),
+            function(self.dropped_mass),
+        )
+
+    def followed_by(self, other: Prediction) -> Prediction:
+        """The positions of this prediction, then those of another."""
+        mine, theirs = self.soft_embeddings, other.soft_embeddings
+        return Prediction(
+            mx.concatenate([self.argmax, other.argmax]),
+            mx.concatenate([self.draw, other.draw]),
+            mx.concatenate([self.entropy, other.entropy]),
+            mx.concatenate([self.confidence, other.confidence]),
+            None if mine is None or theirs is None else mx.concatenate([mine, theirs]),
+            mx.concatenate([self.dropped_mass, other.dropped_mass]),
+        )
 
 
 @dataclass(frozen=True)
@@ -89,11 +113,11 @@ class Canvas:
         counted: [C] the positions that decide when it is done, of those that are not fixed; None
             for all.
         soft_embeddings: [C, D], what the last pass expected; None before the first one.
-        few_suffice: [C] where the likeliest few tokens held nearly all of the probability in the
-            last pass; None before it.
-        draft: [C] what would be committed now; None before the first pass.
-        entropy: [C] nats, after the temperature.
+        draft: [C] what would be committed now; `FREE` before the first pass.
+        entropy: [C] nats, after the temperature; infinite before the first pass.
         accepted: [C] which positions of `tokens` hold a draw of the model.
+        few_suffice: [C] where the likeliest few tokens held nearly all of the probability in the
+            last pass.
         shown: [C] the draft as the stop rule sees it (see `stopping.py`).
         unchanged: [C] for how many passes each position of `shown` has stayed the same.
         done: whether it needs no further pass.
@@ -106,18 +130,18 @@ class Canvas:
     index: int
     vocab: int
     tokens: mx.array
+    draft: np.ndarray
+    entropy: np.ndarray
+    accepted: np.ndarray
+    few_suffice: np.ndarray
+    shown: np.ndarray
+    unchanged: np.ndarray
     first_step: int = 1
     endless: bool = False
     passes: int = 0
     layout: Layout | None = None
     counted: np.ndarray | None = None
     soft_embeddings: mx.array | None = None
-    few_suffice: np.ndarray | None = None
-    draft: np.ndarray | None = None
-    entropy: np.ndarray | None = None
-    accepted: np.ndarray | None = None
-    shown: np.ndarray | None = None
-    unchanged: np.ndarray | None = None
     done: bool = False
     converged: bool = False
     settled: Settled | None = None
@@ -147,8 +171,22 @@ class Canvas:
             tokens = noise.initial(index, length, vocab)
         else:
             tokens = mx.array(_checked(initial, length, vocab), mx.int32)
+        nothing, no = np.full(length, FREE, np.int32), np.zeros(length, bool)
         canvas = cls(
-            settings, noise, index, vocab, tokens, first_step, endless, counted=counted
+            settings,
+            noise,
+            index,
+            vocab,
+            tokens,
+            draft=nothing,
+            entropy=np.full(length, np.inf, np.float32),
+            accepted=no,
+            few_suffice=no,
+            shown=nothing,
+            unchanged=np.zeros(length, int),
+            first_step=first_step,
+            endless=endless,
+            counted=counted,
         )
         return canvas if layout is None else canvas.under(layout)
 

@@ -74,6 +74,8 @@ class DiffusionConfig:
         if self.sampler not in SAMPLERS:
             raise UsageError(f"unknown sampler '{self.sampler}'; known are {', '.join(SAMPLERS)}.")
         check_number("accept_threshold", self.accept_threshold, 0.0)
+        if not isinstance(self.eos_token_ids, tuple):
+            raise UsageError(f"eos_token_ids must be a tuple, not {self.eos_token_ids!r}.")
         for token in (*self.eos_token_ids, self.pad_token_id):
             check_integer("a token id", token, 0)
         check_number("t_min", self.t_min, 0.0, inclusive=True)

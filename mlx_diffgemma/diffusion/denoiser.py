@@ -66,9 +66,7 @@ class Denoiser:
         for canvas, found in zip(canvases, passed, strict=True):
             prediction, proposal = found.prediction, propose(found.prediction, canvas)
             stepped.append(
-                replace(
-                    canvas, tokens=proposal.tokens, soft_embeddings=prediction.soft_embeddings
-                )
+                replace(canvas, tokens=proposal.tokens, soft_embeddings=prediction.soft_embeddings)
             )
             read.append(
                 mx.stack([
@@ -98,7 +96,8 @@ class Denoiser:
             seen = self.model.predict(hidden, asked, standing)
             assert seen.standing_log_probability is not None
             both = np.array(mx.stack([seen.standing_log_probability, seen.entropy]))
-            self._require_finite(both, "a first look at the canvas")
+            # A token that is not allowed to stand where it stands has no probability at all.
+            self._require_finite(np.where(both == -np.inf, 0.0, both), "a look at the canvas")
             looks += [Look(*both[:, start:stop]) for start, stop in _spans(rows)]
         return looks
 
@@ -122,7 +121,7 @@ class Denoiser:
             ids = [[*candidates[n], *[0] * (most - len(candidates[n]))] for n in some]
             log_p = self.model.logits_of(hidden, mx.array(ids)) - log_sum[:, None]
             values = np.array(log_p)
-            self._require_finite(values, "a look at the answers")
+            self._require_finite(values, "a look at answers")
             found += [row[: len(candidates[n])] for n, row in zip(some, values, strict=True)]
         return found
 
@@ -161,7 +160,8 @@ class Look:
     """What the model believes of a canvas as it stands, [C] each, in nats.
 
     Attributes:
-        standing: log-probability of the token that stands at each position.
+        standing: log-probability of the token that stands at each position; -inf where it may not
+            stand there.
         entropy: of what may stand there.
     """
 
@@ -178,8 +178,9 @@ class QueuedStep:
     wanted: mx.array
     not_finite: Callable[[str], NumericalError]
 
-    def read(self) -> list[Canvas]:
-        """Wait for the step, once; the canvases after it.
+    def read(self, titles: Sequence[str] = ()) -> list[Canvas]:
+        """Wait for the step, once; the canvases after it. `titles` are what an error calls the
+        sequence of each.
 
         Raises:
             NumericalError: the model returned values that are not finite.
@@ -190,7 +191,10 @@ class QueuedStep:
         for canvas, passed, (start, stop) in zip(self.stepped, self.passed, spans, strict=True):
             canvases.append(_after(canvas, passed, wanted[:, start:stop]))
             if not np.isfinite(canvases[-1].entropy).all():
-                raise self.not_finite(f"canvas {canvas.index + 1}, step {canvas.passes + 1}")
+                of_which = f"{titles[len(canvases) - 1]}, " if titles else ""
+                raise self.not_finite(
+                    f"{of_which}canvas {canvas.index + 1}, step {canvas.passes + 1}"
+                )
         return canvases
 
 
@@ -198,12 +202,14 @@ def denoise(
     denoiser: Denoiser,
     flight: Mapping[Name, InFlight],
     following: Callable[[Name, Canvas], InFlight | None],
+    title: Callable[[Name], str] | None = None,
 ) -> Iterator[dict[Name, Canvas]]:
     """Step canvases together until none is in flight; yields those of each step, by name.
 
     After each step `following` says what becomes of a canvas: what goes on in its place, or None.
     The next step is handed to the device before the last one is yielded, so whoever takes time to
-    show it costs the device none. A run that is broken off wastes that one step.
+    show it costs the device none. A run that is broken off wastes that one step. `title` says what
+    an error calls a sequence; None leaves it out.
     """
     stepped: dict[Name, Canvas] | None = None
     while flight:
@@ -215,7 +221,8 @@ def denoise(
             yield stepped
         # A prefix that is to grow is copied where it is still held.
         flight = {}
-        stepped = dict(zip(names, queued.read(), strict=True))
+        titles = [] if title is None else [title(name) for name in names]
+        stepped = dict(zip(names, queued.read(titles), strict=True))
         for name, canvas in stepped.items():
             next_one = following(name, canvas)
             if next_one is not None:
@@ -235,9 +242,7 @@ def _after(canvas: Canvas, passed: Passed, wanted: np.ndarray) -> Canvas:
     draft, accepted, argmax = wanted[0], wanted[1].astype(bool), wanted[2]
     entropy, dropped = wanted[3].view(np.float32), wanted[4].view(np.float32)
     shown, _ = as_shown(canvas.settings, draft, entropy)
-    unchanged = np.zeros(len(canvas), int)
-    if canvas.shown is not None and canvas.unchanged is not None:
-        unchanged = np.where(shown == canvas.shown, canvas.unchanged + 1, 0)
+    unchanged = np.where(shown == canvas.shown, canvas.unchanged + 1, 0)
     settled = None
     if canvas.settings.settled_after is not None:
         settled = settle(canvas, passed, argmax, entropy)
@@ -254,9 +259,7 @@ def _after(canvas: Canvas, passed: Passed, wanted: np.ndarray) -> Canvas:
     )
     converged = passed.whole and has_converged(after)
     used_up = after.step > canvas.settings.max_denoising_steps
-    return replace(
-        after, converged=converged, done=not canvas.endless and (converged or used_up)
-    )
+    return replace(after, converged=converged, done=not canvas.endless and (converged or used_up))
 
 
 def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:

@@ -11,8 +11,6 @@ from mlx_diffgemma.diffusion.events import PrefillProgress
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
-DEFAULT_STEP_SIZE = 512
-
 
 def encode(
     model: DiffusionGemma,
@@ -20,7 +18,7 @@ def encode(
     ids: Sequence[int],
     *,
     row: int = 0,
-    step_size: int = DEFAULT_STEP_SIZE,
+    step_size: int | None = None,
     room: int = 0,
     marks: Sequence[int] = (),
 ) -> Iterator[PrefillProgress]:
@@ -29,7 +27,8 @@ def encode(
     holds a shorter prefix, and a true one.
 
     Args:
-        step_size: tokens of a chunk, so that memory does not grow with the square of the prompt.
+        step_size: tokens of a chunk, so that memory does not grow with the square of the prompt;
+            None takes the model's.
         room: positions to make room for behind `ids`.
         marks: how many of the `ids` precede each place to come back to later.
     """
@@ -37,7 +36,11 @@ def encode(
     start, total = len(cache.prefix), len(ids)
     cache.prefix = cache.prefix.with_room(total - start + room)
     yield PrefillProgress(row, 0, total - start)
-    stops = {*range(start, total, step_size), *(mark for mark in marks if start < mark), total}
+    stops = {
+        *range(start, total, step_size or model.prefill_step_size),
+        *(mark for mark in marks if start < mark),
+        total,
+    }
     for first, last in pairwise(sorted(stop for stop in stops if start <= stop <= total)):
         # The shorter prefix is given up as soon as the longer one is there, whose arrays may then
         # be written where its own were.

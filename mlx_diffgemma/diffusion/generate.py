@@ -11,7 +11,7 @@ from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.constraints import Layout
 from mlx_diffgemma.diffusion.denoiser import Denoiser, InFlight, denoise
-from mlx_diffgemma.diffusion.encode import DEFAULT_STEP_SIZE, encode
+from mlx_diffgemma.diffusion.encode import encode
 from mlx_diffgemma.diffusion.events import (
     CanvasCommitted,
     DenoisingStep,
@@ -20,6 +20,7 @@ from mlx_diffgemma.diffusion.events import (
     FinishReason,
 )
 from mlx_diffgemma.diffusion.noise import NoiseOf
+from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
@@ -44,7 +45,6 @@ class _Sequence:
         return self.config.max_tokens - len(self.tokens)
 
     def commit(self, canvas: Canvas) -> CanvasCommitted:
-        assert canvas.draft is not None
         draft = canvas.draft.tolist()
         kept, self.reason = cut(draft, self.config.eos_token_ids, self.room)
         if self.reason == "stop":
@@ -72,7 +72,7 @@ def generate_canvases(
     denoiser: Denoiser | None = None,
     initial_canvas: Sequence[Sequence[int]] | None = None,
     constrain: Constrain | None = None,
-    prefill_step_size: int = DEFAULT_STEP_SIZE,
+    prefill_step_size: int | None = None,
     marks: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[Event]:
     """Generate for B prompts of token ids at once, each with its own settings and end.
@@ -87,6 +87,10 @@ def generate_canvases(
         constrain: what each canvas must hold.
         marks: for each prompt, where to mark its prefix (see `encode`).
 
+    Raises:
+        UsageError: `initial_canvas` or a layout does not fit.
+        NumericalError: the model returned values that are not finite.
+
     Yields:
         `PrefillProgress`, then for each step a `DenoisingStep` a sequence, and a `CanvasCommitted`
         where its canvas is done; in the end one `Finished`.
@@ -94,7 +98,14 @@ def generate_canvases(
     denoiser = denoiser or Denoiser(model)
     configs = [config] * len(prompts) if isinstance(config, DiffusionConfig) else list(config)
     caches = [model.make_cache() for _ in prompts] if caches is None else caches
-    sequences = [_Sequence(row, *both) for row, both in enumerate(zip(configs, caches, strict=True))]
+    sequences = [
+        _Sequence(row, *both) for row, both in enumerate(zip(configs, caches, strict=True))
+    ]
+    if initial_canvas is not None and len(initial_canvas) != len(prompts):
+        raise UsageError(
+            f"initial_canvas has {len(initial_canvas)} canvases; there are {len(prompts)} prompts, "
+            "and each takes one."
+        )
 
     def canvas(sequence: _Sequence, index: int) -> InFlight:
         """The next canvas of a sequence, behind what its cache holds."""
@@ -130,7 +141,6 @@ def generate_canvases(
         sequence = sequences[row]
         if not stepped.done:
             return InFlight(stepped, sequence.cache.prefix)
-        assert stepped.draft is not None
         committed[row] = sequence.commit(stepped)
         if sequence.reason is not None:
             return None  # a finished sequence needs its last canvas encoded no more
@@ -138,7 +148,8 @@ def generate_canvases(
         return canvas(sequence, stepped.index + 1)
 
     first = {sequence.row: canvas(sequence, 0) for sequence in sequences}
-    steps = denoise(denoiser, first, following)
+    title = None if len(sequences) == 1 else (lambda row: f"prompt {row + 1}")
+    steps = denoise(denoiser, first, following, title)
     del first  # a prefix that is to grow is copied where it is still held
     for stepped in steps:
         for row, each in stepped.items():

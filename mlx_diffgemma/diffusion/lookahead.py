@@ -46,11 +46,11 @@ def look_ahead(state: State, depth: int, end: np.ndarray) -> list[np.ndarray]:
             allowed = current.allowed()
             known |= allowed
             ended = ended or bool((allowed & end).any())
-            tokens = tokens_in(allowed & ~end)
-            followed += len(tokens)
-            if len(tokens) > _WAYS or followed > most:
-                complete = False
+            tokens = few_tokens_in(allowed & ~end, _WAYS) if complete else None
+            if tokens is None or followed + len(tokens) > most:
+                complete = False  # so this position is the last that is known
                 continue
+            followed += len(tokens)
             for token in tokens:
                 after = current.copy()
                 after.advance([token])
@@ -67,5 +67,18 @@ def look_ahead(state: State, depth: int, end: np.ndarray) -> list[np.ndarray]:
 
 def tokens_in(mask: np.ndarray) -> list[int]:
     """The tokens of a mask [W] uint32."""
-    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
-    return [int(token) for token in np.flatnonzero(bits)]
+    words = np.flatnonzero(mask)
+    bits = np.unpackbits(mask[words].view(np.uint8), bitorder="little").reshape(-1, 32)
+    places, within = np.nonzero(bits)
+    tokens: list[int] = (words[places] * 32 + within).tolist()
+    return tokens
+
+
+def few_tokens_in(mask: np.ndarray, most: int) -> list[int] | None:
+    """The tokens of a mask [W] uint32; None where there are more than `most`, which takes a
+    hundredth of the time of listing them all."""
+    # Every word that is not zero holds a token at least.
+    if np.count_nonzero(mask) > most:
+        return None
+    tokens = tokens_in(mask)
+    return tokens if len(tokens) <= most else None

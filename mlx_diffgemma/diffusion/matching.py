@@ -24,7 +24,7 @@ from mlx_diffgemma.diffusion.constraints import FREE, Layout, token_mask
 from mlx_diffgemma.diffusion.denoiser import Denoiser, InFlight, denoise
 from mlx_diffgemma.diffusion.events import CanvasCommitted, DenoisingStep
 from mlx_diffgemma.diffusion.generate import canvas_length, extend
-from mlx_diffgemma.diffusion.lookahead import look_ahead, tokens_in
+from mlx_diffgemma.diffusion.lookahead import few_tokens_in, look_ahead
 from mlx_diffgemma.diffusion.noise import Noise
 from mlx_diffgemma.errors import DiffGemmaError
 from mlx_diffgemma.model.cache import PrefixCache
@@ -58,6 +58,10 @@ class Matcher(Protocol):
 
     def signature(self) -> Hashable:
         """What may follow next and what must: mostly the same where the grammar stands alike."""
+
+    def way_out(self, most: int, *, thorough: bool = False) -> list[int] | None:
+        """At most `most` tokens that complete what was taken in; None where none are found, not
+        even with more work where `thorough`."""
 
     @property
     def may_end(self) -> bool:
@@ -112,15 +116,14 @@ class _Match:
         """A canvas number `index`, or one of those behind it where the grammar leaves it no choice
         at all; None at the end of the sequence."""
         self.waits, self.unsure = self.config.max_denoising_steps // _STEPS_A_WAIT, np.inf
-        room = self.config.max_tokens - len(self.tokens)
-        length, vocab = canvas_length(self.model, self.config, room), self.model.config.text.vocab_size
+        length = canvas_length(self.model, self.config, self._room())
+        vocab = self.model.config.text.vocab_size
         canvas = Canvas.start(self.config, self.noise, index, length, vocab, endless=True)
         return self._held(canvas)
 
     def following(self, _: object, canvas: Canvas) -> InFlight | None:
         """What goes on after a pass: the same canvas with as much of its draft pinned as is ready,
         the next one, or None at the end."""
-        assert canvas.draft is not None
         matcher, pinned, room = self.matcher, self.pinned, self._room()
         ahead = canvas.draft[len(pinned) :].tolist()
         text = _up_to_eos(ahead, self.settings)
@@ -139,7 +142,7 @@ class _Match:
         _pin(matcher, pinned, kept, len(canvas))
         if ends and len(kept) == valid and matcher.may_end:
             return self._close(canvas, ended=True)
-        return self._held(replace(canvas, accepted=None))
+        return self._held(replace(canvas, accepted=np.zeros(len(canvas), bool)))
 
     def _held(self, canvas: Canvas) -> InFlight | None:
         """The canvas held to what the grammar forces by now, or what comes after it."""
@@ -176,11 +179,11 @@ class _Match:
 
     def _ready(self, canvas: Canvas, count: int) -> int:
         """How many of the `count` tokens drafted behind what is pinned are to be pinned now."""
-        assert canvas.entropy is not None and canvas.unchanged is not None
         start = len(self.pinned)
         entropy = canvas.entropy[start : start + count]
-        floor = self.config.confident_after
-        stability = 0 if floor is not None and canvas.passes >= floor else self.config.stability_threshold
+        floor, stability = self.config.confident_after, self.config.stability_threshold
+        if floor is not None and canvas.passes >= floor:
+            stability = 0
         settled = np.logical_and.accumulate(canvas.unchanged[start : start + count] >= stability)
         mean = np.cumsum(entropy) / np.arange(1, count + 1)
         before, self.unsure = self.unsure, float(mean[-1])
@@ -253,8 +256,8 @@ def _layout(
     allowed = dict.fromkeys(range(len(pinned), len(pinned) + free), settings.text | ends)
     for place, mask in enumerate(look_ahead(matcher, free, ends), len(pinned)):
         allowed[place] = mask
-        tokens = tokens_in(mask)
-        if len(tokens) == 1 or set(tokens) <= set(settings.eos):
+        tokens = few_tokens_in(mask, max(1, len(settings.eos)))
+        if tokens is not None and (len(tokens) == 1 or set(tokens) <= set(settings.eos)):
             row[place] = tokens[0] if len(tokens) == 1 else settings.end
             del allowed[place]
     return Layout(tuple(row), allowed)

@@ -6,11 +6,12 @@ Letters: C canvas, N positions of all canvases of a batch, D hidden, V vocabular
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from itertools import accumulate, pairwise
+from operator import itemgetter
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_diffgemma.diffusion.active_set import active_places, remembered
 from mlx_diffgemma.diffusion.canvas import Canvas, Passed, Prediction
@@ -24,9 +25,7 @@ _GROUPED = 4  # token-expert pairs an expert from which MLX multiplies the token
 class Predict(Protocol):
     """One forward pass over canvases, each behind its own prefix; nothing is evaluated."""
 
-    def __call__(
-        self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]
-    ) -> list[Passed]: ...
+    def __call__(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> list[Passed]: ...
 
 
 class Predictor:
@@ -51,12 +50,10 @@ class Predictor:
         ]
         hidden, layers = self.model.decode_keeping(views)
         rows = [
-            _row(canvas, len(canvas) if place is None else len(place))
+            _row(canvas, np.arange(len(canvas)) if place is None else place)
             for canvas, place in zip(canvases, places, strict=True)
         ]
-        seen = self.model.predict(
-            hidden, rows, mx.concatenate([_computed(view) for view in views])
-        )
+        seen = self.model.predict(hidden, rows, mx.concatenate([_computed(view) for view in views]))
         assert seen.draw is not None and seen.draw_log_probability is not None
         whole = Prediction(
             argmax=seen.argmax,
@@ -81,28 +78,23 @@ def split(prediction: Prediction, lengths: Sequence[int]) -> list[Prediction]:
     """The prediction of N positions as those of canvases that lie one behind the other."""
     if len(lengths) == 1:
         return [prediction]
-    values = {field.name: getattr(prediction, field.name) for field in fields(Prediction)}
-    return [
-        Prediction(**{
-            name: None if value is None else value[start:stop] for name, value in values.items()
-        })
-        for start, stop in pairwise(accumulate(lengths, initial=0))
-    ]  # fmt: skip
+    spans = pairwise(accumulate(lengths, initial=0))
+    return [prediction.map(itemgetter(slice(start, stop))) for start, stop in spans]
 
 
-def _row(canvas: Canvas, length: int) -> Row:
-    """What is asked of the vocabulary for a canvas, of which `length` positions are computed. No
+def _row(canvas: Canvas, places: np.ndarray) -> Row:
+    """What is asked of the vocabulary for a canvas of which the positions `places` are computed. No
     step follows the last one, so it needs no soft embeddings."""
     layout, settings = canvas.layout, canvas.settings
     return Row(
-        length=length,
+        length=len(places),
         temperature=canvas.temperature,
         key=canvas.noise.draw_key(canvas.index, canvas.step),
         fixed=None if layout is None else layout.fixed,
         allowed=None if layout is None else layout.words(canvas.vocab),
         need_soft=not canvas.is_last_step,
         soft_cutoff=settings.soft_cutoff,
-        likely=canvas.few_suffice is not None and bool(canvas.few_suffice.all()),
+        likely=canvas.few_suffice[places],
     )
 
 

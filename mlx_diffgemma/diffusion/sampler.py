@@ -75,11 +75,9 @@ def block_refinement(prediction: Prediction, canvas: Canvas) -> Proposal:
     """Keep the most probable draws for good: at every step an equal share of the canvas, and all of
     at least the probability `accept_threshold` (as diffusers' `BlockRefinementScheduler` does in
     its uniform mode, without its editing)."""
-    kept = mx.zeros((len(canvas),), mx.bool_)
-    if canvas.accepted is not None:
-        kept = mx.array(canvas.accepted)
-        if canvas.layout is not None:  # fixed positions are accepted too, but take no share
-            kept = kept & mx.array(canvas.layout.open)
+    kept = mx.array(canvas.accepted)
+    if canvas.layout is not None:  # fixed positions are accepted too, but take no share
+        kept = kept & mx.array(canvas.layout.open)
     confidence = mx.where(kept, -1.0, prediction.confidence)
     rank = mx.argsort(mx.argsort(-confidence))
     share = -(-len(canvas) // canvas.settings.max_denoising_steps)

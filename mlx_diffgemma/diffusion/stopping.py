@@ -33,8 +33,6 @@ def has_converged(canvas: Canvas) -> bool:
     """Whether the draft equals that of the previous `stability_threshold` passes and its mean
     entropy is below `confidence_threshold` (the reference's `StableAndConfidentStoppingCriteria`);
     from pass `confident_after` on, the second alone is enough."""
-    assert canvas.draft is not None and canvas.entropy is not None
-    assert canvas.unchanged is not None
     settings, counted = canvas.settings, canvas.counts()
     _, entropy = as_shown(settings, canvas.draft, canvas.entropy)
     mean = float(np.where(counted, entropy, 0.0).sum(dtype=entropy.dtype))

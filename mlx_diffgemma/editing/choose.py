@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.editing.scoring import Option, comparable, option_log_probs, softmax
 from mlx_diffgemma.editing.session import Session
 from mlx_diffgemma.editing.vocabulary import Vocabulary
@@ -50,6 +51,7 @@ class Chosen:
         return max(self.probabilities, key=lambda choice: self.probabilities[choice])
 
 
+@memory.wired()
 def choose(
     model: DiffusionGemma,
     tokenizer: Any,
@@ -103,14 +105,9 @@ def choose(
     ]
     fit_to_context(model, ids, session.config)
     prefixes = [session.encoded(row) for row in ids]
+    found = [option_log_probs(session, prefixes, options, draw) for draw in range(draws)]
     probabilities = np.stack(
-        [
-            [
-                softmax(row)
-                for row in option_log_probs(session, prefixes, options, draw).reshape(len(asked), -1)
-            ]
-            for draw in range(draws)
-        ]
+        [[softmax(row) for row in log_probs.reshape(len(asked), -1)] for log_probs in found]
     )  # [draws, questions, choices]
     return [
         Chosen(

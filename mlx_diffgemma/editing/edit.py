@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.diffusion.constraints import FREE
 from mlx_diffgemma.editing.files import split_lines, unified_diff
 from mlx_diffgemma.editing.gaps import Filled, choose_lengths, read
@@ -56,6 +57,7 @@ class Edited:
         return unified_diff(self.before, self.text, name)
 
 
+@memory.wired()
 def edit(
     model: DiffusionGemma,
     tokenizer: Any,

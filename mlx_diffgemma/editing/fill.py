@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.diffusion.closing import Closer
 from mlx_diffgemma.diffusion.constraints import token_mask
 from mlx_diffgemma.diffusion.lookahead import look_ahead
@@ -51,6 +52,7 @@ class FilledTemplate:
     seed: int
 
 
+@memory.wired()
 def fill(
     model: DiffusionGemma,
     tokenizer: Any,
@@ -140,15 +142,13 @@ class _Filler:
         vocabulary = self.session.vocabulary
         if slot.kind == "text":
             return Gap(self.lengths)
-        if slot.kind == "line":
-            return Gap(self.lengths, vocabulary.mask(_holds_no_newline), joins=False)
         if slot.kind == "choices":
             middle = sorted(len(vocabulary.encode(choice)) for choice in slot.choices)
             return Gap((max(1, middle[len(middle) // 2]),), joins=False)
         if slot.kind == "regex":
             return Gap(self._lengths(self._matcher(slot)), joins=False)
-        kinds: dict[str, Callable[[bytes], bool]] = {"digits": _is_digits, "word": _is_word}
-        return Gap(self.lengths, vocabulary.mask(kinds[slot.kind]), joins=False)
+        kind: Any = slot.kind  # one of those of a vocabulary by now
+        return Gap(self.lengths, vocabulary.kind(kind), joins=False)
 
     def _choose(self, literals: Sequence[str], gaps: Sequence[Gap], slot: Slot) -> Filled:
         """Pin each choice in its place, and take the most probable."""
@@ -276,15 +276,3 @@ def _with_known(
             open_slots.append(slot)
             around.append(literal)
     return around, open_slots
-
-
-def _holds_no_newline(piece: bytes) -> bool:
-    return b"\n" not in piece and b"\r" not in piece
-
-
-def _is_digits(piece: bytes) -> bool:
-    return piece.isdigit()
-
-
-def _is_word(piece: bytes) -> bool:
-    return piece.decode(errors="replace").isalpha()

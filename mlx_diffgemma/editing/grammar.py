@@ -10,22 +10,28 @@ from typing import Any
 import numpy as np
 
 from mlx_diffgemma.diffusion.closing import Closer
+from mlx_diffgemma.editing.endings import Endings
 from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import DiffGemmaError, UsageError
-
-# What ends JSON, then what makes up short values and names, then all else that can be typed.
-_ENDING = '"}]0,:1{[-.' + "".join(map(chr, range(0x20, 0x7F))) + "\n\t\r"
 
 
 class GrammarMatcher:
     """Where a grammar stands; see `mlx_diffgemma.diffusion.matching.Matcher`."""
 
-    def __init__(self, inner: Any, words: int) -> None:
-        self._inner, self._words = inner, words
+    def __init__(self, inner: Any, spelled: Any, endings: Endings, vocabulary: Vocabulary) -> None:
+        # The same state in tokens and in bytes, and the endings that all copies know.
+        self._inner, self._spelled, self._endings = inner, spelled, endings
+        # llguidance asks the tokenizer, which lives no longer than those who use the vocabulary.
+        self._vocabulary = vocabulary
 
     @classmethod
-    def start(cls, vocabulary: Vocabulary, grammar: str, what: str) -> GrammarMatcher:
+    def start(
+        cls, vocabulary: Vocabulary, grammar: str, what: str, endings: Endings
+    ) -> GrammarMatcher:
         """A matcher before the first token.
+
+        Args:
+            endings: what finds the ways out of this grammar.
 
         Raises:
             UsageError: the grammar is malformed or cannot be satisfied; `what` names it.
@@ -35,7 +41,8 @@ class GrammarMatcher:
         inner = LLMatcher(vocabulary.grammar_tokenizer, grammar, log_level=0)
         if inner.is_error():
             raise UsageError(f"{what} cannot be used: {_first_line(inner.get_error())}")
-        return cls(inner, -(-vocabulary.size // 32))
+        spelled = LLMatcher(vocabulary.byte_tokenizer, grammar, log_level=0)
+        return cls(inner, spelled, endings, vocabulary)
 
     def matching(self, tokens: Sequence[int]) -> int:
         return int(self._inner.validate_tokens(list(tokens)))
@@ -45,15 +52,16 @@ class GrammarMatcher:
         DiffGemmaError: the grammar has grown too complex to follow.
         """
         self._inner.consume_tokens(list(tokens))
+        self._spelled.consume_tokens(list(self._vocabulary.bytes_of(tokens)))
         if self._inner.is_error():
             raise DiffGemmaError(
                 f"the constraint cannot be followed: {_first_line(self._inner.get_error())}"
             )
 
     def allowed(self) -> np.ndarray:
-        mask = np.zeros(self._words, np.uint32)
+        mask = np.zeros(-(-self._vocabulary.size // 32), np.uint32)
         found = np.frombuffer(self._inner.compute_bitmask(), np.uint32)
-        mask[: len(found)] = found[: self._words]
+        mask[: len(found)] = found[: len(mask)]
         return mask
 
     def forced(self) -> list[int]:
@@ -72,7 +80,41 @@ class GrammarMatcher:
         return bool(self._inner.is_stopped())
 
     def copy(self) -> GrammarMatcher:
-        return GrammarMatcher(self._inner.deep_copy(), self._words)
+        return GrammarMatcher(
+            self._inner.deep_copy(), self._spelled.deep_copy(), self._endings, self._vocabulary
+        )
+
+    def way_out(self, most: int, *, thorough: bool = False) -> list[int] | None:
+        """At most `most` tokens that complete what was taken in; None where none are found, not
+        even with more work where `thorough`."""
+        if self.may_end:
+            return []
+        ways: list[list[int]] = []
+
+        def fits(ending: bytes) -> bool:
+            tokens = self._tokens_of(ending)
+            if tokens is None or len(tokens) > most:
+                return False
+            ways.append(tokens)
+            return True
+
+        self._endings.find(self._spelled, fits, thorough=thorough)
+        return ways[0] if ways else None
+
+    def _tokens_of(self, ending: bytes) -> list[int] | None:
+        """The tokens of an ending, in the tokenizer's own way where the grammar takes it so."""
+        vocabulary = self._vocabulary
+        singly = [vocabulary.single_bytes.get(byte, -1) for byte in ending]
+        try:
+            own = vocabulary.encode(ending.decode())
+        except UnicodeDecodeError:
+            own = singly
+        for tokens in (own, singly):
+            if vocabulary.bytes_of(tokens) == ending and -1 not in tokens:
+                whole = [*tokens, vocabulary.eos[0]]
+                if self._inner.validate_tokens(whole) == len(whole):
+                    return tokens
+        return None
 
 
 def json_schema_matcher(vocabulary: Vocabulary, schema: Mapping[str, Any] | bool) -> GrammarMatcher:
@@ -88,7 +130,8 @@ def json_schema_matcher(vocabulary: Vocabulary, schema: Mapping[str, Any] | bool
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=spacing)
     except ValueError as error:
         raise UsageError(f"the JSON schema cannot be used: {_first_line(str(error))}") from None
-    return GrammarMatcher.start(vocabulary, grammar, "the JSON schema")
+    endings = Endings(_patterns(schema), quoted=True)
+    return GrammarMatcher.start(vocabulary, grammar, "the JSON schema", endings)
 
 
 def regex_matcher(
@@ -101,29 +144,50 @@ def regex_matcher(
     """
     from llguidance import LLMatcher
 
-    return GrammarMatcher.start(vocabulary, LLMatcher.grammar_from_regex(pattern), what)
+    grammar = LLMatcher.grammar_from_regex(pattern)
+    return GrammarMatcher.start(vocabulary, grammar, what, Endings([pattern], quoted=False))
 
 
 def choices_matcher(vocabulary: Vocabulary, choices: Sequence[str]) -> GrammarMatcher:
     """One of the `choices`.
 
     Raises:
-        UsageError: there is none, or one is empty.
+        UsageError: there is none, one is empty, or the vocabulary lacks a character of one.
     """
     if not choices or not all(choices):
         raise UsageError("give at least one choice, and none of them empty.")
+    for choice in choices:
+        if not vocabulary.spells(choice):
+            raise UsageError(
+                f"the model's vocabulary cannot write the choice {choice!r}; choose another word."
+            )
     pattern = "|".join(re.escape(choice) for choice in choices)
     return regex_matcher(vocabulary, f"({pattern})", "the list of choices")
 
 
 def closer(vocabulary: Vocabulary) -> Closer:
-    """Endings in tokens of one character, as far as the vocabulary has them."""
-    ids: dict[bytes, int] = {}
-    for token, piece in enumerate(vocabulary.pieces):
-        if len(piece) == 1:
-            ids.setdefault(piece, token)
-    return Closer([ids[c.encode()] for c in _ENDING if c.encode() in ids] + list(ids.values()))
+    """What keeps the end of any grammar over `vocabulary` within reach."""
+    return Closer()
+
+
+def _patterns(schema: Any) -> list[str]:
+    """The regular expressions in a schema."""
+    patterns: list[str] = []
+    waiting = [schema]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Mapping):
+            patterns += [item["pattern"]] if isinstance(item.get("pattern"), str) else []
+            named = item.get("patternProperties")
+            patterns += named if isinstance(named, Mapping) else []
+            waiting += item.values()
+        elif isinstance(item, (list, tuple)):
+            waiting += item
+    return [pattern for pattern in patterns if isinstance(pattern, str)]
 
 
 def _first_line(message: str) -> str:
-    return next((line.strip() for line in message.splitlines() if line.strip()), "no reason given")
+    """What went wrong, in one line; a regular expression's reason stands in the last of several."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no reason given"]
+    reasons = [line.removeprefix("error: ") for line in lines[1:] if line.startswith("error: ")]
+    return f"{lines[0]} {reasons[0]}" if lines[0].endswith(":") and reasons else lines[0]

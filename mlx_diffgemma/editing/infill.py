@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.editing.gaps import Filled, FilledText, fill_gaps
 from mlx_diffgemma.editing.session import OnStep, Session
 from mlx_diffgemma.editing.window import Gap
@@ -43,6 +44,7 @@ class Infilled:
     seed: int
 
 
+@memory.wired()
 def infill(
     model: DiffusionGemma,
     tokenizer: Any,

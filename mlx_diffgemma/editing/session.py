@@ -12,7 +12,7 @@ from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.constraints import Layout
 from mlx_diffgemma.diffusion.denoiser import Denoiser, InFlight, Look, denoise, until_done
-from mlx_diffgemma.diffusion.encode import DEFAULT_STEP_SIZE, encode
+from mlx_diffgemma.diffusion.encode import encode
 from mlx_diffgemma.diffusion.events import DenoisingStep
 from mlx_diffgemma.diffusion.noise import SeededNoise, checked_seed
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
@@ -70,7 +70,7 @@ class Session:
         self.prompt = encode_prompt(
             tokenizer, prompt, raw=raw, system_prompt=system_prompt, thinking=thinking
         )
-        self._prefill_step_size = prefill_step_size or DEFAULT_STEP_SIZE
+        self._prefill_step_size = prefill_step_size
         self.length = self.config.canvas_length or model.config.canvas_length
         self.noise = SeededNoise(self.seed)
         self.denoiser = Denoiser(model)
@@ -131,7 +131,6 @@ class Session:
             canvas = stepped[0]
             self.stepped(DenoisingStep(0, canvas))
         self.canvases += 1
-        assert canvas.draft is not None and canvas.entropy is not None
         return Denoised(canvas.draft.tolist(), canvas.entropy.tolist(), canvas.passes)
 
     def first_look(self, prefix: Prefix, layouts: Sequence[Layout]) -> list[Look]:

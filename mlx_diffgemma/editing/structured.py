@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.diffusion.events import CanvasCommitted
 from mlx_diffgemma.diffusion.matching import BrokenOffError, MatchingSettings, generate_matching
 from mlx_diffgemma.editing.grammar import (
@@ -59,6 +60,7 @@ class Structured:
         return json.loads(self.text)
 
 
+@memory.wired()
 def generate_structured(
     model: DiffusionGemma,
     tokenizer: Any,
@@ -139,7 +141,6 @@ def _run(session: Session, vocabulary: Vocabulary, matcher: GrammarMatcher) -> S
             else:
                 # A token that is pinned has no entropy left: what it had before is what counts.
                 now = event.canvas.entropy
-                assert now is not None
                 latest[: len(now)] = np.where(now > 0, now, latest[: len(now)])
                 session.stepped(event)
     except BrokenOffError as error:

@@ -1,23 +1,39 @@
-"""The bytes that each token stands for, and the sets of tokens that constraints are made of."""
+"""The bytes that each token stands for, and the sets of tokens that constraints are made of.
+
+A vocabulary is read once for a tokenizer: what is read is kept for as long as the tokenizer lives,
+and every request shares it. Letters: V ids that the model knows, W = ⌈V / 32⌉ words of a bit mask.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, lru_cache
-from typing import Any
+from itertools import accumulate, pairwise
+from threading import RLock
+from typing import Any, Literal
 
 import numpy as np
 
-from mlx_diffgemma.diffusion.constraints import token_mask
 from mlx_diffgemma.text.control_tokens import ControlTokens
 from mlx_diffgemma.text.tokenizer import hf_tokenizer
 
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_RESERVED = re.compile(r"<unused_?\d+>|\[unused\d+\]|<reserved_?\d+>")
+Kind = Literal["text", "line", "digits", "word"]
+
+_BYTE = r"<0x[0-9A-Fa-f]{2}>"
+_RESERVED = r"<unused_?\d+>|\[unused\d+\]|<reserved_?\d+>"
 _TURN_ENDS = ("<turn|>", "<end_of_turn>")
 _SPACE = "\u2581"  # what sentencepiece writes for a space
+_APART = "\udc00"  # a lone surrogate stands in no token, so it can stand between them
+_EDGE = 8  # bytes of a token's beginning and end that are kept as one number
+_REMEMBERED = 128  # masks of 4W bytes each: 4 MB at 262,144 words
+
+# Runs of what may stand in a JSON string are looked at once for all tokens, not in every mask.
+# llguidance has runs of white space too, which costs building time and which JSON on one line
+# never allows.
+_RUNS = [rf'[^"\\\x00-\x1F\x7F]{count}' for count in ("{1,10}", "{1,30}", "+")]
 
 
 class Vocabulary:
@@ -35,15 +51,15 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: Any, size: int, eos: Sequence[int]) -> None:
+        # What is kept knows the tokenizer weakly, or neither would ever be freed.
         self._tokenizer = hf_tokenizer(tokenizer)
-        self._controls = ControlTokens(self._tokenizer)
+        self._kept = _kept_for(self._tokenizer, size, tuple(eos))
         self.size, self.eos = size, tuple(eos)
-        self.end = next((token for token in self._turn_ends() if token in self.eos), self.eos[0])
-        self.pieces = self._read_pieces()
+        self.end, self.pieces = self._kept.end, self._kept.pieces
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a piece of text, none of which is a control token."""
-        return self._controls.encode_text(text) if text else []
+        return self._kept.encode(text)
 
     def bytes_of(self, tokens: Sequence[int]) -> bytes:
         return b"".join(self.pieces[token] for token in tokens)
@@ -52,93 +68,310 @@ class Vocabulary:
         """The text of `tokens`; bytes that make up no character as U+FFFD."""
         return self.bytes_of(tokens).decode(errors="replace")
 
+    def spells(self, text: str) -> bool:
+        """Whether the vocabulary has tokens for the whole of `text`."""
+        return self.bytes_of(self.encode(text)) == text.encode()
+
     def token_of(self, piece: bytes) -> int:
         """The first token that stands for `piece`; there must be one."""
-        return self.pieces.index(piece)
+        return self._kept.token_of(piece)
 
-    @cached_property
+    @property
+    def single_bytes(self) -> dict[int, int]:
+        """The first token that stands for each byte alone, as far as there is one."""
+        return self._kept.single_bytes
+
+    @property
     def text(self) -> np.ndarray:
-        """Mask of the tokens that stand for text."""
-        return self.mask(lambda piece: True)
+        """Mask [W] of the tokens that stand for text."""
+        return self.kind("text")
+
+    def kind(self, kind: Kind) -> np.ndarray:
+        """Mask [W] of the tokens that a slot of this kind may hold: any text, text without the end
+        of a line, ASCII digits, or letters that make up whole characters."""
+        return self._kept.kind(kind)
 
     def mask(self, holds: Callable[[bytes], bool]) -> np.ndarray:
-        """Mask [W] of the text tokens whose bytes satisfy `holds`."""
-        chosen = (token for token, piece in enumerate(self.pieces) if piece and holds(piece))
-        return token_mask(chosen, self.size)
+        """Mask [W] of the text tokens whose bytes satisfy `holds`, remembered by that function."""
+        return self._kept.mask(holds)
 
     def starting_with(self, piece: bytes) -> np.ndarray:
         """Mask [W] of the text tokens that begin with `piece`."""
-        return self.mask(lambda other: other.startswith(piece))
+        return self._kept.starting_with(piece)
 
     def ending_with(self, piece: bytes) -> np.ndarray:
         """Mask [W] of the text tokens that end with `piece`."""
-        return self.mask(lambda other: other.endswith(piece))
+        return self._kept.ending_with(piece)
+
+    @property
+    def grammar_tokenizer(self) -> Any:
+        """The same vocabulary for llguidance; a matcher needs this vocabulary while it is used."""
+        return self._kept.grammar_tokenizer
+
+    @property
+    def byte_tokenizer(self) -> Any:
+        """For llguidance, a vocabulary of the bytes that occur in this one, and 256 for the end."""
+        return self._kept.byte_tokenizer
+
+
+class _Kept:
+    """What is read and computed once for a tokenizer, read-only; `tokenizer` is a weak proxy.
+
+    Attributes:
+        lengths: [V] bytes of each token, 0 for those that are no text.
+    """
+
+    def __init__(self, tokenizer: Any, size: int, eos: tuple[int, ...]) -> None:
+        self.size, self.eos = size, eos
+        self._controls = ControlTokens(tokenizer)
+        names = _names(tokenizer, size)
+        self.end = next((token for token in _turn_ends(tokenizer, names) if token in eos), eos[0])
+        self.pieces = _spell(tokenizer, names)
+        for token in self._silent(tokenizer, names):
+            self.pieces[token] = b""
+        self.lengths = np.fromiter(map(len, self.pieces), np.int32, size)
+        self.mask = lru_cache(_REMEMBERED // 4)(self._mask)
+        self.kind = lru_cache(None)(self._kind)
+        self.starting_with = lru_cache(_REMEMBERED // 4)(self._starting_with)
+        self.ending_with = lru_cache(_REMEMBERED // 4)(self._ending_with)
+
+    def encode(self, text: str) -> list[int]:
+        return self._controls.encode_text(text) if text else []
+
+    def token_of(self, piece: bytes) -> int:
+        found = self._edged_with(piece, self._heads, bytes.startswith)
+        same = found[self.lengths[found] == len(piece)]
+        if not piece or not len(same):
+            raise ValueError(f"no token stands for {piece!r}")
+        return int(same[0])
+
+    @cached_property
+    def single_bytes(self) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for token in np.flatnonzero(self.lengths == 1).tolist():
+            found.setdefault(self.pieces[token][0], token)
+        return found
 
     @cached_property
     def grammar_tokenizer(self) -> Any:
-        """The same vocabulary for llguidance."""
         from llguidance import LLTokenizer, TokenizerWrapper
 
-        return LLTokenizer(
-            TokenizerWrapper(_ForGrammars(self)), n_vocab=self.size, eos_token=list(self.eos)
-        )
+        # Rust keeps this wrapper out of the garbage collector's sight: it must not lead back here.
+        wrapper = TokenizerWrapper(_ForGrammars(self.pieces, self.eos, self._controls.encode_text))
+        return LLTokenizer(wrapper, n_vocab=self.size, eos_token=list(self.eos), slices=_RUNS)
 
-    def _turn_ends(self) -> list[int]:
-        known = self._tokenizer.get_vocab()
-        return [known[name] for name in _TURN_ENDS if name in known]
+    @cached_property
+    def byte_tokenizer(self) -> Any:
+        from llguidance import LLTokenizer, TokenizerWrapper
 
-    def _read_pieces(self) -> list[bytes]:
-        entries = self._tokenizer.get_vocab()
-        added = self._tokenizer.added_tokens_decoder
-        silent = set(self._tokenizer.all_special_ids) | set(self.eos)
-        silent |= {token for token, entry in added.items() if entry.special}
-        silent |= self._controls.ids
-        to_bytes = _spelling(self._tokenizer, entries)
-        pieces = [b""] * self.size
-        for name, token in entries.items():
-            if token in silent or token >= self.size or _RESERVED.fullmatch(name):
-                continue
-            pieces[token] = name.encode() if token in added else to_bytes(name)
-        return pieces
+        occurring = set(np.unique(self._bytes).tolist())
+        pieces = [bytes([byte]) if byte in occurring else b"" for byte in range(256)] + [b""]
+        wrapper = TokenizerWrapper(_ForGrammars(pieces, (256,), lambda text: list(text.encode())))
+        return LLTokenizer(wrapper, n_vocab=257, eos_token=[256], slices=[])
+
+    def _silent(self, tokenizer: Any, names: list[str]) -> Iterable[int]:
+        """The tokens that stand for no text."""
+        silent = {*tokenizer.all_special_ids, *self.eos, *self._controls.ids}
+        silent |= {i for i, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+        silent |= _named(tokenizer, names, _RESERVED).keys()
+        return (token for token in silent if 0 <= token < self.size)
+
+    def _mask(self, holds: Callable[[bytes], bool]) -> np.ndarray:
+        return _packed([bool(piece) and bool(holds(piece)) for piece in self.pieces])
+
+    def _kind(self, kind: Kind) -> np.ndarray:
+        if kind == "text":
+            return _packed(self.lengths > 0)
+        if kind == "line":
+            return _packed((self.lengths > 0) & ~self._holds(b"\r\n"))
+        if kind == "digits":
+            others = bytes(set(range(256)) - set(b"0123456789"))
+            return _packed((self.lengths > 0) & ~self._holds(others))
+        return _packed([piece.decode(errors="replace").isalpha() for piece in self.pieces])
+
+    def _holds(self, some: bytes) -> np.ndarray:
+        """[V] which tokens hold at least one of these bytes."""
+        wanted = np.zeros(256, bool)
+        wanted[list(some)] = True
+        holding = np.zeros(self.size, bool)
+        if len(self._bytes):
+            texts = np.flatnonzero(self.lengths)
+            starts = (self._stops - self.lengths)[texts]
+            holding[texts] = np.logical_or.reduceat(wanted[self._bytes], starts)
+        return holding
+
+    def _starting_with(self, piece: bytes) -> np.ndarray:
+        return self._packed_tokens(self._edged_with(piece, self._heads, bytes.startswith))
+
+    def _ending_with(self, piece: bytes) -> np.ndarray:
+        return self._packed_tokens(self._edged_with(piece, self._tails, bytes.endswith))
+
+    def _edged_with(
+        self, piece: bytes, edges: np.ndarray, holds: Callable[[bytes, bytes], bool]
+    ) -> np.ndarray:
+        """The text tokens that begin or end with `piece`, by their `edges` [V]: the bytes there as
+        a number, the outermost in the highest place."""
+        outermost = piece[:_EDGE] if holds is bytes.startswith else piece[: -_EDGE - 1 : -1]
+        unseen = 8 * (_EDGE - len(outermost))
+        same = self.lengths >= max(1, len(piece))
+        if outermost:
+            same &= edges >> np.uint64(unseen) == int.from_bytes(outermost, "big")
+        found = np.flatnonzero(same)
+        if len(piece) > _EDGE:
+            found = found[[holds(self.pieces[token], piece) for token in found.tolist()]]
+        return found
+
+    def _packed_tokens(self, tokens: np.ndarray) -> np.ndarray:
+        chosen = np.zeros(self.size, bool)
+        chosen[tokens] = True
+        return _packed(chosen)
+
+    @cached_property
+    def _bytes(self) -> np.ndarray:
+        """The bytes of all tokens one after another, uint8."""
+        return np.frombuffer(b"".join(self.pieces), np.uint8)
+
+    @cached_property
+    def _stops(self) -> np.ndarray:
+        """[V] where each token ends in `_bytes`."""
+        return np.cumsum(self.lengths)
+
+    @cached_property
+    def _heads(self) -> np.ndarray:
+        """[V] uint64, the first bytes of each token, the first in the highest place."""
+        return self._edges(self._stops - self.lengths, 1)
+
+    @cached_property
+    def _tails(self) -> np.ndarray:
+        """[V] uint64, the last bytes of each token, the last in the highest place."""
+        return self._edges(self._stops - 1, -1)
+
+    def _edges(self, first: np.ndarray, step: int) -> np.ndarray:
+        edges = np.zeros(self.size, np.uint64)
+        for place in range(_EDGE):
+            there = np.flatnonzero(self.lengths > place)
+            found = self._bytes[first[there] + place * step].astype(np.uint64)
+            edges[there] |= found << np.uint64(8 * (_EDGE - 1 - place))
+        return edges
 
 
 class _ForGrammars:
     """What llguidance asks of a tokenizer."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, pieces: list[bytes], eos: tuple[int, ...], encode: Callable[[str], list[int]]
+    ) -> None:
         # What a grammar forces is asked for again and again.
-        self._encode = lru_cache(maxsize=4096)(vocabulary.encode)
-        self.tokens = vocabulary.pieces
-        self.eos_token_id = vocabulary.eos[0]
+        self._encode = lru_cache(maxsize=4096)(encode)
+        self.tokens = pieces
+        self.eos_token_id = eos[0]
         self.bos_token_id = None
-        self.special_token_ids = list(vocabulary.eos)
+        self.special_token_ids = list(eos)
 
     def __call__(self, text: bytes | str) -> list[int]:
-        return list(self._encode(text.decode() if isinstance(text, bytes) else text))
+        """Tokens that spell `text`, as far as the vocabulary can."""
+        whole = text.encode() if isinstance(text, str) else text
+        tokens, end = list[int](), 0
+        for token in self._encode(whole.decode()) if whole else ():
+            piece = self.tokens[token]
+            if not piece or not whole.startswith(piece, end):
+                break
+            tokens.append(token)
+            end += len(piece)
+        return tokens
 
 
-def _spelling(tokenizer: Any, entries: dict[str, int]) -> Callable[[str], bytes]:
-    """How the vocabulary spells bytes: sentencepiece's way, byte-level BPE's, or literally."""
-    kinds: set[str] = set()
+_lock = RLock()
+_by_tokenizer: weakref.WeakKeyDictionary[Any, dict[Any, _Kept]] = weakref.WeakKeyDictionary()
+
+
+def _kept_for(tokenizer: Any, size: int, eos: tuple[int, ...]) -> _Kept:
+    """What is known of a tokenizer; read at the first call, and again when tokens were added."""
+    key = size, eos, len(tokenizer)
+    with _lock:
+        kept = _by_tokenizer.setdefault(tokenizer, {})
+        if key not in kept:
+            kept[key] = _Kept(weakref.proxy(tokenizer), size, eos)
+        return kept[key]
+
+
+def _names(tokenizer: Any, size: int) -> list[str]:
+    """[V] how the vocabulary writes each token; empty where an id has none."""
     if tokenizer.is_fast:
-        layout = json.loads(tokenizer.backend_tokenizer.to_str())
-        for part in ("decoder", "pre_tokenizer"):
-            found = layout.get(part) or {}
-            inner = found.get("decoders") or found.get("pretokenizers") or [found]
-            kinds |= {item.get("type", "") for item in inner}
+        # A third of the time of `get_vocab`, which builds a table in Rust and one here.
+        names = list(map(tokenizer.backend_tokenizer.id_to_token, range(size)))
+        return [name or "" for name in names] if None in names else names
+    names = [""] * size
+    for name, token in tokenizer.get_vocab().items():
+        if 0 <= token < size:
+            names[token] = name
+    return names
+
+
+def _turn_ends(tokenizer: Any, names: Sequence[str]) -> list[int]:
+    found = [(name, tokenizer.convert_tokens_to_ids(name)) for name in _TURN_ENDS]
+    # A name that is unknown has the id of the unknown token, or none.
+    return [i for name, i in found if i is not None and 0 <= i < len(names) and names[i] == name]
+
+
+def _decoding(tokenizer: Any) -> list[dict[str, Any]]:
+    """The steps by which the tokenizer turns the names of tokens into text, as `tokenizer.json`
+    describes them."""
+    if not tokenizer.is_fast:
+        spaces = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+        return [spaces, {"type": "ByteFallback"}]
+    decoder = tokenizer.backend_tokenizer.decoder
+    layout = {} if decoder is None else json.loads(decoder.__getstate__())
+    steps: list[dict[str, Any]] = layout.get("decoders") or [layout]
+    return steps
+
+
+def _spell(tokenizer: Any, names: list[str]) -> list[bytes]:
+    """The bytes [V] that the tokenizer's decoder writes for each token in the middle of a text.
+    Added tokens go the same way as all others: a run of spaces that is written as U+2581 too."""
+    steps = _decoding(tokenizer)
+    kinds = {step.get("type") for step in steps}
     if "ByteLevel" in kinds:
-        table = _byte_level_table()
-        return lambda name: bytes(table[c] for c in name if c in table)
-    bytewise = all(f"<0x{byte:02X}>" in entries for byte in range(256))
-    spaced = not tokenizer.is_fast or any(_SPACE in name for name in entries)
+        return _spell_byte_level(names)
+    # All names at once, which takes a fifth of the time of one after another.
+    joined = _APART.join(names)
+    for step in steps:
+        if step.get("type") == "Metaspace":
+            joined = joined.replace(step.get("replacement", _SPACE), " ")
+        if step.get("type") == "Replace" and "String" in step["pattern"]:
+            joined = joined.replace(step["pattern"]["String"], step["content"])
+    apart = _APART.encode(errors="surrogatepass")
+    pieces = joined.encode(errors="surrogatepass").split(apart)
+    if "ByteFallback" in kinds:
+        for token, name in _named(tokenizer, names, _BYTE).items():
+            pieces[token] = bytes.fromhex(name[3:5])
+    return pieces
 
-    def to_bytes(name: str) -> bytes:
-        byte = _BYTE.fullmatch(name) if bytewise else None
-        if byte:
-            return bytes([int(byte[1], 16)])
-        return (name.replace(_SPACE, " ") if spaced else name).encode()
 
-    return to_bytes
+def _named(tokenizer: Any, names: list[str], pattern: str) -> dict[int, str]:
+    """The tokens whose whole name matches `pattern`, with their names."""
+    joined = _APART.join(["", *names, ""])
+    found = re.findall(f"{_APART}({pattern})(?={_APART})", joined)
+    tokens = map(tokenizer.convert_tokens_to_ids, found)
+    return {i: name for i, name in zip(tokens, found, strict=True) if i is not None}
+
+
+def _spell_byte_level(names: list[str]) -> list[bytes]:
+    """Byte-level BPE's way: a character for every byte; a name that holds any other character, as
+    those of added tokens may, stands for itself."""
+    table = _byte_level_table()
+    codes = np.frombuffer("".join(names).encode("utf-32-le"), np.uint32)
+    values = np.full(max(map(ord, table)) + 2, 256, np.uint16)
+    for character, byte in table.items():
+        values[ord(character)] = byte
+    found = values[np.minimum(codes, len(values) - 1)]
+    spelled = found.astype(np.uint8).tobytes()
+    edges = list(accumulate(map(len, names), initial=0))
+    pieces = [spelled[start:stop] for start, stop in pairwise(edges)]
+    others = np.flatnonzero(found == 256)
+    for token in np.unique(np.searchsorted(edges, others, side="right") - 1).tolist():
+        pieces[token] = names[token].encode()
+    return pieces
 
 
 def _byte_level_table() -> dict[str, int]:
@@ -148,3 +381,14 @@ def _byte_level_table() -> dict[str, int]:
     others = [byte for byte in range(256) if byte not in set(printable)]
     table = {chr(byte): byte for byte in printable}
     return table | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+def _packed(chosen: Sequence[bool] | np.ndarray) -> np.ndarray:
+    """A mask [W] uint32 of the tokens that are `chosen` [V]; nobody may write to it, since it is
+    shared."""
+    size = len(chosen)
+    bits = np.zeros(-(-size // 32) * 32, bool)
+    bits[:size] = chosen
+    mask = np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
+    mask.setflags(write=False)
+    return mask

@@ -105,20 +105,26 @@ def lay_out(
     Raises:
         UsageError: the first gap does not fit in the canvas.
     """
+    _check_width(max(lengths[0] for lengths in candidates), canvas_length)
     encoded = [vocabulary.encode(literal) for literal in literals]
-    cells = [_cells(vocabulary, encoded, gaps, lengths) for lengths in candidates]
+    # What is longer than the canvas does not fit, however much longer it is.
+    capped = [[min(length, canvas_length) for length in lengths] for lengths in candidates]
+    cells = [_cells(vocabulary, encoded, gaps, lengths) for lengths in capped]
     longest = max(cells, key=lambda c: len(c.tokens))
     first = longest.spans[0]
-    widest = max(c.spans[0].stop - c.spans[0].start for c in cells)
-    if widest >= canvas_length:
-        raise UsageError(
-            f"a gap of {widest} tokens does not fit in the canvas of {canvas_length}; make it "
-            "shorter, or take a longer --canvas-length."
-        )
+    _check_width(max(c.spans[0].stop - c.spans[0].start for c in cells), canvas_length)
     # One position is left for the end of the answer.
     room = max(0, canvas_length - 1 - (len(longest.tokens) - first.start))
     start = max(0, first.start - room)
     return [_window(vocabulary, c, start, canvas_length) for c in cells]
+
+
+def _check_width(width: int, canvas_length: int) -> None:
+    if width >= canvas_length:
+        raise UsageError(
+            f"a gap of {width} tokens does not fit in the canvas of {canvas_length}; make it "
+            "shorter, or take a longer --canvas-length."
+        )
 
 
 def _window(vocabulary: Vocabulary, cells: _Cells, start: int, canvas_length: int) -> Window:

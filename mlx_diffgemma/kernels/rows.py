@@ -37,8 +37,8 @@ class Row:
         need_soft: whether soft embeddings are wanted, √D · (p @ table).
         soft_cutoff: tokens e^-soft_cutoff times less likely than the likeliest are left out of
             them; None leaves out none.
-        likely: whether the likeliest few within the cutoff may stand for all of them. Only the
-            form for a GPU makes use of it.
+        likely: where the likeliest few within the cutoff may stand for all of them, at all
+            positions or [C]. Only the form for a GPU makes use of it.
     """
 
     length: int
@@ -48,7 +48,7 @@ class Row:
     allowed: np.ndarray | None = None
     need_soft: bool = True
     soft_cutoff: float | None = None
-    likely: bool = False
+    likely: bool | np.ndarray = False
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,17 @@ class Positions:
         """A value of each row at its positions, [M]."""
         counts = [stop - start for start, stop in self.spans]
         return np.repeat(np.array([value(row) for row in self.rows], dtype), counts)
+
+    @cached_property
+    def few(self) -> np.ndarray:
+        """[M] where the likeliest tokens stand for all in the soft embeddings."""
+        wanted = [
+            np.broadcast_to(row.likely, row.length)
+            if row.need_soft and row.soft_cutoff is not None
+            else np.zeros(row.length, bool)
+            for row in self.rows
+        ]
+        return np.concatenate(wanted)[self.places]
 
     def allowed(self, vocab: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Which mask each position has, [M] int32 with −1 where all tokens are allowed, and the

@@ -90,7 +90,7 @@ def vocabulary_pass(
         if sums is not None:
             every = mx.array(summed)
             parts.append((summed, sums / _among(total, every, len(positions.places))[:, None]))
-        few = positions.of_rows(lambda row: _takes_few(row), np.bool_).nonzero()[0]
+        few = np.flatnonzero(positions.few)
         if len(few):
             at, count = mx.array(few), len(positions.places)
             ids, shares = _among(state.best_tokens, at, count), _among(weights, at, count)
@@ -118,16 +118,10 @@ def _rescaled_sum(sums: mx.array, shrink: mx.array, product: mx.array) -> mx.arr
     return sums * shrink + product.astype(mx.float32)
 
 
-def _takes_few(row: Row) -> bool:
-    """Whether the likeliest tokens stand for all in the row's soft embeddings."""
-    return row.need_soft and row.likely and row.soft_cutoff is not None
-
-
 def _with_all_tokens(positions: Positions) -> np.ndarray:
     """Which of the M positions need a sum over all tokens, [m]."""
-    return np.flatnonzero(
-        positions.of_rows(lambda row: row.need_soft and not _takes_few(row), np.bool_)
-    )
+    needed = positions.of_rows(lambda row: row.need_soft, np.bool_)
+    return np.flatnonzero(needed & ~positions.few)
 
 
 def _wanted(

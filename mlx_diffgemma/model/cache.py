@@ -178,7 +178,7 @@ class Prefix:
             return self._cut(common, tuple(layer.trimmed(common) for layer in self.layers))
         fitting = [mark for mark in self.marks if mark.length <= common]
         if not fitting:
-            return Prefix((), tuple(LayerPrefix(layer.window) for layer in self.layers))
+            return self.emptied()
         mark = max(fitting, key=lambda mark: mark.length)
         windows = iter(mark.windows)
         layers = tuple(
@@ -187,6 +187,10 @@ class Prefix:
         )
         used = (*(other for other in self.marks if other is not mark), mark)
         return replace(self, marks=used)._cut(mark.length, layers)
+
+    def emptied(self) -> Prefix:
+        """A prefix of no tokens, which holds no arrays."""
+        return Prefix((), tuple(LayerPrefix(layer.window) for layer in self.layers))
 
     def _cut(self, length: int, layers: tuple[LayerPrefix, ...]) -> Prefix:
         marks = tuple(mark for mark in self.marks if mark.length <= length)
@@ -241,7 +245,7 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Forget the prefix."""
-        self.prefix = self.prefix.back_to(()) if self.prefix.ids else self.prefix
+        self.prefix = self.prefix.emptied()
 
     def save(self, path: str | Path) -> None:
         """Write the cache to a safetensors file that `load` reads; the marks are left out.

@@ -32,6 +32,7 @@ from mlx_diffgemma.model.attention import Attention, attend
 from mlx_diffgemma.model.cache import KeysValues, LayerPrefix, Prefix, PrefixCache
 from mlx_diffgemma.model.layers import DecoderLayer, SelfConditioning
 
+_PREFILL_STEP_SIZE = 2048  # as mlx-lm: many tokens a product, for a GPU
 _SMALL_VOCABULARY = 8192  # words up to which the logits of a canvas may be held
 
 
@@ -98,6 +99,7 @@ class DiffusionGemma(nn.Module):
 
     Attributes:
         vocabulary_pass: how hidden states become predictions; loading puts a CPU's form in.
+        prefill_step_size: tokens of a prompt to encode at a time.
         adapted: whether an adapter is part of the weights.
     """
 
@@ -105,6 +107,7 @@ class DiffusionGemma(nn.Module):
         super().__init__()
         self.config = config
         self.model = _Backbone(config.text)
+        self.prefill_step_size = _PREFILL_STEP_SIZE
         self.adapted = False
         small = config.text.vocab_size <= _SMALL_VOCABULARY
         self.vocabulary_pass: VocabularyPass = whole_pass if small else vocabulary_pass
@@ -161,11 +164,11 @@ class DiffusionGemma(nn.Module):
                 for row, heads in enumerate(_rows(lengths, *attention.project(x))):
                     prefix, (queries, keys, values) = prefixes[row], heads
                     queries, keys = attention.rotate(queries, keys, len(prefix))
-                    longer, *seen = prefix.layers[index].extended(keys, values, prefix.room)
+                    longer, keys, values = prefix.layers[index].extended(keys, values, prefix.room)
                     layers[row].append(longer)
                     # A gradient is traced, and nothing can be evaluated inside it.
                     bounded = not attention.training
-                    outputs.append(attend(queries, *seen, attention.causal, bounded=bounded))
+                    outputs.append(attend(queries, keys, values, attention.causal, bounded=bounded))
                 return attention.output(_joined(outputs))
 
             x = layer(x, look, own.layer_scalar)
@@ -207,8 +210,8 @@ class DiffusionGemma(nn.Module):
                         keys = _replaced(stale[0], keys, canvas.places)
                         values = _replaced(stale[1], values, canvas.places)
                     kept[row].append((keys, values))
-                    seen = canvas.prefix.layers[index].followed_by(keys, values)
-                    outputs.append(attend(queries, *seen, None))
+                    keys, values = canvas.prefix.layers[index].followed_by(keys, values)
+                    outputs.append(attend(queries, keys, values, None))
                 return attention.output(_joined(outputs))
 
             x = layer(x, look, layer.layer_scalar)
@@ -224,8 +227,8 @@ class DiffusionGemma(nn.Module):
         return self.vocabulary_pass(hidden, table, rows, softcap=cap, standing=standing)
 
     def logits_of(self, hidden: mx.array, ids: mx.array) -> mx.array:
-        """Hidden states [P, D] and token ids [P, K] -> the soft-capped logits of these tokens alone,
-        [P, K] in float32."""
+        """Hidden states [P, D] and token ids [P, K] -> the soft-capped logits of these tokens
+        alone, [P, K] in float32."""
         table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
         rows = table.take(ids, mx.float32)
         raw = (rows @ hidden.astype(mx.float32)[..., None])[..., 0]
@@ -277,7 +280,7 @@ def _rows(lengths: Sequence[int], *heads: mx.array) -> list[tuple[mx.array, ...]
     return [tuple(part[:, :, start:stop] for part in heads) for start, stop in spans]
 
 
-def _joined(outputs: Sequence[mx.array]) -> mx.array:
+def _joined(outputs: list[mx.array]) -> mx.array:
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 

@@ -85,7 +85,8 @@ def _encode_layer(
         return attention.output(attend(queries, keys, values, attention.causal))
 
     x = layer(x, look, layer_scalar)
-    return x, *kept
+    keys, values = kept
+    return x, keys, values
 
 
 def _decode_layer(

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from mlx_diffgemma.errors import ConfigError, NumericalError
+from mlx_diffgemma.errors import NumericalError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.train import processes, state
 from mlx_diffgemma.train.batches import Batches, Sizes
@@ -102,12 +102,7 @@ def sizes_of(model: DiffusionGemma) -> Sizes:
         ConfigError: the model names no eos.
     """
     config = model.config
-    generation = config.raw.get("generation_config") or {}
-    eos = generation.get("eos_token_id") or config.eos_token_ids
-    ids = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
-    if not ids:
-        raise ConfigError("config.json: 'eos_token_id' is missing, with which canvases are filled.")
-    text = config.text
+    text, ids = config.text, config.end_token_ids()
     return Sizes(config.canvas_length, text.vocab_size, ids, text.max_position_embeddings)
 
 

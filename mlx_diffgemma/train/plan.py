@@ -13,10 +13,10 @@ from math import ceil, prod
 
 import mlx.core as mx
 
+from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.checkpoint.names import expected_shapes, module_class, module_path
 from mlx_diffgemma.checkpoint.quantization import Recipe
-from mlx_diffgemma.config import AttentionConfig, ModelConfig, TextConfig
-from mlx_diffgemma.errors import MemoryShortageError
+from mlx_diffgemma.config import AttentionConfig, ModelConfig
 from mlx_diffgemma.train.adapt import DEFAULT_TARGETS, FROZEN, chosen_paths
 from mlx_diffgemma.train.config import TrainConfig
 from mlx_diffgemma.train.cross_entropy import BLOCK
@@ -53,6 +53,16 @@ class TrainingMemory:
     def total(self) -> int:
         return sum(getattr(self, field.name) for field in fields(self))
 
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by what they are for, as an error lists them."""
+        return {
+            "weights": self.weights,
+            "adapters, gradients and optimizer": self.trained + self.gradients + self.optimizer,
+            "activations": self.activations,
+            "logits": self.logits,
+        }
+
 
 def estimate(
     shapes: ModelConfig, weights: int, config: TrainConfig, *, length: int, activation_bytes: int
@@ -74,7 +84,7 @@ def estimate(
     for attention in text.attention:
         layer = 0
         for new, seen in ((length, length), (canvas, length + canvas)):
-            numbers = new * _numbers_per_token(text, attention)
+            numbers = new * memory.layer_numbers(text, attention)
             numbers += attention.num_heads * new * seen  # attention weights
             layer += batch * numbers * activation_bytes
             largest = max(largest, batch * numbers * activation_bytes)
@@ -121,43 +131,21 @@ def activation_bytes() -> int:
     return 4 if mx.default_device() == mx.cpu else 2
 
 
-def require(needed: TrainingMemory, name: str, config: TrainConfig, available: int | None) -> None:
+def require(needed: TrainingMemory, name: str, config: TrainConfig) -> None:
     """Stop before a run that cannot end well.
 
     Raises:
         MemoryShortageError: with the numbers, and what to do.
     """
-    if available is None or needed.total <= available:
-        return
     mends = [] if config.grad_checkpoint else ["--grad-checkpoint"]
     mends += [f"a --batch-size below {config.batch_size}"] if config.batch_size > 1 else []
     mends += ["shorter examples", "weights in fewer bits"]
-    raise MemoryShortageError(
-        f"training {name} needs about {gigabytes(needed.total)} (weights "
-        f"{gigabytes(needed.weights)}, adapters, gradients and optimizer "
-        f"{gigabytes(needed.trained + needed.gradients + needed.optimizer)}, activations "
-        f"{gigabytes(needed.activations)}, logits {gigabytes(needed.logits)}) and this machine "
-        f"offers {gigabytes(available)}; try {', '.join(mends[:-1])} or {mends[-1]} (see --plan)."
-    )
-
-
-def gigabytes(size: float) -> str:
-    """A size for people."""
-    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
+    mend = f"try {', '.join(mends[:-1])} or {mends[-1]} (see --plan)"
+    memory.require(needed, f"training {name}", mend=mend)
 
 
 def _kv(attention: AttentionConfig) -> int:
     return attention.num_kv_heads * attention.head_dim
-
-
-def _numbers_per_token(text: TextConfig, attention: AttentionConfig) -> int:
-    """What the backward pass of one layer needs of the forward pass, for one token: the inputs of
-    its norms, projections and products."""
-    dim, queries = text.hidden_size, attention.num_heads * attention.head_dim
-    attended = 3 * queries + 4 * _kv(attention)
-    dense = 4 * text.intermediate_size
-    sparse = text.top_k_experts * (3 * text.moe_intermediate_size + dim)
-    return 8 * dim + attended + dense + sparse
 
 
 def _trained(shapes: ModelConfig, config: TrainConfig) -> Iterator[int]:

@@ -119,7 +119,9 @@ def test_steps_are_those_of_the_loop(model):
     prompt = [[int(mx.random.randint(8, model.config.text.vocab_size, (1, 1),
                                      key=mx.random.key(3)).item())]]  # fmt: skip
     events = generate_canvases(model, prompt, config, seeded(3))
-    steps = [event.canvas.draft.tolist() for event, _ in zip(_steps(events), range(3), strict=False)]
+    steps = [
+        event.canvas.draft.tolist() for event, _ in zip(_steps(events), range(3), strict=False)
+    ]
     assert drafts == steps
 
 

@@ -271,26 +271,34 @@ def test_memory_is_estimated_before_loading(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 10_000)
-    with pytest.raises(MemoryShortageError, match=r"needs about .* GB .* offers 0.0 GB"):
+    with pytest.raises(MemoryShortageError, match=r"needs about .* offers 10.0 kB; choose weights"):
         load_model(checkpoint.write())
 
 
-def test_memory_estimate_counts_weights_prefix_and_step(checkpoint: Checkpoint) -> None:
-    text = ModelConfig.from_dict(checkpoint.config).text
-    short, long = (
-        memory.estimate(text, 1000, canvas_length=16, positions=positions)
-        for positions in (100, 10_000)
-    )
-    full = [a for a in text.attention if not a.is_sliding]
-    growth = sum(2 * a.num_kv_heads * a.head_dim * 2 for a in full) * 9_900
-    assert long.prefix - short.prefix == growth
-    assert short.total == 1000 + short.prefix + short.step
-    assert short.step >= 16 * text.vocab_size * 4
+@pytest.mark.parametrize("key", ["eos_token_id", "pad_token_id"])
+def test_ids_outside_the_vocabulary_name_file_and_key(checkpoint: Checkpoint, key: str) -> None:
+    size = checkpoint.config["text_config"]["vocab_size"]
+    (checkpoint.write() / "generation_config.json").write_text(json.dumps({key: size}))
+    fails(checkpoint.folder, "generation_config.json", f"'{key}' is {size}", f"to {size - 1}")
 
 
-def test_available_memory_is_a_plausible_number() -> None:
-    available = memory.available_memory()
-    assert available is None or 10**8 < available < 10**14
+def test_ids_outside_the_vocabulary_inside_the_config(checkpoint: Checkpoint) -> None:
+    checkpoint.config["generation_config"] = {"eos_token_id": [1, 10**6]}
+    fails(checkpoint.write(), "config.json: 'generation_config.eos_token_id' is 1000000")
+
+
+def test_loading_sets_no_limit_of_the_process(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(limit: int) -> int:
+        raise AssertionError(limit)
+
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    working_set = {"max_recommended_working_set_size": 10**12}
+    monkeypatch.setattr(mx, "device_info", lambda device=None: working_set)
+    for name in ("set_wired_limit", "set_cache_limit", "set_memory_limit"):
+        monkeypatch.setattr(mx, name, refused)
+    load_model(checkpoint.write())
 
 
 def test_adapters_missing(checkpoint: Checkpoint) -> None:

@@ -14,63 +14,78 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 
+from mlx_diffgemma.diffusion.canvas import Canvas, Passed, Prediction
 from mlx_diffgemma.diffusion.noise import SeededNoise
-from mlx_diffgemma.diffusion.predict import Prediction
-from mlx_diffgemma.model.cache import LayerCache, PrefixCache
+from mlx_diffgemma.model.cache import LayerPrefix, Prefix, PrefixCache
 
 VOCAB, LENGTH, HIDDEN = 37, 9, 5
 
 
 class MockModel:
-    """Keeps the encoded token ids themselves in the cache, one layer of one head of size one."""
+    """Keeps the encoded token ids themselves in the prefix: one layer of one head of size one."""
 
     def __init__(self) -> None:
         text = SimpleNamespace(vocab_size=VOCAB)
         self.config = SimpleNamespace(text=text, canvas_length=LENGTH)
-        self.encoded: list[np.ndarray] = []
+        self.dtype, self.adapted = mx.float32, False
+        self.encoded: list[list[int]] = []
 
-    def make_cache(self, pads: Sequence[int] | None = None) -> PrefixCache:
-        return PrefixCache([LayerCache()], pads)
+    def make_cache(self) -> PrefixCache:
+        return PrefixCache(Prefix((), (LayerPrefix(),)), lambda: "mock")
 
-    def encode(self, ids: mx.array, cache: PrefixCache) -> None:
-        self.encoded.append(np.array(ids))
-        states = ids.astype(mx.float32)[:, None, :, None]
-        cache.layers[0].extend(states, states)
-        cache.offset += ids.shape[1]
+    def encode(self, ids: Sequence[Sequence[int]], prefixes: Sequence[Prefix]):
+        longer = []
+        for row, prefix in zip(ids, prefixes, strict=True):
+            self.encoded.append(list(row))
+            states = mx.array(row, mx.float32)[None, None, :, None]
+            layer, _, _ = prefix.layers[0].extended(states, states, prefix.room)
+            longer.append(replace(prefix, ids=(*prefix.ids, *row), layers=(layer,)))
+        return None, tuple(longer)
 
 
-class MockPredictor:
+def states_of(prefix: Prefix) -> list[int]:
+    """The token ids that a `MockModel` encoded into a prefix, read from its states."""
+    if not prefix.layers[0].length:
+        return []
+    keys, values = prefix.layers[0].held()
+    assert mx.array_equal(keys, values)
+    return np.array(keys)[0, 0, :, 0].astype(int).tolist()
+
+
+class MockPredict:
     """Counts its calls; `peak` makes it more certain with every step, 0 never."""
 
     def __init__(self, seed: int = 0, peak: float = 1.0, nan_at: int | None = None) -> None:
         self.seed, self.peak, self.nan_at = seed, peak, nan_at
         self.calls = 0
-        self.canvases: list[np.ndarray] = []
+        self.canvases: list[list[list[int]]] = []
 
-    def __call__(
-        self, canvas, cache, soft_embeddings, temperature, keys, constraint=None, last=False
-    ) -> Prediction:
-        assert constraint is None
+    def __call__(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> list[Passed]:
         self.calls += 1
-        self.canvases.append(np.array(canvas))
-        prefixes = np.array(cache.layers[0].keys)[:, 0, : cache.offset, 0].astype(int)
-        pads = np.zeros(len(prefixes), int) if cache.pads is None else cache.pads
-        rows = [
-            self.row(
-                prefixes[r, pads[r] :].tolist(),
-                np.array(canvas)[r],
-                None if soft_embeddings is None else np.array(soft_embeddings)[r],
-                temperature,
-                np.array(keys)[r],
+        self.canvases.append([canvas.tokens.tolist() for canvas in canvases])
+        found = []
+        for canvas, prefix in zip(canvases, prefixes, strict=True):
+            assert canvas.layout is None
+            soft = canvas.soft_embeddings
+            argmax, draw, entropy, soft = self.row(
+                states_of(prefix),
+                np.array(canvas.tokens),
+                None if soft is None else np.array(soft),
+                canvas.temperature,
+                np.array(canvas.noise.draw_key(canvas.index, canvas.step)),
             )
-            for r in range(len(prefixes))
-        ]
-        argmax, draw, entropy, soft = (np.stack(part) for part in zip(*rows, strict=True))
-        if self.calls == self.nan_at:
-            entropy[-1, 3] = np.nan
-        confidence = np.exp(-np.array(entropy))
-        found = Prediction(*map(mx.array, (argmax, draw, entropy, soft, confidence)))
-        return replace(found, soft_embeddings=None) if last else found
+            if self.calls == self.nan_at and canvas is canvases[-1]:
+                entropy[3] = np.nan
+            prediction = Prediction(
+                argmax=mx.array(argmax),
+                draw=mx.array(draw),
+                entropy=mx.array(entropy),
+                confidence=mx.array(np.exp(-entropy)),
+                soft_embeddings=None if canvas.is_last_step else mx.array(soft),
+                dropped_mass=mx.zeros_like(mx.array(entropy)),
+            )
+            found.append(Passed(prediction))
+        return found
 
     def row(self, prefix, canvas, soft, temperature, key):
         """argmax [C], draw [C], entropy [C], soft embeddings [C, D] of one row."""
@@ -97,27 +112,49 @@ class MockPredictor:
         )
 
 
-def naive_generate(predictor: MockPredictor, prompt: list[int], settings, seed: int, row: int):
+class Told:
+    """Predicts what it is told to: for each canvas a draft and its entropies a pass."""
+
+    def __init__(self, rows) -> None:
+        self.rows = rows
+
+    def __call__(self, canvases, prefixes):
+        return [
+            Passed(
+                Prediction(
+                    argmax=mx.array(steps[canvas.passes][0].astype(np.int32)),
+                    draw=canvas.tokens,
+                    entropy=mx.array(steps[canvas.passes][1].astype(np.float32)),
+                    confidence=mx.ones((len(canvas),)),
+                    soft_embeddings=mx.zeros((len(canvas), 2)),
+                    dropped_mass=mx.zeros((len(canvas),)),
+                )
+            )
+            for canvas, steps in zip(canvases, self.rows, strict=True)
+        ]
+
+
+def naive_generate(predict: MockPredict, prompt: list[int], settings, seed: int, row: int):
     """One sequence by the book, a position at a time, without any code of the loop but its noise.
 
     Returns the tokens, the finish reason, and for each canvas its steps as (draft, accepted, next
     canvas) lists.
     """
-    noise = SeededNoise(seed)
+    noise = SeededNoise(seed, row)
     prefix, tokens, history = list(prompt), [], []
     total = settings.max_denoising_steps
     while True:
         index = len(history)
-        canvas = np.array(noise.initial_canvas([row], index, LENGTH, VOCAB))[0].tolist()
+        canvas = noise.initial(index, LENGTH, VOCAB).tolist()
         soft, drafts, steps = None, [], []
         for n in range(total, 0, -1):
             step = total - n + 1
             temperature = settings.t_min + (settings.t_max - settings.t_min) * n / total
-            key = np.array(noise.draw_keys([row], index, step))[0]
-            argmax, draw, entropy, soft = predictor.row(
+            key = np.array(noise.draw_key(index, step))
+            argmax, draw, entropy, soft = predict.row(
                 prefix, np.array(canvas), soft, temperature, key
             )
-            random = np.array(noise.renoise([row], index, step, LENGTH, VOCAB))[0]
+            random = np.array(noise.renoise(index, step, LENGTH, VOCAB))
             accepted, spent = [False] * LENGTH, 0.0
             for place in sorted(range(LENGTH), key=lambda i: entropy[i]):
                 if spent > settings.entropy_bound:

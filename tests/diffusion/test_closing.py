@@ -38,6 +38,11 @@ class Words:
     def may_end(self):
         return () in self._rest()
 
+    def way_out(self, most, thorough=False):
+        return min(
+            (list(rest) for rest in self._rest() if len(rest) <= most), key=len, default=None
+        )
+
     def copy(self):
         return Words(self.words, self.taken)
 
@@ -50,7 +55,7 @@ def random_words(rng):
 
 def test_an_ending_is_found_whenever_there_is_one():
     rng = np.random.default_rng(0)
-    closer = Closer([3, 1, 0, 2])
+    closer = Closer()
     for _ in range(400):
         words = random_words(rng)
         state = Words(words)
@@ -67,7 +72,7 @@ def test_an_ending_is_found_whenever_there_is_one():
 
 def test_affordable_tokens_leave_an_ending_within_reach():
     rng = np.random.default_rng(1)
-    closer = Closer([0, 1, 2, 3])
+    closer = Closer()
     for _ in range(400):
         words = random_words(rng)
         drafted = words[int(rng.integers(len(words)))]
@@ -81,23 +86,8 @@ def test_affordable_tokens_leave_an_ending_within_reach():
 
 
 def test_what_cannot_end_is_said_so():
-    class Endless(Words):
-        may_end = False
-
-        def allowed(self):
-            return token_mask([1], 32)
-
-        def forced(self):
-            return []
-
-        def advance(self, tokens):
-            pass
-
-        def copy(self):
-            return self
-
     with pytest.raises(ClosingError) as error:
-        Closer([1]).require(Endless([]), 10)
+        Closer().require(Words([]), 10)
     assert error.value.shortest is None
     assert str(error.value) == (
         "no output of at most 4096 tokens was found that matches; loosen the constraint."

@@ -6,7 +6,7 @@ import numpy as np
 from test_closing import Words, random_words
 
 from mlx_diffgemma.diffusion.constraints import token_mask
-from mlx_diffgemma.diffusion.lookahead import look_ahead, tokens_in
+from mlx_diffgemma.diffusion.lookahead import few_tokens_in, look_ahead, tokens_in
 
 EOS = 31
 END = token_mask([EOS], 32)
@@ -56,3 +56,12 @@ def test_tokens_of_a_mask():
     for size in (32, 70):
         tokens = [0, 3, 31, *([64, 69] if size == 70 else [])]
         assert tokens_in(token_mask(tokens, size)) == tokens
+
+
+def test_few_tokens_of_a_mask():
+    rng = np.random.default_rng(3)
+    for count in (0, 1, 4, 5, 6, 300):
+        tokens = sorted(rng.choice(4000, count, replace=False).tolist())
+        expected = tokens if count <= 5 else None
+        assert few_tokens_in(token_mask(tokens, 4000), 5) == expected
+    assert few_tokens_in(token_mask(range(6), 32), 5) is None

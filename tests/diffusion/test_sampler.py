@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_diffgemma.diffusion.predict import entropy
-from mlx_diffgemma.diffusion.sampler import renoise
-from mlx_diffgemma.diffusion.schedule import LinearTemperature
-from mlx_diffgemma.kernels.accept_renoise import entropy_bound_accept
+from mlx_diffgemma.diffusion.canvas import Canvas, Prediction
+from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.diffusion.noise import SeededNoise
+from mlx_diffgemma.diffusion.sampler import entropy_bound
+from mlx_diffgemma.kernels.accept_renoise import accept_renoise, entropy_bound_accept
+from mlx_diffgemma.kernels.vocabulary import Row
 
 
 def accept(values, bound: float) -> list[bool]:
@@ -65,31 +67,86 @@ def test_accept_takes_each_row_by_itself():
 
 def test_renoise_takes_draws_where_accepted_and_noise_elsewhere():
     draw, noise = mx.array([[1, 2, 3]]), mx.array([[7, 8, 9]])
-    accepted = mx.array([[True, False, True]])
-    assert renoise(draw, accepted, noise).tolist() == [[1, 8, 3]]
+    tokens, accepted = accept_renoise(mx.array([[0.2, 5.0, 0.2]]), draw, noise, 0.3)
+    assert accepted.tolist() == [[True, False, True]]
+    assert tokens.tolist() == [[1, 8, 3]]
 
 
-def test_entropy_in_nats():
-    logits = np.random.default_rng(0).normal(0, 5, (3, 4, 50))
-    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    expected = -(p * np.log(p)).sum(-1)
-    found = np.array(entropy(mx.array(logits.astype(np.float32))))
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert entropy(mx.zeros((1, 1, 64))).item() == pytest.approx(np.log(64), abs=1e-5)
-    one = mx.where(mx.arange(64) == 3, 0.0, -mx.inf)
-    assert entropy(one).item() == 0
+def test_the_references_sampler_is_these_two():
+    """The draw where the bound accepts it, the canvas's own noise elsewhere; the draft is the
+    argmax."""
+    length, vocab = 12, 40
+    noise = SeededNoise(3, 2)
+    settings = DiffusionConfig(entropy_bound=0.4)
+    canvas = Canvas.start(settings, noise, 1, length, vocab)
+    values = np.random.default_rng(0).random(length).astype(np.float32)
+    prediction = Prediction(
+        argmax=mx.arange(length), draw=mx.arange(length) + 20, entropy=mx.array(values),
+        confidence=mx.zeros((length,)), soft_embeddings=None, dropped_mass=mx.zeros((length,)),
+    )  # fmt: skip
+    proposal = entropy_bound(prediction, canvas)
+    taken = naive(values.tolist(), 0.4)
+    assert 0 < sum(taken) < length
+    fresh = noise.renoise(1, 1, length, vocab).tolist()
+    assert proposal.accepted.tolist() == taken
+    assert proposal.draft.tolist() == list(range(length))
+    assert proposal.tokens.tolist() == [
+        place + 20 if taken[place] else fresh[place] for place in range(length)
+    ]
+
+
+def test_entropy_in_nats(tiny_model):
+    """What the model's pass over the vocabulary reports, at two temperatures."""
+    model = tiny_model(0)
+    hidden = mx.random.normal((2 * 4, model.config.text.hidden_size), key=mx.random.key(1)) * 2
+    raw = np.array(model.logits(hidden)).astype(np.float64).reshape(2, 4, -1)
+    temperatures = [1.0, 0.4]
+    expected = []
+    for logits, temperature in zip(raw, temperatures, strict=True):
+        p = np.exp(logits / temperature)
+        p /= p.sum(-1, keepdims=True)
+        expected.append(-(p * np.log(p)).sum(-1))
+    found = model.predict(hidden, [Row(4, temperature) for temperature in temperatures]).entropy
+    np.testing.assert_allclose(np.array(found), np.concatenate(expected), atol=1e-5)
+    assert np.concatenate(expected).max() > 1
+
+
+def test_entropy_of_the_ignorant_and_of_the_bound(tiny_model):
+    model = tiny_model(0)
+    vocab = model.config.text.vocab_size
+    hidden = mx.zeros((2, model.config.text.hidden_size))
+    rows = [Row(2, 1.0, fixed=np.array([-1, 3], np.int32))]
+    entropy = model.predict(hidden, rows).entropy.tolist()
+    assert entropy[0] == pytest.approx(np.log(vocab), abs=1e-5)
+    assert entropy[1] == 0
+
+
+def temperatures(t_min: float, t_max: float, steps: int) -> DiffusionConfig:
+    return DiffusionConfig(t_min=t_min, t_max=t_max, max_denoising_steps=steps)
 
 
 @pytest.mark.parametrize(
     "step, expected", [(1, 0.8), (2, 0.4 + 0.4 * 47 / 48), (25, 0.6), (48, 0.4 + 0.4 / 48)]
 )
 def test_temperature_of_the_default_schedule(step, expected):
-    assert LinearTemperature(0.4, 0.8, 48).at(step) == pytest.approx(expected, rel=1e-12)
+    assert temperatures(0.4, 0.8, 48).temperature(step) == pytest.approx(expected, rel=1e-12)
+    assert DiffusionConfig().temperature(step) == pytest.approx(expected, rel=1e-12)
 
 
 def test_temperature_of_a_single_step_is_the_highest():
-    assert LinearTemperature(0.4, 0.8, 1).at(1) == 0.8
+    assert temperatures(0.4, 0.8, 1).temperature(1) == 0.8
 
 
 def test_temperature_that_is_constant():
-    assert [LinearTemperature(0.7, 0.7, 3).at(step) for step in (1, 2, 3)] == [0.7] * 3
+    assert [temperatures(0.7, 0.7, 3).temperature(step) for step in (1, 2, 3)] == [0.7] * 3
+
+
+def test_temperature_beyond_the_last_step_is_that_of_the_last():
+    config = temperatures(0.4, 0.8, 4)
+    assert [config.temperature(step) for step in (4, 5, 99)] == [config.temperature(4)] * 3
+
+
+def test_a_canvas_knows_the_temperature_of_its_next_pass():
+    config = temperatures(0.4, 0.8, 8)
+    late = Canvas.start(config, SeededNoise(0), 0, 4, 40, first_step=6)
+    assert (late.step, late.temperature) == (6, config.temperature(6))

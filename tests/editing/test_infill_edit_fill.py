@@ -76,6 +76,12 @@ def test_infill_says_how_much_was_cut():
             "longer --canvas-length.",
         ),
         (
+            "[[?]]b[[?]]",
+            {"lengths": [[2], [10**12]]},
+            "a gap of 1000000000000 tokens does not fit in the canvas of 24; make it shorter, or "
+            "take a longer --canvas-length.",
+        ),
+        (
             "[[?]]",
             {"lengths": [99, 100]},
             "a gap of 99 tokens does not fit in the canvas of 24; make it shorter, or take a "

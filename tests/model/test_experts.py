@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.model.diffusion_gemma import CanvasView
 from mlx_diffgemma.model.experts import Experts, Router
 from mlx_diffgemma.model.layers import SelfConditioning
 
@@ -148,14 +149,14 @@ def test_logits_are_capped_and_in_float32(tiny_model):
 def test_activations_have_the_type_of_the_weights(tiny_model, dtype):
     model = tiny_model(0)
     model.set_dtype(dtype)
-    cache = model.make_cache()
-    assert model.encode(mx.array([[9, 10, 11]]), cache).dtype == dtype
-    assert {array.dtype for array in cache.arrays()} == {dtype}
-    hidden = model.decode(mx.array([[9, 10]]), cache)
+    hidden, (prefix,) = model.encode([[9, 10, 11]], [model.empty_prefix()])
+    assert hidden.dtype == dtype
+    assert {array.dtype for array in prefix.arrays()} == {dtype}
+    hidden = model.decode([CanvasView(mx.array([9, 10]), prefix)])
     assert hidden.dtype == dtype
     soft = model.soft_embeddings(model.logits(hidden))
     assert soft.dtype == dtype
-    assert model.decode(mx.array([[9, 10]]), cache, soft).dtype == dtype
+    assert model.decode([CanvasView(mx.array([9, 10]), prefix, soft)]).dtype == dtype
 
 
 @pytest.mark.parametrize("bits, mode", [(8, "affine"), (4, "mxfp4")])

@@ -1,0 +1,228 @@
+"""The way out of a grammar: text that completes what was written so far.
+
+It is looked for in bytes, with a matcher of its own whose tokens are single bytes: that takes a
+few microseconds a step where a mask over a whole vocabulary takes milliseconds. What was found
+before is tried again first, with or without its beginning. Then the most fitting byte is taken each
+time. Then comes a search whose steps are the words that the grammar itself names, since no list of
+characters finds `hello` in `.*hello.*`. Every ending was matched to its end, and the work on each
+is bounded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import count, islice
+from typing import Any
+
+END = 256  # the token of the byte matcher that ends a text; the others are the bytes
+
+_TYPED = b"0,:1{[-.aA" + bytes(range(0x20, 0x7F)) + b"\n\t\r"
+_IN_STRUCTURE = bytes(dict.fromkeys(b'}]"' + _TYPED + bytes(range(256))))
+_IN_TEXT = bytes(dict.fromkeys(b'" }]' + _TYPED + bytes(range(256))))
+_QUOTE = ord('"')
+_TRIED = b'"}]0a ,A1@.:-/_\nDTZ'  # single steps of a search, behind what the grammar names
+_NAMED = 32  # words of a grammar that are tried
+_ALIKE = 4  # states that allow the same and are searched
+_WORK = 2500  # steps of one search, some 5 to 10 µs each
+_CLOSING = 600  # the same for one for the end of a string,
+_FILLED = 64  # and steps straight on from each of its states
+_THOROUGH = 40_000  # the same for one before anything is written
+_STRAIGHT = (32, 1024)  # steps straight on from a state of a search, first and where that failed
+_LONGEST = 4096  # bytes of an ending that no pattern is named for
+_REMEMBERED = 16  # endings
+_STAGES = 64  # strings that need a search of their own, in one ending
+_CUT = 64  # beginnings that a remembered ending may have lost
+_CANDIDATES = 96  # endings that are looked at, whether they fit
+
+_LITERAL = re.compile(r"(?:\\[^\w\s]|[^\\^$.|?*+()\[\]{}])+")
+_CLASS = re.compile(r"\[\^?((?:\\.|[^\]\\])+)\]")
+_REPEATED = re.compile(r"\{[\d,]*\}")
+_CONTROLS = {"\\n": "\n", "\\t": "\t", "\\r": "\r"}
+
+
+class Endings:
+    """Finds endings in one grammar and remembers them.
+
+    Args:
+        patterns: the regular expressions that the grammar was made from, if any.
+        quoted: whether these are for what stands in quotes, as in JSON.
+    """
+
+    def __init__(self, patterns: Iterable[str], *, quoted: bool) -> None:
+        self._quoted = quoted
+        self._named = dict.fromkeys(islice(_words(patterns), _NAMED))
+        self._found: OrderedDict[bytes, None] = OrderedDict()
+        self._work = 0  # steps that are left to a search
+
+    def find(
+        self, matcher: Any, fits: Callable[[bytes], bool], *, thorough: bool = False
+    ) -> bytes | None:
+        """The first ending from the state of `matcher`, an `LLMatcher` of bytes, that `fits`; None
+        where none is found. A search is `thorough` once, before anything is written: what it found
+        is remembered."""
+        self._work = _THOROUGH if thorough else _WORK
+        for ending in islice(self._candidates(matcher), _CANDIDATES):
+            if fits(ending):
+                self._found[ending] = None
+                self._found.move_to_end(ending)
+                if len(self._found) > _REMEMBERED:
+                    self._found.popitem(last=False)
+                return ending
+        return None
+
+    def _candidates(self, matcher: Any) -> Iterator[bytes]:
+        yield from islice(self._remembered(matcher), _CANDIDATES // 2)
+        walk = self._straight(matcher, _LONGEST)
+        if walk.complete:
+            yield walk.written
+        elif self._quoted:
+            yield from self._in_stages(walk)
+        for most in _STRAIGHT:
+            share = self._work // 2 if most == _STRAIGHT[0] else self._work
+            yield from self._search(matcher, most, share)
+
+    def _in_stages(self, walk: _Walk) -> Iterator[bytes]:
+        """Straight on until that leads nowhere, there search for the end of the string alone, and
+        so on: a way out of many strings, each with a pattern."""
+        written = b""
+        for _ in range(_STAGES):
+            if walk.complete:
+                yield written + walk.written
+                return
+            written += walk.written[: walk.progress]
+            closed = next(self._search(walk.state, _FILLED, _CLOSING, until=_QUOTE), None)
+            if closed is None:
+                return
+            closed += bytes([_QUOTE])
+            written += closed
+            state = walk.state.deep_copy()
+            state.consume_tokens(list(closed))
+            walk = self._straight(state, _STRAIGHT[-1])
+
+    def _remembered(self, matcher: Any) -> Iterator[bytes]:
+        """What is left of an ending after some of it was written; the latest, shortest first."""
+        for ending in reversed(list(self._found)):
+            for start in range(min(len(ending) - 1, _CUT), -1, -1):
+                rest = ending[start:]
+                if matcher.validate_tokens([*rest, END]) > len(rest):
+                    yield rest
+
+    def _search(
+        self, matcher: Any, most: int, work: int, until: int | None = None
+    ) -> Iterator[bytes]:
+        """Fewest steps first, those with more of what the grammar names before others, a few states
+        of a kind; from the first of each kind, `most` steps straight on too.
+
+        What is found is complete, or with `until`, that byte may follow.
+        """
+        order = count()
+        queue: list[tuple[int, int, Any, tuple[bytes, ...]]] = [(0, next(order), matcher, ())]
+        kinds: Counter[tuple[int, bytes, bytes]] = Counter()
+        left = max(0, self._work - work)
+        while queue and self._work > left:
+            _, _, state, steps = heappop(queue)
+            for step in self._steps(state):
+                after = state.deep_copy()
+                self._work -= 1
+                if not after.consume_tokens(list(step)):
+                    continue
+                path = (*steps, step)
+                if _done(after, until):
+                    yield b"".join(path)
+                    continue
+                cost = len(path) - 2 * len(self._named.keys() & set(path))
+                kind = cost, after.compute_bitmask(), after.compute_ff_bytes()
+                kinds[kind] += 1
+                if kinds[kind] == 1:
+                    walk = self._straight(after, most, until)
+                    if walk.complete:
+                        yield b"".join(path) + walk.written
+                if kinds[kind] <= _ALIKE:
+                    heappush(queue, (cost, next(order), after, path))
+
+    def _straight(self, matcher: Any, most: int, until: int | None = None) -> _Walk:
+        # Half of what is left at most: what leads nowhere must leave some to the search.
+        walk = _straight(matcher, min(most, self._work // 2), until)
+        self._work -= walk.steps
+        return walk
+
+    def _steps(self, state: Any) -> list[bytes]:
+        if forced := state.compute_ff_bytes():
+            return [forced]
+        named = [word for word in self._named if state.validate_tokens(list(word)) == len(word)]
+        mask = state.compute_bitmask()
+        single = [bytes([byte]) for byte in _TRIED if _allows(mask, byte)]
+        others = (bytes([byte]) for byte in _IN_TEXT if _allows(mask, byte))
+        return list(dict.fromkeys([*named, *single, *islice(others, _ALIKE)]))
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """Where the most fitting byte each time leads to.
+
+    Attributes:
+        written: all bytes that were taken, and `complete`, whether they lead to where they should.
+        steps: how many steps these were.
+        progress: how many bytes were taken when something else than before could follow for the
+            last time, and `state`, the matcher there.
+    """
+
+    written: bytes
+    complete: bool
+    steps: int
+    progress: int
+    state: Any
+
+
+def _straight(matcher: Any, most: int, until: int | None = None) -> _Walk:
+    """Take the most fitting byte each time, at most `most` times, until what was begun is complete
+    or the byte `until` may follow."""
+    state, written, steps = matcher.deep_copy(), b"", 0
+    mark, progress, before = matcher, 0, b""
+    while not _done(state, until):
+        step = state.compute_ff_bytes()
+        mask = state.compute_bitmask()
+        if step or mask != before:
+            mark, progress, before = state.deep_copy(), len(written), mask
+        if not step:
+            # No letter may stand between what makes up JSON, but for those of null and the like.
+            in_text = _allows(mask, ord(" ")) or _allows(mask, ord("a"))
+            allowed = (b for b in (_IN_TEXT if in_text else _IN_STRUCTURE) if _allows(mask, b))
+            step = bytes(islice(allowed, 1))
+        if steps >= most or not step or not state.consume_tokens(list(step)):
+            return _Walk(written, False, steps, progress, mark)
+        steps += 1
+        written += step
+    return _Walk(written, True, steps, progress, mark)
+
+
+def _done(state: Any, until: int | None) -> bool:
+    if until is None:
+        return bool(state.is_accepting())
+    return _allows(state.compute_bitmask(), until)
+
+
+def _allows(mask: bytes, byte: int) -> bool:
+    return bool(mask[byte >> 3] >> (byte & 7) & 1)
+
+
+def _words(patterns: Iterable[str]) -> Iterator[bytes]:
+    """What the patterns name, the longest first: runs of plain characters, as they are and as JSON
+    writes them, and the first of each class."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        for control, meant in _CONTROLS.items():
+            if control in pattern:
+                found[meant] = None
+        classes = [item[1] if item[0] == "\\" else item[0] for item in _CLASS.findall(pattern)]
+        plain = _REPEATED.sub("|", _CLASS.sub("|", pattern))
+        runs = [re.sub(r"\\(.)", r"\1", run) for run in _LITERAL.findall(plain)]
+        found |= dict.fromkeys([*runs, *classes])
+    spelled = [word for run in found for word in (run, json.dumps(run, ensure_ascii=False)[1:-1])]
+    words = dict.fromkeys(word.encode(errors="ignore") for word in spelled)
+    yield from sorted(filter(None, words), key=len, reverse=True)
