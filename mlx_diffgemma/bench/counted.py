@@ -3,7 +3,7 @@
 A wait costs nothing on a CPU and a GPU much, so a step that is fast here may starve there. Inside
 `counted`, everything by which a Python program can wait for MLX, or read from an array, is counted.
 Inside `as_on_a_gpu`, a model runs in the form of a GPU: kernels are launched and quantized products
-are taken, but what comes out is zeros of the right shape and type, made when the inputs are there.
+are taken, but what comes out is ones of the right shape and type, made when the inputs are there.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ class GpuWork:
 
 @contextmanager
 def as_on_a_gpu(*, fresh: bool = True) -> Iterator[GpuWork]:
-    """Inside, kernels and quantized products hand out zeros without computing anything.
+    """Inside, kernels and quantized products hand out ones without computing anything: a model is
+    certain of token 1 then, wherever it is asked.
 
     Compiled functions that are traced inside keep the stand-ins, so a model that is compiled is to
     be used nowhere else.
@@ -159,12 +160,12 @@ def as_on_a_gpu(*, fresh: bool = True) -> Iterator[GpuWork]:
     work = GpuWork()
     made: dict[tuple[tuple[int, ...], mx.Dtype], mx.array] = {}
 
-    def zeros(shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
+    def ones(shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
         if fresh:
-            return mx.zeros(tuple(shape), dtype)
+            return mx.ones(tuple(shape), dtype)
         key = tuple(shape), dtype
         if key not in made:
-            made[key] = mx.zeros(key[0], dtype)
+            made[key] = mx.ones(key[0], dtype)
             mx.eval(made[key])
         return made[key]
 
@@ -179,7 +180,7 @@ def as_on_a_gpu(*, fresh: bool = True) -> Iterator[GpuWork]:
         output_dtypes: Sequence[mx.Dtype],
     ) -> list[mx.array]:
         work.kernels[kernel.name] += 1
-        results = [zeros(*each) for each in zip(output_shapes, output_dtypes, strict=True)]
+        results = [ones(*each) for each in zip(output_shapes, output_dtypes, strict=True)]
         return _once_there(results, inputs)
 
     def quantized_matmul(
@@ -197,7 +198,7 @@ def as_on_a_gpu(*, fresh: bool = True) -> Iterator[GpuWork]:
         work.products += 1
         columns = w.shape[-2] if transpose else w.shape[-1] * 32 // _bits(bits, mode)
         (result,) = _once_there(
-            [zeros((*x.shape[:-1], columns), x.dtype)], _arrays(x, w, scales, biases)
+            [ones((*x.shape[:-1], columns), x.dtype)], _arrays(x, w, scales, biases)
         )
         return result
 
@@ -220,7 +221,7 @@ def as_on_a_gpu(*, fresh: bool = True) -> Iterator[GpuWork]:
         chosen = [each.shape for each in (lhs_indices, rhs_indices) if each is not None]
         batch = chosen[0] if chosen else x.shape[:-2]
         (result,) = _once_there(
-            [zeros((*batch, x.shape[-2], columns), x.dtype)],
+            [ones((*batch, x.shape[-2], columns), x.dtype)],
             _arrays(x, w, scales, biases, lhs_indices, rhs_indices),
         )
         return result

@@ -102,7 +102,7 @@ def vocabulary_pass_named(name: str) -> VocabularyPass:
 
 @contextmanager
 def using_pass(model: DiffusionGemma, chosen: VocabularyPass | None) -> Iterator[None]:
-    """Inside, `model` passes over the vocabulary as `chosen` does, or as it does anyway for None."""
+    """Inside, `model` passes over the vocabulary as `chosen` does; as before where it is None."""
     own = model.vocabulary_pass
     model.vocabulary_pass = chosen or own
     try:
