@@ -13,11 +13,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma.diffusion.config import DiffusionConfig
-from mlx_diffgemma.diffusion.denoise import generate_canvases
+from mlx_diffgemma.diffusion.encode import encode
 from mlx_diffgemma.diffusion.events import Finished
-from mlx_diffgemma.diffusion.noise import SeededNoise
-from mlx_diffgemma.diffusion.prefill import left_padded, prefill
-from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.diffusion.generate import generate_canvases
+from mlx_diffgemma.diffusion.noise import seeded
+from mlx_diffgemma.model.cache import Prefix
+from mlx_diffgemma.model.diffusion_gemma import CanvasView, DiffusionGemma
 from mlx_diffgemma.text.prompt import encode_prompt
 from mlx_diffgemma_convert.tasks import Task
 
@@ -70,18 +71,27 @@ def log_probabilities(
 ) -> Iterator[mx.array]:
     """What a model thinks of the canvases of a probe, [P, C, V] at the temperature of the level:
     for each level without self-conditioning, then with what it expected itself."""
-    ids, pads = left_padded(probe.prompts, config.pad_token_id)
-    cache = model.make_cache(pads)
-    for _ in prefill(model, ids, cache):
-        pass
+    prefixes = [_prefix(model, prompt) for prompt in probe.prompts]
     for level, canvas in zip(LEVELS, probe.canvases, strict=True):
         temperature = config.t_min + (config.t_max - config.t_min) * level
-        soft = None
+        soft: Sequence[mx.array | None] = [None] * len(prefixes)
         for _ in ("without", "with"):
-            hidden = model.decode(mx.array(canvas, mx.int32), cache, soft)
-            processed = model.logits(hidden) / temperature
+            hidden = model.decode(
+                [
+                    CanvasView(mx.array(tokens, mx.int32), prefix, expected)
+                    for tokens, prefix, expected in zip(canvas, prefixes, soft, strict=True)
+                ]
+            )
+            processed = (model.logits(hidden) / temperature).reshape(*canvas.shape, -1)
             yield processed - mx.logsumexp(processed, axis=-1, keepdims=True)
-            soft = model.soft_embeddings(processed)
+            soft = list(model.soft_embeddings(processed))
+
+
+def _prefix(model: DiffusionGemma, prompt: Sequence[int]) -> Prefix:
+    cache = model.make_cache()
+    for _ in encode(model, cache, prompt):
+        pass
+    return cache.prefix
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,6 @@ def generate_tasks(
 def _generate(
     model: DiffusionGemma, prompts: Sequence[Sequence[int]], config: DiffusionConfig, seed: int
 ) -> Finished:
-    *_, finished = generate_canvases(model, prompts, config, SeededNoise(seed))
+    *_, finished = generate_canvases(model, prompts, config, seeded(seed))
     assert isinstance(finished, Finished)  # the last event, always
     return finished

@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -15,7 +14,7 @@ import mlx_diffgemma
 from mlx_diffgemma import batch_generate, generate, load, stream_generate
 from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.errors import MemoryShortageError, NumericalError, PromptError, UsageError
-from mlx_diffgemma.generation import diffusion_config, reuse_prefix
+from mlx_diffgemma.generation import diffusion_config
 from mlx_diffgemma.text.prompt import encode_prompt
 
 PUZZLE = "sudoku\n4..613\n61.42.\n.6...4\n134...\n3265.1\n5...6."
@@ -36,13 +35,13 @@ class Counting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def decode(self, *args: Any) -> mx.array:
+    def decode_keeping(self, canvases: Any) -> Any:
         self.decoded += 1
-        return self.model.decode(*args)
+        return self.model.decode_keeping(canvases)
 
-    def encode(self, ids: mx.array, cache: Any) -> mx.array:
-        self.encoded += ids.shape[1]
-        return self.model.encode(ids, cache)
+    def encode(self, ids: Any, prefixes: Any) -> Any:
+        self.encoded += sum(map(len, ids))
+        return self.model.encode(ids, prefixes)
 
 
 def test_public_names_are_there_after_any_import() -> None:
@@ -69,10 +68,14 @@ def test_the_first_draft_arrives_after_one_denoising_step(demo: tuple[Any, Any])
     model = Counting(demo[0])
     responses = stream_generate(model, demo[1], PUZZLE, seed=0)
     assert model.decoded == 0
-    for passes, response in enumerate(responses, start=1):
+    seen = []
+    for response in responses:
         if response.finish_reason is None:
-            assert (model.decoded, response.step) == (passes, passes)
+            seen.append((response.step, model.decoded))
             assert response.draft and not response.text
+    # The step that follows is queued before a draft is handed out; none follows the last.
+    steps = range(1, len(seen) + 1)
+    assert seen == [(step, min(step + 1, len(seen))) for step in steps]
 
 
 def test_responses_say_how_it_went(demo: tuple[Any, Any]) -> None:
@@ -122,7 +125,7 @@ def test_initial_canvas_replaces_the_noise(demo: tuple[Any, Any]) -> None:
     canvas = solution + [5] * (64 - len(solution))
     first, *_ = stream_generate(*demo, "sudoku", initial_canvas=canvas, seed=0)
     assert first.draft == SOLVED
-    with pytest.raises(UsageError, match=r"initial_canvas has shape \(1, 3\)"):
+    with pytest.raises(UsageError, match="initial_canvas has 3 tokens; the canvas has 64"):
         next(stream_generate(*demo, "sudoku", initial_canvas=[1, 2, 3]))
 
 
@@ -152,28 +155,27 @@ def test_a_prefix_cache_is_continued_not_encoded_again(demo: tuple[Any, Any]) ->
 def test_a_changed_beginning_is_encoded_anew(demo: tuple[Any, Any]) -> None:
     cache = demo[0].make_cache()
     generate(*demo, PUZZLE, seed=0, prefix_cache=cache)
-    held = list(cache.tokens[0])
-    reuse_prefix(cache, [*held[:20], 99])
-    assert cache.tokens == [held[:20]] and cache.offset == 20
-    fresh = demo[0].make_cache()
-    demo[0].encode(mx.array([held[:20]]), fresh)
-    ids = mx.array([[30, 31, 32]])
-    outputs = [np.array(demo[0].encode(ids, each)) for each in (cache, fresh)]
+    held = cache.prefix.ids
+    reused = cache.prefix.back_to([*held[:20], 99])
+    assert reused.ids == held[:20] and len(reused) == 20
+    _, (fresh,) = demo[0].encode([held[:20]], [demo[0].empty_prefix()])
+    outputs = [np.array(demo[0].encode([[30, 31, 32]], [each])[0]) for each in (reused, fresh)]
     np.testing.assert_allclose(*outputs, rtol=0, atol=1e-5)
 
 
 def test_past_the_window_a_changed_beginning_clears_the_cache(demo: tuple[Any, Any]) -> None:
     cache = demo[0].make_cache()
     generate(*demo, [30] * 200, max_tokens=1, seed=0, prefix_cache=cache)
-    reuse_prefix(cache, [30] * 150 + [31])
-    assert cache.offset == 0 and cache.tokens == [[]]
+    assert cache.offset == 200
+    assert cache.prefix.back_to([30] * 150 + [31]).ids == ()
 
 
 def test_prefill_reports_its_progress(demo: tuple[Any, Any]) -> None:
     seen: list[tuple[int, int]] = []
     options: dict[str, Any] = {"prefill_step_size": 30, "seed": 0}
     text = generate(*demo, PUZZLE, on_prefill=lambda *at: seen.append(at), **options)
-    assert seen == [(0, 64), (30, 64), (60, 64), (64, 64)]
+    # A chunk ends at 56 too, where the turn of the user does: the prefix is marked there.
+    assert seen == [(0, 64), (30, 64), (56, 64), (60, 64), (64, 64)]
     assert text == SOLVED
 
 
@@ -198,8 +200,8 @@ def test_settings_come_from_the_checkpoint_and_can_be_overridden(demo: tuple[Any
         ({"confidence_threshold": 0.0}, "confidence_threshold must be"),
         ({"stability_threshold": -1}, "stability_threshold must be"),
         ({"canvas_length": 0}, "canvas_length must be"),
-        ({"prefill_step_size": 0}, "prefill_step_size must be at least 1"),
-        ({"seed": -1}, "seed must not be negative"),
+        ({"prefill_step_size": 0}, "prefill_step_size must be an integer of at least 1, not 0"),
+        ({"seed": -1}, "seed must be an integer of at least 0, not -1"),
     ],
 )
 def test_settings_out_of_range(demo: tuple[Any, Any], options: dict, message: str) -> None:
@@ -211,8 +213,8 @@ def test_prompts_that_cannot_be_run(demo: tuple[Any, Any]) -> None:
     for prompt, message in (
         ("", "prompt is empty"),
         ([], "prompt is empty"),
-        ([7, 128], "prompt token 1 is 128; ids go from 0 to 127"),
-        ([7, 6], r"prompt token 1 \(6\) stands for an image"),
+        ([7, 128], "the prompt: token 1 is 128; ids go from 0 to 127"),
+        ([7, 6], r"the prompt: token 1 \(6\) stands for an image"),
         ([30] * 4033, "has 4033 tokens and the model's context is 4096"),
     ):
         with pytest.raises(PromptError, match=message):
@@ -239,9 +241,9 @@ def test_memory_is_estimated_before_the_prompt_is_encoded(
 
 def test_nan_stops_the_run_with_the_step_named(demo: tuple[Any, Any]) -> None:
     class Broken(Counting):
-        def decode(self, *args: Any) -> mx.array:
-            hidden = super().decode(*args)
-            return hidden * float("nan") if self.decoded == 2 else hidden
+        def decode_keeping(self, canvases: Any) -> Any:
+            hidden, layers = super().decode_keeping(canvases)
+            return hidden * float("nan") if self.decoded == 2 else hidden, layers
 
     with pytest.raises(NumericalError, match="canvas 1, step 2: the model returned NaN"):
         generate(Broken(demo[0]), demo[1], PUZZLE, seed=0, stability_threshold=5)

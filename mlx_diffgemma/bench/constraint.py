@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_diffgemma.bench.steps import encoded, random_prompts
+from mlx_diffgemma.bench.steps import canvas_views
 from mlx_diffgemma.bench.timing import alternate
+from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.config import DiffusionConfig
-from mlx_diffgemma.diffusion.constraints import FREE, CanvasConstraint, Layout, token_mask
-from mlx_diffgemma.diffusion.denoise import denoising_step
-from mlx_diffgemma.diffusion.noise import SeededNoise, StepNoise
-from mlx_diffgemma.diffusion.predict import make_predictor
-from mlx_diffgemma.diffusion.sampler import make_sampler
+from mlx_diffgemma.diffusion.constraints import FREE, Layout, token_mask
+from mlx_diffgemma.diffusion.denoiser import Denoiser
+from mlx_diffgemma.diffusion.noise import SeededNoise
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
 _CONTROL = 8  # ids at the beginning that no text holds
@@ -50,35 +49,25 @@ def measure_constraints(
     many experts are read."""
     length = config.canvas_length or model.config.canvas_length
     vocab = model.config.text.vocab_size
-    (tokens,) = random_prompts(model, length, 1, seed + 1)
-    canvas = mx.array([tokens], mx.int32)
-    soft = model.model.decoder.embed_tokens(canvas)
-    mx.eval(soft)
-    cache = encoded(model, prefix, 1, seed)
-    predictor, noise = make_predictor(model, config.soft_cutoff), SeededNoise(seed)
+    (view,) = canvas_views(model, length, prefix, 1, seed)
+    tokens: list[int] = view.tokens.tolist()  # type: ignore[assignment]
+    denoiser = Denoiser(model)
 
-    def step(constraint: CanvasConstraint | None) -> None:
-        prediction, proposal = denoising_step(
-            predictor,
-            make_sampler(config, vocab),
-            canvas if constraint is None else constraint.pin(canvas),
-            cache,
-            soft,
-            temperature=config.t_max,
-            noise=StepNoise(noise, [0], 0, 1, length, vocab),
-            constraint=constraint,
+    def under(layout: Layout | None) -> Canvas:
+        canvas = Canvas.start(
+            config, SeededNoise(seed), 0, length, vocab, layout=layout, initial=tokens, endless=True
         )
-        mx.eval(
-            proposal.canvas, proposal.draft, proposal.accepted,
-            prediction.entropy, prediction.soft_embeddings,
-        )  # fmt: skip
+        return replace(canvas, soft_embeddings=view.soft_embeddings)
+
+    def step(canvas: Canvas) -> None:
+        mx.eval(denoiser.step([canvas], [view.prefix])[0].tokens)
 
     layouts = _layouts(tokens, vocab)
-    constraints = {name: CanvasConstraint.of([each], vocab) for name, each in layouts.items()}
-    runs: dict[str, Callable[[], object]] = {"none": lambda: step(None)}
-    runs |= {name: partial(step, constraint) for name, constraint in constraints.items()}
+    runs: dict[str, Callable[[], object]] = {"none": partial(step, under(None))}
+    runs |= {name: partial(step, under(layout)) for name, layout in layouts.items()}
+    # What a layout works out for itself, it works out once.
     of_a_grammar = list(layouts.values())[-1]
-    runs["the same, made anew each step"] = lambda: step(CanvasConstraint.of([of_a_grammar], vocab))
+    runs["the same, made anew each step"] = lambda: step(under(replace(of_a_grammar)))
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     clock = time.process_time if on_cpu else time.perf_counter
     taken = {name: median(times) for name, times in alternate(runs, repeats, clock=clock).items()}

@@ -12,9 +12,9 @@ from mlx_diffgemma.demo import sudoku
 from mlx_diffgemma.demo.exercises import Exercise
 from mlx_diffgemma.demo.tasks import TASKS
 from mlx_diffgemma.diffusion.config import DiffusionConfig
-from mlx_diffgemma.diffusion.denoise import generate_canvases
 from mlx_diffgemma.diffusion.events import Finished
-from mlx_diffgemma.diffusion.noise import SeededNoise
+from mlx_diffgemma.diffusion.generate import generate_canvases
+from mlx_diffgemma.diffusion.noise import seeded
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.text.prompt import encode_prompt
@@ -117,7 +117,7 @@ def answer(
 ) -> list[Answer]:
     """Answer all prompts in one batch."""
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    *_, finished = generate_canvases(model, ids, config, SeededNoise(seed))
+    *_, finished = generate_canvases(model, ids, config, seeded(seed))
     assert isinstance(finished, Finished)
     return [
         Answer(tokenizer.decode(list(tokens)), steps, len(tokens))

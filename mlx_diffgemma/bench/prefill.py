@@ -10,7 +10,6 @@ from mlx_diffgemma.bench.device import Device
 from mlx_diffgemma.bench.random_model import weight_bytes
 from mlx_diffgemma.bench.steps import encoded
 from mlx_diffgemma.bench.timing import median_seconds, peak_bytes
-from mlx_diffgemma.diffusion.prefill import DEFAULT_STEP_SIZE
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
 
@@ -20,7 +19,7 @@ class PrefillReport:
     length: tokens of the prompt.
     tokens_per_second: of all sequences together.
     floor_seconds: what its operations and bytes take at the device's peaks.
-    beyond_weights: most bytes held beside the weights, the cache included.
+    beyond_weights: most bytes held beside the weights, the prefixes included.
     """
 
     length: int
@@ -40,7 +39,7 @@ def measure_prefill(
     repeats: int = 3,
     seed: int = 0,
 ) -> tuple[PrefillReport, ...]:
-    """Encode random prompts of several lengths from an empty cache."""
+    """Encode random prompts of several lengths, `batch` of them one after the other."""
     reports = []
     for length in lengths:
         # The first run, which also warms up, tells what is held.
@@ -50,7 +49,7 @@ def measure_prefill(
             repeats,
             warmup=0,
         )
-        floor = device.floor(prefill_cost(weights, length, DEFAULT_STEP_SIZE, batch))
+        floor = device.floor(prefill_cost(weights, length, model.prefill_step_size, batch))
         reports.append(
             PrefillReport(
                 length, seconds, batch * length / seconds, floor, peak - weight_bytes(model)

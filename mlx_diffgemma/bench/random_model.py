@@ -12,7 +12,7 @@ from math import prod
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_diffgemma.checkpoint.names import expected_shapes, is_quantizable, module_path
 from mlx_diffgemma.checkpoint.quantization import RECIPES, Format, Recipe, Rule
@@ -70,6 +70,38 @@ def random_model(
     Raises:
         UsageError: a format's groups do not divide the rows of a module.
     """
+    shapes = expected_shapes(config)
+    model, formats = _unfilled(config, recipe)
+    keys = mx.random.split(mx.random.key(seed), len(shapes))
+    for key, (name, shape) in zip(keys, shapes.items(), strict=True):
+        weights = dict(_random(name, shape, formats.get(module_path(name)), dtype, key))
+        mx.eval(weights)
+        model.load_weights(list(weights.items()), strict=False)
+    model.eval()
+    return model
+
+
+def blank_model(config: ModelConfig, recipe: Recipe, dtype: mx.Dtype) -> DiffusionGemma:
+    """As `random_model`, but every weight is zero, and none takes memory: what a model asks of the
+    device follows from shapes alone.
+
+    Raises:
+        UsageError: a format's groups do not divide the rows of a module.
+    """
+    model, _ = _unfilled(config, recipe)
+
+    def blank(weight: mx.array) -> mx.array:
+        kind = dtype if mx.issubdtype(weight.dtype, mx.floating) else weight.dtype
+        return mx.broadcast_to(mx.array(0, kind), weight.shape)
+
+    model.update(tree_map(blank, model.parameters()))
+    mx.eval(model.parameters())
+    model.eval()
+    return model
+
+
+def _unfilled(config: ModelConfig, recipe: Recipe) -> tuple[DiffusionGemma, dict[str, Format]]:
+    """A model whose weights are still to come, and the formats of those that are quantized."""
     shapes, layers = expected_shapes(config), config.text.num_hidden_layers
     formats: dict[str, Format] = {}
     for name, shape in shapes.items():
@@ -83,13 +115,7 @@ def random_model(
                 )
     model = DiffusionGemma(config)
     nn.quantize(model, class_predicate=lambda path, _: _parameters(formats.get(path)))
-    keys = mx.random.split(mx.random.key(seed), len(shapes))
-    for key, (name, shape) in zip(keys, shapes.items(), strict=True):
-        weights = dict(_random(name, shape, formats.get(module_path(name)), dtype, key))
-        mx.eval(weights)
-        model.load_weights(list(weights.items()), strict=False)
-    model.eval()
-    return model
+    return model, formats
 
 
 def formats_of(model: DiffusionGemma) -> dict[str, Format]:

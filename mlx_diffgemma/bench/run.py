@@ -28,7 +28,7 @@ from mlx_diffgemma.bench.speed import (
     measure_limits,
     measure_profiles,
 )
-from mlx_diffgemma.bench.steps import measure_step, predictor_named
+from mlx_diffgemma.bench.steps import measure_step, using_pass, vocabulary_pass_named
 from mlx_diffgemma.checkpoint.memory import wired
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.diffusion.profiles import PROFILES, profile_settings
@@ -48,7 +48,8 @@ class Plan:
     Attributes:
         prefill: lengths of the prompts to encode; the prefix of a step has `prefix` tokens.
         profile: under which to measure steps; all profiles are compared beside it.
-        predictor: one of `predict`'s by name; None takes the loop's own.
+        vocabulary_pass: the form of the pass over the vocabulary in the step that is taken apart,
+            by its name; None takes the model's own.
         constraints: whether to run steps with and without a constraint.
         rival: whether to run mlx-vlm beside it.
         twin: an autoregressive model to run mlx-lm with.
@@ -62,7 +63,7 @@ class Plan:
     repeats: int = 5
     seed: int = 0
     profile: str = DEFAULT_PROFILE
-    predictor: str | None = None
+    vocabulary_pass: str | None = None
     prompt: str = PROMPT
     max_tokens: int | None = None
     constraints: bool = False
@@ -86,7 +87,9 @@ def run_bench(
     Raises:
         UsageError, CheckpointError: something asked for is not there.
     """
-    predictor = None if plan.predictor is None else predictor_named(plan.predictor)
+    chosen_pass = None
+    if plan.vocabulary_pass is not None:
+        chosen_pass = vocabulary_pass_named(plan.vocabulary_pass)
     config = diffusion_config(model, canvas_length=plan.canvas_length)
     chosen = config.override(**profile_settings(plan.profile))
     load = _load()
@@ -98,9 +101,8 @@ def run_bench(
     plan.say("encoding prompts")
     prefill = measure_prefill(model, plan.prefill, weights, device, **common)
     plan.say("denoising")
-    step = measure_step(
-        model, chosen, weights, device, prefix=plan.prefix, predictor=predictor, **common
-    )
+    with using_pass(model, chosen_pass):
+        step = measure_step(model, chosen, weights, device, prefix=plan.prefix, **common)
     speeds: tuple[ProfileSpeed, ...] = ()
     limits: tuple[ProfileLimit, ...] = ()
     answerer: Answerer | None = None

@@ -3,35 +3,46 @@
 Everything is measured through `generate_canvases`, so that what is measured is what a user gets:
 whole steps with the model; the pass over the vocabulary with a model whose `decode` costs nothing;
 the rest (noise, sampler, stop rule, what goes to the host) with predictions that cost nothing.
+Letters: C canvas, N positions of all canvases, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from inspect import signature
 from statistics import median
 from typing import Any, cast
 
 import mlx.core as mx
 
+from mlx_diffgemma.bench.counted import counted
 from mlx_diffgemma.bench.counting import Cost, Weights, layers_cost, vocabulary_cost
 from mlx_diffgemma.bench.device import Device
 from mlx_diffgemma.bench.random_model import weight_bytes
 from mlx_diffgemma.bench.timing import alternate, peak_bytes
-from mlx_diffgemma.diffusion import predict
+from mlx_diffgemma.cpu.vocabulary import tiled_pass
+from mlx_diffgemma.diffusion.canvas import Canvas, Passed, Prediction
 from mlx_diffgemma.diffusion.config import DiffusionConfig
-from mlx_diffgemma.diffusion.constraints import CanvasConstraint
-from mlx_diffgemma.diffusion.denoise import generate_canvases
+from mlx_diffgemma.diffusion.denoiser import Denoiser
+from mlx_diffgemma.diffusion.encode import encode
 from mlx_diffgemma.diffusion.events import DenoisingStep
-from mlx_diffgemma.diffusion.noise import SeededNoise
-from mlx_diffgemma.diffusion.predict import Prediction, Predictor
-from mlx_diffgemma.diffusion.prefill import prefill
+from mlx_diffgemma.diffusion.generate import Constrain, generate_canvases
+from mlx_diffgemma.diffusion.noise import seeded
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.model.cache import PrefixCache
-from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.kernels.materialized import whole_pass
+from mlx_diffgemma.kernels.vocabulary import VocabularyPass, vocabulary_pass
+from mlx_diffgemma.model.cache import KeysValues, Prefix
+from mlx_diffgemma.model.diffusion_gemma import CanvasView, DiffusionGemma
 
-_SUFFIX = "Predictor"
+VOCABULARY_PASSES: Mapping[str, VocabularyPass] = {
+    "chunked": vocabulary_pass,
+    "tiled": tiled_pass,
+    "whole": whole_pass,
+}
+"""Forms of the pass over the vocabulary that can be measured in place of the model's own."""
+
+_COUNTED = 4  # steps whose waits are counted
 _NEVER = 1 << 20  # more steps than any measurement takes
 
 
@@ -61,6 +72,7 @@ class StepReport:
         seconds: of a whole step, measured in one piece; the parts, each measured by itself, need
             not add up to it.
         parts: layers, vocabulary pass, rest.
+        waits: how often the host waits for the device or reads from it in a step, on average.
         peak_memory: most bytes held during steps, weights included.
         beyond_weights: the same without the weights.
     """
@@ -70,29 +82,39 @@ class StepReport:
     prefix: int
     seconds: float
     parts: tuple[Part, ...]
+    waits: float
     peak_memory: int
     beyond_weights: int
 
 
-def predictor_named(name: str) -> type[Any]:
-    """A predictor of the diffusion room by the first word of its class: "materialized".
+def vocabulary_pass_named(name: str) -> VocabularyPass:
+    """A form of the pass over the vocabulary by its name: "chunked" (for a GPU), "tiled" (for a
+    CPU) or "whole" (slow).
 
     Raises:
         UsageError: there is none of that name.
     """
-    known = {
-        kind.removesuffix(_SUFFIX).lower(): found
-        for kind, found in vars(predict).items()
-        if kind.endswith(_SUFFIX) and kind != _SUFFIX
-    }
-    if name not in known:
-        raise UsageError(f"--predictor '{name}' is unknown; known are {', '.join(sorted(known))}.")
-    return cast("type[Any]", known[name])
+    if name not in VOCABULARY_PASSES:
+        known = ", ".join(sorted(VOCABULARY_PASSES))
+        raise UsageError(f"--vocabulary-pass '{name}' is unknown; known are {known}.")
+    return VOCABULARY_PASSES[name]
+
+
+@contextmanager
+def using_pass(model: DiffusionGemma, chosen: VocabularyPass | None) -> Iterator[None]:
+    """Inside, `model` passes over the vocabulary as `chosen` does; as before where it is None."""
+    own = model.vocabulary_pass
+    model.vocabulary_pass = chosen or own
+    try:
+        yield
+    finally:
+        model.vocabulary_pass = own
 
 
 class Stepper:
-    """Runs denoising steps that never end, one a call: of the canvas that follows a random prefix,
-    as `generate_canvases` does it, at the temperature of the first step."""
+    """Runs denoising steps that never end, one a call: of the canvases that follow random prefixes,
+    as `generate_canvases` does it, at the temperature of the first step. As there, the step that
+    follows is queued before one is handed out."""
 
     def __init__(
         self,
@@ -102,7 +124,8 @@ class Stepper:
         prefix: int,
         batch: int = 1,
         seed: int = 0,
-        predictor: Predictor | None = None,
+        denoiser: Denoiser | None = None,
+        constrain: Constrain | None = None,
     ) -> None:
         endless = replace(
             config,
@@ -111,13 +134,15 @@ class Stepper:
             confident_after=None,
         )
         prompts = random_prompts(model, prefix, batch, seed)
+        self._batch = batch
         self._events = generate_canvases(
-            model, prompts, endless, SeededNoise(seed), predictor=predictor
+            model, prompts, endless, seeded(seed), denoiser=denoiser, constrain=constrain
         )
 
-    def __call__(self) -> DenoisingStep:
-        """The next step; the first call also encodes the prefix."""
-        return next(event for event in self._events if isinstance(event, DenoisingStep))
+    def __call__(self) -> list[Canvas]:
+        """The canvases after the next step; the first call also encodes the prefixes."""
+        steps = (event.canvas for event in self._events if isinstance(event, DenoisingStep))
+        return [next(steps) for _ in range(self._batch)]
 
 
 def measure_step(
@@ -130,27 +155,26 @@ def measure_step(
     batch: int = 1,
     repeats: int = 5,
     seed: int = 0,
-    predictor: type[Any] | None = None,
 ) -> StepReport:
-    """Time whole steps and their parts; `predictor` replaces the one that the loop would take."""
+    """Time whole steps and their parts, and count the waits of a whole one."""
     canvas = config.canvas_length or model.config.canvas_length
     config = replace(config, canvas_length=canvas, max_tokens=max(config.max_tokens, canvas))
 
-    def stepper(of: DiffusionGemma, length: int, by: Predictor | None = None) -> Stepper:
-        chosen = by or (_made(predictor, of, config) if predictor else None)
-        return Stepper(of, config, prefix=length, batch=batch, seed=seed, predictor=chosen)
+    def stepper(length: int, denoiser: Denoiser | None = None) -> Stepper:
+        return Stepper(model, config, prefix=length, batch=batch, seed=seed, denoiser=denoiser)
 
-    whole = stepper(model, prefix)
+    whole = stepper(prefix)
     whole()
     peak = peak_bytes(lambda: (whole(), whole()))
+    waits = waits_a_step(whole)
     decode, hidden = _decoding(model, canvas, prefix, batch, seed)
-    tokens = mx.argmax(hidden[..., :2], axis=-1).astype(mx.int32)
+    decoded = Denoiser(cast(DiffusionGemma, _Decoded(model, hidden)))
     times = alternate(
         {
             "whole": whole,
             "layers": decode,
-            "without layers": stepper(cast(DiffusionGemma, _Decoded(model, hidden)), 1),
-            "rest": stepper(model, 1, _Predicted(tokens, hidden)),
+            "without layers": stepper(1, decoded),
+            "rest": stepper(1, Denoiser(model, _Predicted(hidden[:canvas]))),
         },
         repeats,
     )
@@ -162,15 +186,16 @@ def measure_step(
         _part("rest", taken["rest"], Cost(), device),
     )
     return StepReport(
-        batch, canvas, prefix, taken["whole"], parts, peak, peak - weight_bytes(model)
+        batch, canvas, prefix, taken["whole"], parts, waits, peak, peak - weight_bytes(model)
     )
 
 
-def _made(predictor: type[Any], model: DiffusionGemma, config: DiffusionConfig) -> Predictor:
-    """A predictor for `model`, with those settings that this kind of predictor has."""
-    taken = signature(predictor).parameters
-    settings = {name: value for name, value in vars(config).items() if name in taken}
-    return cast(Predictor, predictor(model, **settings))
+def waits_a_step(step: Callable[[], object], steps: int = _COUNTED) -> float:
+    """How often the host waits for the device or reads from it in a step, the mean of several."""
+    with counted() as counts:
+        for _ in range(steps):
+            step()
+    return counts.waits / steps
 
 
 def _part(name: str, seconds: float, cost: Cost, device: Device) -> Part:
@@ -180,13 +205,26 @@ def _part(name: str, seconds: float, cost: Cost, device: Device) -> Part:
 def _decoding(
     model: DiffusionGemma, canvas: int, prefix: int, batch: int, seed: int
 ) -> tuple[Callable[[], None], mx.array]:
-    """What runs all layers on a canvas behind a prefix, and the hidden states that come out."""
-    cache = encoded(model, prefix, batch, seed)
-    ids = mx.array(random_prompts(model, canvas, batch, seed + 1), mx.int32)
-    soft = model.model.decoder.embed_tokens(ids)
-    hidden = model.decode(ids, cache, soft)
-    mx.eval(soft, hidden)
-    return lambda: mx.eval(model.decode(ids, cache, soft)), hidden
+    """What runs all layers on canvases behind prefixes, and the hidden states [N, D] that come
+    out."""
+    views = canvas_views(model, canvas, prefix, batch, seed)
+    hidden = model.decode(views)
+    mx.eval(hidden)
+    return lambda: mx.eval(model.decode(views)), hidden
+
+
+def canvas_views(
+    model: DiffusionGemma, canvas: int, prefix: int, batch: int, seed: int
+) -> list[CanvasView]:
+    """Random canvases after a first pass, each behind a random prefix."""
+    prefixes = encoded(model, prefix, batch, seed)
+    views = []
+    for ids, before in zip(random_prompts(model, canvas, batch, seed + 1), prefixes, strict=True):
+        tokens = mx.array(ids, mx.int32)
+        soft = model.model.decoder.embed_tokens(tokens)
+        mx.eval(soft)
+        views.append(CanvasView(tokens, before, soft))
+    return views
 
 
 def random_prompts(model: DiffusionGemma, length: int, batch: int, seed: int) -> list[list[int]]:
@@ -197,48 +235,50 @@ def random_prompts(model: DiffusionGemma, length: int, batch: int, seed: int) ->
     return rows
 
 
-def encoded(model: DiffusionGemma, length: int, batch: int, seed: int) -> PrefixCache:
-    """A cache that holds a random prefix."""
-    cache = model.make_cache()
-    ids = mx.array(random_prompts(model, length, batch, seed), mx.int32)
-    for _ in prefill(model, ids, cache):
-        pass
-    return cache
+def encoded(model: DiffusionGemma, length: int, batch: int, seed: int) -> list[Prefix]:
+    """`batch` random prefixes of `length` tokens."""
+    prefixes = []
+    for ids in random_prompts(model, length, batch, seed):
+        cache = model.make_cache()
+        for _ in encode(model, cache, ids):
+            pass
+        prefixes.append(cache.prefix)
+    return prefixes
 
 
 class _Decoded:
-    """A model that has already decoded: its hidden states cost nothing."""
+    """A model that has already decoded: its hidden states [N, D] cost nothing."""
 
     def __init__(self, model: DiffusionGemma, hidden: mx.array) -> None:
         self._model, self._hidden = model, hidden
 
-    def decode(self, *_: object, **__: object) -> mx.array:
-        return self._hidden
+    def decode_keeping(
+        self, canvases: Sequence[CanvasView]
+    ) -> tuple[mx.array, tuple[tuple[KeysValues, ...], ...]]:
+        computed = sum(
+            len(each.tokens if each.places is None else each.places) for each in canvases
+        )
+        return self._hidden[:computed], ((),) * len(canvases)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
 
 class _Predicted:
-    """A `Predictor` that has already predicted, with little certainty."""
+    """A `Predict` that has already predicted, with little certainty; `soft_embeddings` [C, D]."""
 
-    def __init__(self, ids: mx.array, soft_embeddings: mx.array) -> None:
-        self._prediction = Prediction(
-            argmax=ids,
-            draw=ids,
-            entropy=mx.ones(ids.shape),
+    def __init__(self, soft_embeddings: mx.array) -> None:
+        tokens = mx.argmax(soft_embeddings[..., :2], axis=-1).astype(mx.int32)
+        prediction = Prediction(
+            argmax=tokens,
+            draw=tokens,
+            entropy=mx.ones(tokens.shape),
+            confidence=mx.full(tokens.shape, 0.5),
             soft_embeddings=soft_embeddings,
-            confidence=mx.full(ids.shape, 0.5),
+            dropped_mass=mx.zeros(tokens.shape),
         )
+        mx.eval(tokens, prediction.entropy, prediction.confidence, prediction.dropped_mass)
+        self._passed = Passed(prediction)
 
-    def __call__(
-        self,
-        canvas: mx.array,
-        cache: PrefixCache,
-        soft_embeddings: mx.array | None,
-        temperature: float,
-        keys: mx.array,
-        constraint: CanvasConstraint | None = None,
-        last: bool = False,
-    ) -> Prediction:
-        return self._prediction
+    def __call__(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> list[Passed]:
+        return [self._passed] * len(canvases)

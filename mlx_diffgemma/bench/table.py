@@ -120,7 +120,7 @@ def _step(report: BenchReport) -> Table:
     step = report.step
     rows = [
         (
-            part.name, _ms(part.seconds), f"{part.operations / 1e9:.4g}",
+            part.name, _ms(part.seconds), "–", f"{part.operations / 1e9:.4g}",
             f"{part.bytes / 1e9:.3g}", _ms(part.floor_seconds),
             f"{part.seconds / part.floor_seconds:.1f}" if part.floor_seconds else "–",
         )
@@ -129,14 +129,15 @@ def _step(report: BenchReport) -> Table:
     floor = sum(part.floor_seconds for part in step.parts)
     rows.append(
         (
-            "whole step", _ms(step.seconds), f"{sum(p.operations for p in step.parts) / 1e9:.4g}",
+            "whole step", _ms(step.seconds), f"{step.waits:g}",
+            f"{sum(p.operations for p in step.parts) / 1e9:.4g}",
             f"{sum(p.bytes for p in step.parts) / 1e9:.3g}", _ms(floor),
             f"{step.seconds / floor:.1f}",
         )
     )  # fmt: skip
     return _table(
         f"One denoising step, {_mb(step.beyond_weights)} MB beside the weights",
-        ("part", "ms", "GFLOP", "GB", "floor ms", "times floor"),
+        ("part", "ms", "waits", "GFLOP", "GB", "floor ms", "times floor"),
         rows,
     )
 

@@ -104,11 +104,12 @@ def bench(
             "--profile", help="Under which the step is taken apart.", rich_help_panel=_WHAT
         ),
     ] = DEFAULT_PROFILE,
-    predictor: Annotated[
+    vocabulary_pass: Annotated[
         str | None,
         typer.Option(
-            "--predictor",
-            help="How the step predicts; as the program does if left out.",
+            "--vocabulary-pass",
+            help="Form of the pass over the vocabulary in that step, such as whole; the model's "
+            "own if left out.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -180,10 +181,10 @@ def bench(
             blas = openblas_room.load_openblas(openblas)
         from mlx_diffgemma.bench.run import PROMPT, Plan
 
-        _require(rival, predictor)
+        _require(rival, vocabulary_pass)
         plan = Plan(
             prefill=lengths, prefix=prefix, batch=batch, canvas_length=canvas_length,
-            repeats=repeats, seed=seed or 0, profile=profile, predictor=predictor,
+            repeats=repeats, seed=seed or 0, profile=profile, vocabulary_pass=vocabulary_pass,
             prompt=prompt or PROMPT, max_tokens=max_tokens, constraints=constraints, rival=rival,
             twin=twin_model, blas=blas, say=_say,
         )  # fmt: skip
@@ -239,15 +240,15 @@ def _others(against: list[str], twin: str | None) -> tuple[bool, str | None]:
     return RIVAL in against, twin
 
 
-def _require(rival: bool, predictor: str | None) -> None:
+def _require(rival: bool, vocabulary_pass: str | None) -> None:
     """Fail rather now than once weights are there."""
     from mlx_diffgemma.bench.rival import rival_version
-    from mlx_diffgemma.bench.steps import predictor_named
+    from mlx_diffgemma.bench.steps import vocabulary_pass_named
 
     if rival:
         rival_version()
-    if predictor is not None:
-        predictor_named(predictor)
+    if vocabulary_pass is not None:
+        vocabulary_pass_named(vocabulary_pass)
 
 
 def _say(text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,7 @@ def chat(
     stability_threshold: options.StabilityThreshold = None,
     confidence_threshold: options.ConfidenceThreshold = None,
     stop_at_eos: options.StopAtEos = None,
+    eos_certainty: options.EosCertainty = None,
     shrink_canvas: options.ShrinkCanvas = None,
     soft_cutoff: options.SoftCutoff = None,
     confident_after: options.ConfidentAfter = None,
@@ -76,6 +77,7 @@ def chat(
             stability_threshold=stability_threshold,
             confidence_threshold=confidence_threshold,
             stop_at_eos=stop_at_eos,
+            eos_certainty=eos_certainty,
             shrink_canvas=shrink_canvas,
             soft_cutoff=soft_cutoff,
             confident_after=confident_after,
@@ -167,12 +169,10 @@ class Chat:
                 raise PromptError("the question is not UTF-8 text: re-encode it.")
             self._answer(question, outcome)
         except KeyboardInterrupt:
-            self._forget()
             if not interactive:
                 raise
             _say("stopped; this question and what was answered are left out of the conversation.")
         except DiffGemmaError as error:
-            self._forget()
             if not interactive:
                 raise
             errors.complain(str(error))
@@ -190,25 +190,27 @@ class Chat:
         from mlx_diffgemma.generation import stream_generate
 
         model, tokenizer = self.opened.model, self.opened.tokenizer
+        # A run that is broken off gives the cache free when it is closed; what it encoded is kept.
+        with ExitStack() as runs:
 
-        def start(on_prefill: output.OnPrefill) -> Any:
-            return stream_generate(
-                model,
-                tokenizer,
-                self.messages(question),
-                prefix_cache=self._cache,
-                draft=False,
-                on_prefill=on_prefill,
-                **self.settings,
-            )
+            def start(on_prefill: output.OnPrefill) -> Any:
+                responses: Any = stream_generate(
+                    model,
+                    tokenizer,
+                    self.messages(question),
+                    prefix_cache=self._cache,
+                    draft=False,
+                    on_prefill=on_prefill,
+                    **self.settings,
+                )
+                return runs.enter_context(closing(responses))
 
-        if output.can_draw(self.watch):
-            output.draw(start, pieces_of(tokenizer), outcome)
-        else:
-            output.stream(start, outcome)
+            if output.can_draw(self.watch):
+                output.draw(start, pieces_of(tokenizer), outcome)
+            else:
+                output.stream(start, outcome)
 
     def _forget(self) -> None:
-        """Start a new cache: an interrupted run may have left the old one half written."""
         self._cache = self.opened.model.make_cache()
 
 

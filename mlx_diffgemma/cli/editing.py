@@ -100,6 +100,8 @@ def drawn(opened: Opened, request: Request) -> Iterator[Callable[[DenoisingStep]
     with CanvasDisplay(output.terminal(), CanvasView(pieces_of(opened.tokenizer))) as display:
 
         def show(step: DenoisingStep) -> None:
+            canvas = step.canvas
+            assert canvas.draft is not None and canvas.entropy is not None
             display.show(
                 GenerationResponse(
                     text="",
@@ -109,10 +111,10 @@ def drawn(opened: Opened, request: Request) -> Iterator[Callable[[DenoisingStep]
                     generation_tokens=0,
                     generation_tps=0.0,
                     peak_memory=0.0,
-                    canvas=step.canvas.draft.tolist(),
-                    entropy=step.canvas.entropy.tolist(),
-                    step=step.canvas.passes,
-                    canvas_index=step.canvas.index,
+                    canvas=canvas.draft.tolist(),
+                    entropy=canvas.entropy.tolist(),
+                    step=canvas.passes,
+                    canvas_index=canvas.index,
                 )
             )
 

@@ -180,6 +180,14 @@ StopAtEos = Annotated[
         rich_help_panel=_SPEED,
     ),
 ]
+EosCertainty = Annotated[
+    float | None,
+    typer.Option(
+        "--eos-certainty",
+        help="Nats of entropy below which --stop-at-eos takes an eos for certain.",
+        rich_help_panel=_SPEED,
+    ),
+]
 ShrinkCanvas = Annotated[
     bool | None,
     typer.Option(

@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma.diffusion.config import DiffusionConfig
-from mlx_diffgemma.diffusion.denoise import generate_canvases
 from mlx_diffgemma.diffusion.events import Finished
-from mlx_diffgemma.diffusion.noise import SeededNoise
+from mlx_diffgemma.diffusion.generate import generate_canvases
+from mlx_diffgemma.diffusion.noise import seeded
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.train.batches import Drawn, Sizes, check, clean_canvases, draw_canvas, lay_out
 from mlx_diffgemma.train.config import EVALUATED_NOISE, TrainConfig
@@ -88,7 +88,7 @@ def exact_rate(
     for at in range(0, len(examples), batch_size):
         part = examples[at : at + batch_size]
         prompts = [one.tokens[: one.prompt] for one in part]
-        for event in generate_canvases(model, prompts, config, SeededNoise(seed + at)):
+        for event in generate_canvases(model, prompts, config, seeded(seed + at)):
             if isinstance(event, Finished):
                 right += sum(
                     tokens == _spoken(one, config)

@@ -44,7 +44,7 @@ def run(*arguments):
         ("--against mlx-lm", "a model is missing; write --against mlx-lm MODEL."),
         ("twin", "--against mlx-lm is missing; write --against mlx-lm MODEL."),
         ("--profile x", "unknown profile 'x'; known are "),
-        ("--predictor x", "--predictor 'x' is unknown; known are "),
+        ("--vocabulary-pass x", "--vocabulary-pass 'x' is unknown; known are "),
         ("--random --layers 31", "--layers must be between 1 and 30, not 31."),
         ("--random --bits 4 --recipe 4bit", "--bits and --recipe both say how to quantize: "
          "drop one."),

@@ -17,7 +17,7 @@ from mlx_diffgemma.config import FULL, SLIDING, ModelConfig
 def weights():
     """One sliding and one full layer: hidden 8, dense width 4, 4 experts of 2 with 1 a token, 2
     query heads; sliding 2 KV heads of 4 and a window of 5, full 1 KV head of 6; vocabulary 10."""
-    config = config_like(SMALL)
+    config = {**config_like(SMALL), "eos_token_id": 1}
     config["text_config"] = {
         **config["text_config"],
         "vocab_size": 10, "hidden_size": 8, "intermediate_size": 4, "num_experts": 4,
@@ -101,6 +101,6 @@ def test_a_format_counts_its_scales():
 
 
 def _small_vocabulary():
-    config = config_like(SMALL)
+    config = {**config_like(SMALL), "eos_token_id": 1}
     config["text_config"] = {**config["text_config"], "vocab_size": 512}
     return config

@@ -15,13 +15,20 @@ from mlx_diffgemma.bench.random_model import chosen_recipe, random_model
 from mlx_diffgemma.bench.rival import RivalReport
 from mlx_diffgemma.bench.run import Plan, run_bench
 from mlx_diffgemma.bench.speed import ProfileSpeed, TwinReport
-from mlx_diffgemma.bench.steps import Stepper, predictor_named
+from mlx_diffgemma.bench.steps import (
+    VOCABULARY_PASSES,
+    Stepper,
+    using_pass,
+    vocabulary_pass_named,
+    waits_a_step,
+)
 from mlx_diffgemma.bench.table import as_tables
 from mlx_diffgemma.bench.timing import alternate, peak_bytes
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.diffusion.config import DiffusionConfig
-from mlx_diffgemma.diffusion.denoise import generate_canvases
-from mlx_diffgemma.diffusion.noise import SeededNoise
+from mlx_diffgemma.diffusion.events import DenoisingStep
+from mlx_diffgemma.diffusion.generate import generate_canvases
+from mlx_diffgemma.diffusion.noise import seeded
 from mlx_diffgemma.diffusion.profiles import PROFILES
 from mlx_diffgemma.errors import UsageError
 
@@ -51,6 +58,7 @@ def test_a_report_is_whole(report):
     assert (step.batch, step.canvas, step.prefix) == (2, 6, 7)
     assert [part.name for part in step.parts] == ["layers", "vocabulary pass", "rest"]
     layers, vocabulary, rest = step.parts
+    assert step.waits >= 1
     assert layers.floor_seconds == max(layers.operations, layers.bytes) / 1e9 > 0
     assert vocabulary.floor_seconds > 0 == rest.floor_seconds
     assert step.seconds > 0 and layers.seconds > 0 and rest.seconds > 0
@@ -75,6 +83,9 @@ def test_json_has_every_field(report):
     assert set(found["step"]["parts"][0]) == {
         "name", "seconds", "operations", "bytes", "floor_seconds"
     }  # fmt: skip
+    assert set(found["step"]) == {
+        "batch", "canvas", "prefix", "seconds", "parts", "waits", "peak_memory", "beyond_weights"
+    }  # fmt: skip
     assert found["prefill"][0]["tokens_per_second"] > 0
 
 
@@ -83,6 +94,7 @@ def test_tables_show_what_there_is(report):
 
     full = dataclasses.replace(
         report,
+        step=dataclasses.replace(report.step, seconds=2.0, waits=1.5),
         limits=(),
         speeds=(ProfileSpeed("exact", 120, 2, 40, 33.3, 3.0),),
         rivals=(RivalReport("other 1.0", 0.5, 2.0, 0.25, 10_000_000, 99_000_000),),
@@ -95,6 +107,7 @@ def test_tables_show_what_there_is(report):
     assert "│ exact │ 120 │ 2 │ 40 │ 3.0 │ 33.3 │" in shown
     assert "│ other 1.0 │ 500 │ 2000 │ 0.25 │ 10 │ 99 │" in shown
     assert "│ twin │ 64 │ 50.0 │ – │ – │" in shown
+    assert "│ whole step │ 2000 │ 1.5 │" in shown
     assert "Profiles at their cap" not in shown
 
 
@@ -102,31 +115,63 @@ def test_steps_are_those_of_the_loop(model):
     """The first steps of an endless canvas are those of a canvas with as many."""
     config = DiffusionConfig(max_denoising_steps=1 << 20, canvas_length=6, max_tokens=6)
     stepper = Stepper(model, config, prefix=1, seed=3)
-    drafts = [stepper().draft.tolist() for _ in range(3)]
+    drafts = [stepper()[0].draft.tolist() for _ in range(3)]
     prompt = [[int(mx.random.randint(8, model.config.text.vocab_size, (1, 1),
                                      key=mx.random.key(3)).item())]]  # fmt: skip
-    events = generate_canvases(model, prompt, config, SeededNoise(3))
-    steps = [event.draft.tolist() for event, _ in zip(_steps(events), range(3), strict=False)]
+    events = generate_canvases(model, prompt, config, seeded(3))
+    steps = [
+        event.canvas.draft.tolist() for event, _ in zip(_steps(events), range(3), strict=False)
+    ]
     assert drafts == steps
 
 
 def _steps(events):
-    return (event for event in events if hasattr(event, "draft"))
+    return (event for event in events if isinstance(event, DenoisingStep))
 
 
 def test_steps_never_end_and_number_on(model):
     stepper = Stepper(model, DiffusionConfig(max_denoising_steps=2, canvas_length=4), prefix=3)
-    assert [stepper().step for _ in range(7)] == list(range(1, 8))
+    assert [[canvas.passes for canvas in stepper()] for _ in range(7)] == [[n] for n in range(1, 8)]
 
 
-@pytest.mark.parametrize("name", ["materialized", "tiled"])
+def test_a_step_of_several_sequences_is_one_call(model):
+    stepper = Stepper(model, DiffusionConfig(canvas_length=4), prefix=3, batch=3)
+    calls = [stepper() for _ in range(2)]
+    assert [[canvas.passes for canvas in canvases] for canvases in calls] == [[1] * 3, [2] * 3]
+    assert [canvas.noise.sequence for canvas in calls[1]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", VOCABULARY_PASSES)
 @pytest.mark.usefixtures("known_device")
-def test_predictors_go_by_name(model, name):
-    plan = Plan(prefill=(), prefix=2, canvas_length=4, repeats=1, predictor=name)
-    assert predictor_named(name).__name__ == f"{name.capitalize()}Predictor"
+def test_vocabulary_passes_go_by_name(model, name, monkeypatch):
+    own, calls = model.vocabulary_pass, []
+
+    def noted(*args, **kwargs):
+        calls.append(name)
+        return found(*args, **kwargs)
+
+    found = vocabulary_pass_named(name)
+    monkeypatch.setattr("mlx_diffgemma.bench.steps.VOCABULARY_PASSES", {name: noted})
+    plan = Plan(prefill=(), prefix=2, canvas_length=4, repeats=1, vocabulary_pass=name)
     assert run_bench(model, plan, name="x").step.seconds > 0
-    with pytest.raises(UsageError, match=r"^--predictor 'no' is unknown; known are .*materialized"):
-        predictor_named("no")
+    assert calls and model.vocabulary_pass is own
+    with pytest.raises(UsageError, match=rf"^--vocabulary-pass 'no' is unknown; known are {name}"):
+        vocabulary_pass_named("no")
+
+
+def test_a_pass_is_put_back_after_a_failure(model):
+    own = model.vocabulary_pass
+    with pytest.raises(KeyError), using_pass(model, vocabulary_pass_named("whole")):
+        raise KeyError
+    assert model.vocabulary_pass is own
+
+
+def test_waits_are_those_of_one_step(model):
+    """The whole vocabulary takes none; what the host wants to know is one read."""
+    stepper = Stepper(model, DiffusionConfig(canvas_length=4), prefix=3, batch=2)
+    stepper()
+    with using_pass(model, vocabulary_pass_named("whole")):
+        assert waits_a_step(stepper) == 1
 
 
 def test_the_floor_is_the_slower_of_computing_and_reading():

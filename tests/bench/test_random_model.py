@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from one_pass import decoded
 
 from mlx_diffgemma.bench.presets import SMALL, config_like
 from mlx_diffgemma.bench.random_model import (
@@ -32,7 +33,7 @@ def config():
 )
 def test_it_predicts_like_a_model_halfway_through(config, bits, recipe):
     model = random_model(config, chosen_recipe(bits, recipe), mx.float32)
-    hidden = model.decode(mx.arange(16)[None], model.make_cache())
+    hidden = decoded(model, range(16), model.empty_prefix())
     logits = np.array(model.logits(hidden))
     assert np.isfinite(logits).all()
     assert 2 < logits.std() < 6

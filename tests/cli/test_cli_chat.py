@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
-from cli_fakes import Terminal, command
+from cli_fakes import FakeTokenizer, Terminal, command
 
 
 def user(text):
@@ -99,6 +100,30 @@ def test_an_empty_answer_is_no_turn(program):
     result = program("chat", input="one\ntwo")
     assert prompts(program) == [[user("one")], [user("two")]]
     assert result.stderr.count("the answer is empty") == 2
+
+
+@pytest.mark.parametrize("error", [("PromptError", "too long."), ("KeyboardInterrupt", "")])
+def test_what_was_encoded_outlives_a_turn_that_broke_off(program, monkeypatch, error):
+    """At a terminal, where one goes on; the run that broke off gives the cache free."""
+    from mlx_diffgemma.cli.chat import Chat
+
+    opened = SimpleNamespace(model=program.script.model, tokenizer=FakeTokenizer())
+    chat, runs = Chat(opened, {}, watch=False), []
+    generate = program.script.stream_generate
+
+    def noted(*args, **options):
+        runs.append(generate(*args, **options))
+        return runs[-1]
+
+    monkeypatch.setattr("mlx_diffgemma.generation.stream_generate", noted)
+    program.script.run_error = error
+    chat._turn("one", interactive=True)
+    program.script.run_error = None
+    chat._turn("two", interactive=True)
+    assert prompts(program) == [[user("one")], [user("two")]]
+    (cache,) = program.script.model.caches
+    assert all(call["prefix_cache"] is cache for call in program.script.calls)
+    assert all(run.gi_frame is None for run in runs)
 
 
 def test_an_error_in_a_pipe_ends(program):

@@ -58,7 +58,7 @@ def test_every_option_arrives(program):
         "--seed 3 --steps 4 --canvas-length 32 --t-min 0.1 --t-max 0.2 --entropy-bound 0.3 "
         "--stability-threshold 2 --confidence-threshold 0.01 --sampler ddim "
         "--accept-threshold 0.5 --profile fast --no-stop-at-eos --shrink-canvas --soft-cutoff 8 "
-        "--confident-after 6 --settled-after 2 --no-watch"
+        "--eos-certainty 0.2 --confident-after 6 --settled-after 2 --no-watch"
     )
     assert program(*arguments.split()).exit_code == 0
     assert program.script.loads == [
@@ -93,6 +93,7 @@ def test_every_option_arrives(program):
         "accept_threshold": 0.5,
         "profile": "fast",
         "stop_at_eos": False,
+        "eos_certainty": 0.2,
         "shrink_canvas": True,
         "soft_cutoff": 8.0,
         "confident_after": 6,
@@ -130,6 +131,7 @@ def test_the_prompt_comes_from_the_option_or_the_pipe(program, arguments, piped,
         ("-p hi -m 0", "max_tokens must be an integer of at least 1, not 0."),
         ("-p hi --canvas-length -1", "canvas_length must be an integer of at least 1, not -1."),
         ("-p hi --entropy-bound 0", "entropy_bound must be a number above 0, not 0.0."),
+        ("-p hi --eos-certainty 0", "eos_certainty must be a number above 0, not 0.0."),
         ("-p hi --t-min -1", "t_min must be a number at least 0, not -1.0."),
         ("-p hi --t-min nan", "t_min must be a number at least 0, not nan."),
         ("-p hi --t-max 0", "t_max must be a number above 0, not 0.0."),

@@ -13,6 +13,7 @@ from checkpoints import convert_to, plan_of, write_tiny
 from demo_checkpoint import CHECKPOINT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_pass import decoded, encoded
 from typer.testing import CliRunner
 
 from mlx_diffgemma.checkpoint.quantization import Format, Recipe
@@ -81,10 +82,9 @@ def test_divergence_is_that_of_the_logits(loaded, plain):
         probe = reference.probes[0]
 
         def naive():
-            cache = model.make_cache()
-            model.encode(mx.array([probe.prompts[0]]), cache)
-            hidden = model.decode(mx.array(probe.canvases[1]), cache)
-            logits = np.array(model.logits(hidden)[0], np.float64)
+            _, prefix = encoded(model, probe.prompts[0])
+            hidden = decoded(model, probe.canvases[1][0], prefix)
+            logits = np.array(model.logits(hidden), np.float64)
             logits /= config.t_min + (config.t_max - config.t_min) * LEVELS[1]
             return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 

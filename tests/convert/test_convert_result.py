@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import contents, convert_to, plan_of, read_weights, write_tiny, write_weights
+from one_pass import decoded, encoded
 from safetensors import safe_open
 
 from mlx_diffgemma import load_model
@@ -38,9 +39,8 @@ def test_a_recipe_packs_what_mlx_packs_and_loads(name, tiny_source, tmp_path):
     assert not result
     model, config = load_model(tmp_path / "out", dtype=mx.float32)
     assert config["text_config"]["global_head_dim"] == 64
-    cache = model.make_cache()
-    model.encode(mx.array([[3, 4, 5]]), cache)
-    assert mx.isfinite(model.logits(model.decode(mx.array([[6] * 8]), cache))).all()
+    _, prefix = encoded(model, [3, 4, 5])
+    assert mx.isfinite(model.logits(decoded(model, [6] * 8, prefix))).all()
 
 
 def test_small_blocks_give_the_same_bytes(tiny_source, tiny_4bit, tmp_path, monkeypatch):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
 import numpy as np
 import pytest
+from one_pass import decoded, encoded
 from small_models import demo, tiny
 
 from mlx_diffgemma.demo import sudoku
@@ -17,16 +17,15 @@ RAW = {"raw": True, "bare": True}
 
 def log_probs(model, prompt, canvas):
     """[C, V] of one canvas behind one prompt."""
-    cache = model.make_cache()
-    model.encode(mx.array([prompt]), cache)
-    logits = np.array(model.logits(model.decode(mx.array([canvas]), cache)))[0].astype(np.float64)
+    hidden = decoded(model, canvas, encoded(model, prompt)[1])
+    logits = np.array(model.logits(hidden)).astype(np.float64)
     logits -= logits.max(-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
 def noise_canvas(model, seed, draw=0):
     size = model.config.canvas_length, model.config.text.vocab_size
-    return np.array(SeededNoise(seed).initial_canvas([0], draw, *size))[0].tolist()
+    return SeededNoise(seed).initial(draw, *size).tolist()
 
 
 def test_one_token_is_a_softmax_of_the_logits_at_its_place():

@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+from one_pass import decoded, encoded
 from tiny_models import make_config, make_model, make_weights
 
 from mlx_diffgemma import cpu
@@ -65,11 +66,10 @@ def train_somehow(model: DiffusionGemma, size: float = 0.05) -> None:
 
 def logits(model: DiffusionGemma) -> np.ndarray:
     """Of a canvas behind a prefix, with self-conditioning. [C, V]"""
-    ids = mx.arange(7, 27)[None]
-    cache = model.make_cache()
-    model.encode(ids, cache)
-    first = model.logits(model.decode(ids, cache))
-    return np.array(model.logits(model.decode(ids, cache, model.soft_embeddings(first)))[0])
+    ids = range(7, 27)
+    _, prefix = encoded(model, ids)
+    first = model.logits(decoded(model, ids, prefix))
+    return np.array(model.logits(decoded(model, ids, prefix, model.soft_embeddings(first))))
 
 
 def save(model: DiffusionGemma, folder, config: TrainConfig, keys, fingerprint: str) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from one_pass import decoded, encoded
 from training import furthest, gradients, random_batch
 
 from mlx_diffgemma import cpu
+from mlx_diffgemma.model.attention import attend
 from mlx_diffgemma.train import forward
 
 
@@ -27,11 +29,9 @@ def test_logits_are_those_of_inference(tiny_model, seed, forms):
     ours = forward.decode(model, batch.corrupted, kept, batch.prefix, soft)
     model.eval()
     for row, prefix in enumerate(prefixes):
-        cache = model.make_cache()
-        expected = model.encode(batch.sequence[row : row + 1, :prefix], cache)
-        _close(hidden[row, :prefix], expected[0])
-        one = slice(row, row + 1)
-        _close(ours[row], model.decode(batch.corrupted[one], cache, soft[one])[0])
+        expected, held = encoded(model, batch.sequence[row, :prefix].tolist())
+        _close(hidden[row, :prefix], expected)
+        _close(ours[row], decoded(model, batch.corrupted[row], held, soft[row]))
 
 
 def test_what_follows_the_prefix_is_not_seen(tiny_model):
@@ -70,9 +70,16 @@ def test_masks():
         [1, 0, 0, 0, 0, 1, 1],
         [0, 0, 1, 1, 0, 1, 1],
     ]
-    causal = forward.causal_masks(config, 4)
-    assert causal["full_attention"] == "causal"
-    assert np.array(causal["sliding_attention"])[0, 0].astype(int).tolist() == [
+
+
+def test_the_encoder_sees_what_came_before(tiny_model):
+    """With a window of 3, in sliding layers; four tokens, whose values say which they are."""
+    model = tiny_model(0, sliding_window=3)
+    rules = {layer.self_attn.sizes.kind: layer.self_attn.causal for layer in model.layers}
+    alike, own = mx.zeros((1, 1, 4, 4)), mx.eye(4)[None, None]
+    seen = {kind: np.array(attend(alike, alike, own, rule))[0, 0] for kind, rule in rules.items()}
+    assert (seen["full_attention"] > 0).astype(int).tolist() == np.tril(np.ones((4, 4))).tolist()
+    assert (seen["sliding_attention"] > 0).astype(int).tolist() == [
         [1, 0, 0, 0],
         [1, 1, 0, 0],
         [1, 1, 1, 0],
