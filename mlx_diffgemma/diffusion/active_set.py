@@ -9,6 +9,7 @@ committed on stale ground. Letters: C canvas, A positions computed.
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -44,7 +45,7 @@ def remembered(canvas: Canvas, part: Prediction, places: np.ndarray) -> Predicti
     source = np.arange(len(canvas))
     source[places] = len(canvas) + np.arange(len(places))
     index = mx.array(source)
-    values = {}
+    values: dict[str, Any] = {}
     for field in fields(Prediction):
         old, new = getattr(last, field.name), getattr(part, field.name)
         values[field.name] = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import accumulate, pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -78,12 +78,13 @@ def split(prediction: Prediction, lengths: Sequence[int]) -> list[Prediction]:
     if len(lengths) == 1:
         return [prediction]
     values = {field.name: getattr(prediction, field.name) for field in fields(Prediction)}
-    return [
-        Prediction(**{
+    parts = []
+    for start, stop in pairwise(accumulate(lengths, initial=0)):
+        part: dict[str, Any] = {
             name: None if value is None else value[start:stop] for name, value in values.items()
-        })
-        for start, stop in pairwise(accumulate(lengths, initial=0))
-    ]  # fmt: skip
+        }
+        parts.append(Prediction(**part))
+    return parts
 
 
 def _row(canvas: Canvas, length: int) -> Row:

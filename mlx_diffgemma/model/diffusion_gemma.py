@@ -162,14 +162,15 @@ class DiffusionGemma(nn.Module):
                     prefix, (queries, keys, values) = prefixes[row], heads
                     queries, keys = attention.rotate(queries, keys, len(prefix))
                     held, causal = prefix.layers[index], attention.causal
-                    longer, *seen = held.extended(keys, values, prefix.room)
-                    layers[row].append(longer)
+                    grown, *whole = held.extended(keys, values, prefix.room)
+                    layers[row].append(grown)
                     # A gradient is traced, and nothing can be evaluated inside it.
                     bounded = not attention.training
+                    seen: KeysValues = (whole[0], whole[1])
                     if bounded and block_count(queries, seen[0].shape[2], causal) > 1:
                         # Evaluated now, while the caller has the shorter prefix, its longer buffer
                         # would be a copy; later it is written where the shorter one was.
-                        seen = list(held.followed_by(keys, values))
+                        seen = held.followed_by(keys, values)
                     outputs.append(attend(queries, *seen, causal, bounded=bounded))
                 return attention.output(_joined(outputs))
 
@@ -291,7 +292,7 @@ def _rows(lengths: Sequence[int], *heads: mx.array) -> list[tuple[mx.array, ...]
 
 
 def _joined(outputs: Sequence[mx.array]) -> mx.array:
-    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(list(outputs), axis=2)
 
 
 def _replaced(stale: mx.array, fresh: mx.array, places: np.ndarray) -> mx.array:
