@@ -65,7 +65,13 @@ def main() -> None:
             if args.json:
                 print(json.dumps({"profile": profile, "constraint": constraint, **asdict(counts)}))
                 continue
-            numbers = (counts.layers, counts.vocabulary, counts.rest, counts.kernels, counts.products)
+            numbers = (
+                counts.layers,
+                counts.vocabulary,
+                counts.rest,
+                counts.kernels,
+                counts.products,
+            )
             shown = " | ".join("–" if number is None else str(number) for number in numbers)
             print(
                 f"| {profile} | {constraint} | {counts.waits:g} | {counts.async_evals:g} | {shown} "
