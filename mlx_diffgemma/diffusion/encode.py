@@ -36,11 +36,7 @@ def encode(
     start, total = len(cache.prefix), len(ids)
     cache.prefix = cache.prefix.with_room(total - start + room)
     yield PrefillProgress(row, 0, total - start)
-    stops = {
-        *range(start, total, step_size or model.prefill_step_size),
-        *(mark for mark in marks if start < mark),
-        total,
-    }
+    stops = {*range(start, total, step_size or model.prefill_step_size), *marks, total}
     for first, last in pairwise(sorted(stop for stop in stops if start <= stop <= total)):
         # The shorter prefix is given up as soon as the longer one is there, whose arrays may then
         # be written where its own were.

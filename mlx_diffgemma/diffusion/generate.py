@@ -88,7 +88,7 @@ def generate_canvases(
         marks: for each prompt, where to mark its prefix (see `encode`).
 
     Raises:
-        UsageError: `initial_canvas` or a layout does not fit.
+        UsageError: `initial_canvas` or a layout does not fit, or a cache is another model's.
         NumericalError: the model returned values that are not finite.
 
     Yields:
@@ -97,6 +97,8 @@ def generate_canvases(
     """
     denoiser = denoiser or Denoiser(model)
     configs = [config] * len(prompts) if isinstance(config, DiffusionConfig) else list(config)
+    for cache in caches or ():
+        cache.require_model(model)
     caches = [model.make_cache() for _ in prompts] if caches is None else caches
     sequences = [
         _Sequence(row, *both) for row, both in enumerate(zip(configs, caches, strict=True))

@@ -44,7 +44,13 @@ class LayerPrefix:
         self, keys: mx.array, values: mx.array, room: int = 0
     ) -> tuple[LayerPrefix, mx.array, mx.array]:
         """The layer with [1, H, S, Dh] appended, and all that the new positions may see. A new
-        buffer is made for `room` positions at least."""
+        buffer is made for `room` positions at least.
+
+        What is seen is a copy for one use, as in `followed_by`: a block of attention may be
+        evaluated while the caller still has the shorter layer, and a buffer that is first written
+        when nobody has it any more is written in place.
+        """
+        seen = self.followed_by(keys, values)
         if self.window is None:
             end = self.length + keys.shape[2]
             longer = replace(
@@ -53,8 +59,7 @@ class LayerPrefix:
                 keys=self._written(self.keys, keys, room),
                 values=self._written(self.values, values, room),
             )
-            return longer, *longer.held()
-        seen = self.followed_by(keys, values)
+            return longer, *seen
         length = min(self.window - 1, seen[0].shape[2])
         # A copy: a slice would hold the whole of what it was cut from.
         kept = (mx.contiguous(part[..., part.shape[2] - length :, :]) for part in seen)
@@ -239,6 +244,14 @@ class PrefixCache:
         finally:
             self._lock.release()
 
+    def require_model(self, model: MakesCaches) -> None:
+        """Raise UsageError unless the cache is of this model, or of one with the same weights."""
+        # Methods are equal where they are of the same model, and that takes no time to see.
+        if self._identity != model.identity and self._identity() != model.identity():
+            raise UsageError(
+                "this prefix_cache belongs to another model; take one from model.make_cache()."
+            )
+
     def snapshot(self) -> PrefixCache:
         """Another cache that holds the same prefix. Nothing is copied until one of them grows."""
         return PrefixCache(self.prefix, self._identity)
@@ -292,9 +305,11 @@ class PrefixCache:
 
 
 class MakesCaches(Protocol):
-    """A model, as far as loading a cache needs it."""
+    """A model, as far as a cache needs it."""
 
     def make_cache(self) -> PrefixCache: ...
+
+    def identity(self) -> str: ...
 
 
 def _loaded_layers(

@@ -31,7 +31,10 @@ class MockModel:
         self.encoded: list[list[int]] = []
 
     def make_cache(self) -> PrefixCache:
-        return PrefixCache(Prefix((), (LayerPrefix(),)), lambda: "mock")
+        return PrefixCache(Prefix((), (LayerPrefix(),)), self.identity)
+
+    def identity(self) -> str:
+        return "mock"
 
     def encode(self, ids: Sequence[Sequence[int]], prefixes: Sequence[Prefix]):
         longer = []

@@ -72,7 +72,7 @@ MODES = {
     "likely tokens": [Row(CANVAS, 0.6, KEY, soft_cutoff=10.0, likely=True)],
     "masks": [Row(CANVAS, 0.6, KEY, fixed=bound(), allowed=some_allowed())],
     "mixed": [
-        Row(CANVAS, 0.6, KEY, soft_cutoff=10.0, likely=True),
+        Row(CANVAS, 0.6, KEY, soft_cutoff=10.0, likely=np.arange(CANVAS) % 3 > 0),
         Row(CANVAS, 0.8, KEY, fixed=bound(), allowed=some_allowed(), soft_cutoff=10.0),
         Row(100, 0.4, need_soft=False),
         Row(40, 0.4, KEY),

@@ -49,6 +49,8 @@ class Sequences:
     def encode(self, ids: list[list[int]]) -> list[mx.array]:
         """Hidden states of each sequence; one that gets no tokens is left out of the call."""
         going = [place for place, row in enumerate(ids) if row]
+        if not going:
+            return [mx.zeros((0, 24))] * len(ids)
         hidden, longer = self.model.encode(
             [ids[place] for place in going], [self.prefixes[place] for place in going]
         )
@@ -110,7 +112,7 @@ def test_sequences_in_different_states_go_through_together(model, trace):
     """One canvas is in its first step, one is conditioned, and one stands behind two canvases."""
     both, pads = Sequences(model, trace, [0, 1]), trace["pads"]
     both.encode([trace["prompt"][row, pads[row] :].tolist() for row in (0, 1)])
-    behind_prompt = both.prefixes
+    behind_prompt = list(both.prefixes)
     both.encode(trace["committed"].tolist())
     soft = model.soft_embeddings(mx.array(trace["processed"]))
     tokens = [mx.array(row, mx.int32) for row in trace["canvas"]]

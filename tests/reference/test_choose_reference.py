@@ -31,10 +31,10 @@ def test_probabilities_are_the_softmax_of_the_references_logits(seed):
     prefix.encode(prompt)
     chances = []
     for draw in range(draws):
-        noise = SeededNoise(seed).initial_canvas([0], draw, config.canvas_length, 416)
+        noise = SeededNoise(seed).initial(draw, config.canvas_length, 416)
         canvas = np.full((1, config.canvas_length), 5)
         canvas[0, :3] = tokenizer.encode("xa!", add_special_tokens=False)
-        canvas[0, 1] = np.array(noise)[0, 1]
+        canvas[0, 1] = np.array(noise)[1]
         logits = prefix.logits(canvas)[0, 1, ids].astype(np.float64)
         chances.append(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())
     expected = np.mean(chances, axis=0)

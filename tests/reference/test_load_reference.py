@@ -14,6 +14,7 @@ from transformers import DiffusionGemmaForBlockDiffusion
 
 from mlx_diffgemma.checkpoint.loading import load_model
 from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.model.diffusion_gemma import CanvasView
 
 pytestmark = pytest.mark.reference
 
@@ -33,11 +34,12 @@ def test_saved_by_transformers(tmp_path, seed, dtype, shard_size):
     ours, _ = load_model(tmp_path, dtype=mx.float32)
     rng = np.random.default_rng(seed)
     prompt, canvas = (rng.integers(7, ours.config.text.vocab_size, (1, n)) for n in (29, 14))
-    prefix, cache = Prefix(theirs, np.ones((1, 29))), ours.make_cache()
+    prefix = Prefix(theirs, np.ones((1, 29)))
     prefix.encode(prompt)
-    ours.encode(mx.array(prompt), cache)
+    (encoded,) = ours.encode(prompt.tolist(), [ours.empty_prefix()])[1]
+    hidden = ours.decode([CanvasView(mx.array(canvas[0]), encoded)])
     figures = Closeness()
-    figures.add(np.array(ours.logits(ours.decode(mx.array(canvas), cache))), prefix.logits(canvas))
+    figures.add(np.array(ours.logits(hidden))[None], prefix.logits(canvas))
     print(f"\nsaved by transformers, seed {seed}, {dtype}, {shard_size}: {figures}")
     assert figures.largest >= 3
     assert figures.median <= 1e-5

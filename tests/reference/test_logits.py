@@ -18,6 +18,7 @@ from tiny_models import make_config, make_model, make_weights
 from transformers import DiffusionGemmaConfig
 
 from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.model.diffusion_gemma import CanvasView
 
 pytestmark = pytest.mark.reference
 
@@ -26,7 +27,8 @@ MEDIAN, P999, ARGMAX, LARGEST = 1e-5, 1e-4, 0.999, 3.0
 
 
 class Pair:
-    """The same weights in both implementations, and the same sequences in both caches."""
+    """The same weights in both implementations, and the same sequences in both: the reference's
+    are padded on the left to one length, ours lie one behind the other in one call of the model."""
 
     def __init__(self, seed: int, spelling: str = "release", **text) -> None:
         self.raw = make_config(seed, spelling, **text)
@@ -54,20 +56,30 @@ class Pair:
         ids[~mask] = 0
         if self.gaps is not None:
             self.gaps.close()
-        self.cache, self.prefix = self.ours.make_cache(pads), Prefix(self.theirs, mask)
+        self.prefix = Prefix(self.theirs, mask)
+        self.prefixes = [self.ours.empty_prefix() for _ in lengths]
         self.gaps, self.lost = RouterGaps(self.theirs, batch), np.zeros(batch, bool)
         step = chunk or longest
-        hidden = [
-            np.array(self.ours.encode(mx.array(ids[:, at : at + step]), self.cache))
-            for at in range(0, longest, step)
-        ]
+        ours = np.zeros((*ids.shape, self.config.text.hidden_size), np.float32)
+        for at in range(0, longest, step):
+            going = [row for row, length in enumerate(lengths) if at < length]
+            chunks = [ids[row, pads[row] :][at : at + step].tolist() for row in going]
+            for row, part, hidden in zip(going, chunks, self._encode(chunks, going), strict=True):
+                ours[row, pads[row] + at : pads[row] + at + len(part)] = hidden
         expected = self.prefix.encode(ids) * mask[..., None]
-        self._add_hidden(np.concatenate(hidden, axis=1) * mask[..., None], expected)
+        self._add_hidden(ours, expected)
+
+    def _encode(self, ids: list[list[int]], rows: list[int]) -> list[np.ndarray]:
+        """Append ids to the sequences `rows`, all in one call; their hidden states."""
+        hidden, longer = self.ours.encode(ids, [self.prefixes[row] for row in rows])
+        for row, prefix in zip(rows, longer, strict=True):
+            self.prefixes[row] = prefix
+        return np.split(np.array(hidden), np.cumsum([len(row) for row in ids])[:-1])
 
     def commit(self) -> None:
         """Encode one more random canvas for every sequence."""
         canvas = self.tokens(len(self.lost), self.config.canvas_length)
-        ours = np.array(self.ours.encode(mx.array(canvas), self.cache))
+        ours = np.stack(self._encode(canvas.tolist(), list(range(len(canvas)))))
         self._add_hidden(ours, self.prefix.encode(canvas))
 
     def denoise(self) -> None:
@@ -86,7 +98,11 @@ class Pair:
         self.lost[np.flatnonzero(going)[tied]] = True
 
     def _add_logits(self, canvas: np.ndarray, soft: mx.array | None, theirs: np.ndarray) -> None:
-        ours = np.array(self.ours.logits(self.ours.decode(mx.array(canvas), self.cache, soft)))
+        views = [
+            CanvasView(mx.array(tokens), prefix, None if soft is None else soft[row])
+            for row, (tokens, prefix) in enumerate(zip(canvas, self.prefixes, strict=True))
+        ]
+        ours = np.array(self.ours.logits(self.ours.decode(views))).reshape(theirs.shape)
         going = ~self.lost
         self.logits.add_sequences(ours[going], theirs[going], self.gaps.take()[going])
 

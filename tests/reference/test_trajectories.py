@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 from demo_checkpoint import demo_config, demo_weights, two_puzzles
-from recording import RecordedStep, Recording, record
+from recording import RecordedCanvas, RecordedStep, Recording, record
 from reference_model import ROUTER_TIE, RouterGaps, build_reference
-from replay import CanvasDraws, ReplayNoise, ReplayPredictor
+from replay import CanvasDraws, replay_noise, replaying
 from tiny_models import make_config, make_model, make_weights
 
 from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.config import DiffusionConfig
-from mlx_diffgemma.diffusion.denoise import generate_canvases
 from mlx_diffgemma.diffusion.events import DenoisingStep, Finished
+from mlx_diffgemma.diffusion.generate import generate_canvases
 
 pytestmark = pytest.mark.reference
 
@@ -59,8 +60,8 @@ class Pair:
             self.ours,
             prompts,
             settings,
-            ReplayNoise(draws),
-            predictor=ReplayPredictor(self.ours, draws),
+            replay_noise(draws),
+            denoiser=replaying(self.ours),
             prefill_step_size=11,
         ):
             if isinstance(event, DenoisingStep):
@@ -86,49 +87,46 @@ class Comparison:
         self.batch = batch
 
     def step(self, event: DenoisingStep, settings: DiffusionConfig) -> None:
-        canvas = self.recording.canvases[event.canvas_index]
-        done_before = (
-            canvas.steps[event.step - 2].done if event.step > 1 else np.zeros(self.batch, bool)
+        if event.row in self.parted:
+            return
+        ours, recorded = event.canvas, self.recording.canvases[event.canvas.index]
+        theirs = recorded.steps[ours.passes - 1]
+        self.steps += 1
+        same = (
+            np.array_equal(ours.draft, theirs.draft[event.row])
+            and np.array_equal(ours.accepted, theirs.accepted[event.row])
+            and np.array_equal(np.array(ours.tokens), theirs.canvas[event.row])
+            and self._stops(ours, recorded) == bool(theirs.done[event.row])
         )
-        for place, row in enumerate(event.rows):
-            if row in self.parted or done_before[row]:
-                continue
-            theirs = canvas.steps[event.step - 1]
-            self.steps += 1
-            same = all(
-                np.array_equal(getattr(event, name)[place], getattr(theirs, name)[row])
-                for name in ("draft", "accepted", "canvas", "done")
-            )
-            if not same:
-                self.parted[row] = self._tie(event, place, theirs, row, settings)
+        if not same:
+            self.parted[event.row] = self._tie(ours, theirs, event.row, settings)
 
-    def _tie(
-        self,
-        event: DenoisingStep,
-        place: int,
-        theirs: RecordedStep,
-        row: int,
-        settings: DiffusionConfig,
-    ) -> str:
+    def _stops(self, ours: Canvas, recorded: RecordedCanvas) -> bool:
+        """Whether the stop rule was met; used-up steps end ours, and leave the reference's open."""
+        if ours.done and not ours.converged:
+            assert ours.passes == ours.settings.max_denoising_steps == len(recorded.steps)
+        return ours.converged
+
+    def _tie(self, ours: Canvas, theirs: RecordedStep, row: int, settings: DiffusionConfig) -> str:
         """What rounding decided here; fails where there is no tie."""
-        where = f"canvas {event.canvas_index}, step {event.step}, sequence {row}"
-        canvas = self.recording.canvases[event.canvas_index]
+        where = f"canvas {ours.index}, step {ours.passes}, sequence {row}"
+        canvas = self.recording.canvases[ours.index]
         undecided = [c.steps[0].router_gaps[row] for c in self.recording.canvases]
-        undecided = undecided[: event.canvas_index + 1]
-        undecided += [step.router_gaps[row] for step in canvas.steps[: event.step]]
+        undecided = undecided[: ours.index + 1]
+        undecided += [step.router_gaps[row] for step in canvas.steps[: ours.passes]]
         if min(undecided) < ROUTER_TIE:
             return f"{where}: a router was undecided by {min(undecided):.1e}"
 
         logits = theirs.processed[row].astype(np.float64)
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         entropy = -(np.exp(log_p) * log_p).sum(-1)
-        differs = event.draft[place] != theirs.draft[row]
+        differs = ours.draft != theirs.draft[row]
         if differs.any():
             two = np.sort(logits[differs], axis=-1)[:, -2:]
             gap = (two[:, 1] - two[:, 0]).max()
             assert gap < LOGIT_TIE, f"{where}: drafts differ, the top two logits by {gap:.1e}"
             return f"{where}: the top two logits were {gap:.1e} apart"
-        differs = event.accepted[place] != theirs.accepted[row]
+        differs = ours.accepted != theirs.accepted[row]
         if differs.any():
             ordered = np.sort(entropy)
             margin = np.abs(np.cumsum(ordered) - ordered - settings.entropy_bound).min()
@@ -137,7 +135,7 @@ class Comparison:
             assert least < ENTROPY_TIE, f"{where}: accepted differ, nearest tie {least:.1e}"
             return f"{where}: the entropies were {least:.1e} from the bound or each other"
         margin = abs(entropy.mean() - settings.confidence_threshold)
-        assert event.done[place] != theirs.done[row], f"{where}: the next canvas differs"
+        assert ours.converged != theirs.done[row], f"{where}: the next canvas differs"
         assert margin < ENTROPY_TIE, f"{where}: stops differ, {margin:.1e} from the threshold"
         return f"{where}: the mean entropy was {margin:.1e} from the threshold"
 
