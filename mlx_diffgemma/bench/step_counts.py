@@ -137,7 +137,7 @@ def count_step(
         async_evals,
         max(watched.layers),
         max(watched.vocabulary),
-        max(watched.queued) - max(watched.vocabulary),
+        max(watched.rest),
         max(kernels),
         max(products),
         beside,
@@ -172,7 +172,7 @@ class _Watched:
     model: DiffusionGemma
     layers: list[int] = field(default_factory=list)
     vocabulary: list[int] = field(default_factory=list)
-    queued: list[int] = field(default_factory=list)
+    rest: list[int] = field(default_factory=list)
 
     def decode_keeping(
         self, canvases: Sequence[CanvasView]
@@ -190,15 +190,16 @@ class _Watched:
         values = [getattr(seen, each.name) for each in fields(seen)]
         arrays = [value for value in values if value is not None]
         self.vocabulary.append(nodes(*arrays).total())
+        mx.eval(arrays)
         return seen
 
     def looking(self) -> Any:
-        """A context in which what is queued is counted too."""
+        """A context in which what else is queued is counted too."""
         queue = mx.async_eval
 
         def noted(*args: Any) -> None:
             arrays = [each for _, each in tree_flatten(args) if isinstance(each, mx.array)]
-            self.queued.append(nodes(*arrays).total())
+            self.rest.append(nodes(*arrays).total())
             queue(*args)
 
         return replaced(mx, "async_eval", noted)
@@ -231,7 +232,7 @@ def _under_a_grammar(
             pass
         every = generate_matching(
             model, denoiser or Denoiser(model), cache, settings, SeededNoise(0), _Letters(vocab),
-            Closer([1]), MatchingSettings((end,), end, _text(vocab)),
+            Closer(), MatchingSettings((end,), end, _text(vocab)),
         )  # fmt: skip
         yield from (event for event in every if isinstance(event, DenoisingStep))
 
@@ -258,6 +259,9 @@ class _Letters:
         return self._allowed
 
     def forced(self) -> list[int]:
+        return []
+
+    def way_out(self, most: int, thorough: bool = False) -> list[int]:
         return []
 
     def signature(self) -> Hashable:
