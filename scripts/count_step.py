@@ -4,8 +4,8 @@
     python scripts/count_step.py --layers 30 --profile fast --batch 4
     python scripts/count_step.py --form cpu --like small-262k --recipe none
 
-Nothing is timed, and no weight is loaded or takes memory: kernels and products with packed weights
-hand out ones of the right shape, so any machine can count. With `--form cpu` the layers take the
+Nothing is timed, and no weight is loaded or takes memory: what a GPU has kernels for
+hands out ones of the right shape, so any machine can count. With `--form cpu` the layers take the
 forms of a CPU, and compute what they do.
 """
 
@@ -48,7 +48,7 @@ def main() -> None:
         )
         print(
             "| profile | constraint | waits and reads | queued | nodes: layers | vocabulary | rest "
-            "| kernels | packed products | MB beside the weights |\n|---|---|" + "---:|" * 8
+            "| kernels | products | MB beside the weights |\n|---|---|" + "---:|" * 8
         )
     for profile in args.profile or PROFILES:
         for constraint in args.constraint or CONSTRAINTS:

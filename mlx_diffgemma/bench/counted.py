@@ -2,8 +2,9 @@
 
 A wait costs nothing on a CPU and a GPU much, so a step that is fast here may starve there. Inside
 `counted`, everything by which a Python program can wait for MLX, or read from an array, is counted.
-Inside `as_on_a_gpu`, a model runs in the form of a GPU: kernels are launched and quantized products
-are taken, but what comes out is ones of the right shape and type, made when the inputs are there.
+Inside `as_on_a_gpu`, a model asks for what it asks of a GPU: kernels are launched, and
+products, norms, rotations and attention are one operation each. What comes out is ones of the right
+shape and type, there when the inputs are.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_diffgemma.kernels import dispatch
 
@@ -138,7 +140,7 @@ class GpuWork:
     Attributes:
         kernels: launches of each kernel of ours, by its name. A launch inside a compiled function
             is noted once, when the function is traced.
-        products: quantized products, noted in the same way.
+        products: products of matrices, noted in the same way.
     """
 
     kernels: Counter[str] = field(default_factory=Counter)
@@ -147,8 +149,9 @@ class GpuWork:
 
 @contextmanager
 def as_on_a_gpu(*, fresh: bool = True) -> Iterator[GpuWork]:
-    """Inside, kernels and quantized products hand out ones without computing anything: a model is
-    certain of token 1 then, wherever it is asked.
+    """Inside, what a GPU has kernels for hands out ones without computing anything: a model is
+    certain of token 1 then, wherever it is asked. Attention also takes the memory of its scores, as
+    it does for heads of a size that Metal has no fused kernel for.
 
     Compiled functions that are traced inside keep the stand-ins, so a model that is compiled is to
     be used nowhere else.
@@ -181,7 +184,7 @@ def as_on_a_gpu(*, fresh: bool = True) -> Iterator[GpuWork]:
     ) -> list[mx.array]:
         work.kernels[kernel.name] += 1
         results = [ones(*each) for each in zip(output_shapes, output_dtypes, strict=True)]
-        return _once_there(results, inputs)
+        return _once_there(results, _arrays(*inputs))
 
     def quantized_matmul(
         x: mx.array,
@@ -226,10 +229,51 @@ def as_on_a_gpu(*, fresh: bool = True) -> Iterator[GpuWork]:
         )
         return result
 
+    def matmul(x: mx.array, y: mx.array) -> mx.array:
+        work.products += 1
+        batch = np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+        shape = (*batch, x.shape[-2], y.shape[-1])
+        (result,) = _once_there([ones(shape, x.dtype)], [x, y])
+        return result
+
+    def gather_mm(
+        a: mx.array,
+        b: mx.array,
+        /,
+        lhs_indices: mx.array | None = None,
+        rhs_indices: mx.array | None = None,
+        **_: Any,
+    ) -> mx.array:
+        work.products += 1
+        chosen = [each.shape for each in (lhs_indices, rhs_indices) if each is not None]
+        batch = chosen[0] if chosen else a.shape[:-2]
+        (result,) = _once_there(
+            [ones((*batch, a.shape[-2], b.shape[-1]), a.dtype)],
+            _arrays(a, b, lhs_indices, rhs_indices),
+        )
+        return result
+
+    def like(x: mx.array, *others: Any, **named: Any) -> mx.array:
+        (result,) = _once_there([ones(x.shape, x.dtype)], _arrays(x, *others, *named.values()))
+        return result
+
+    def attention(
+        q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, **_: Any
+    ) -> mx.array:
+        scores = ones((*q.shape[:-1], k.shape[-2]), q.dtype)
+        shape = (*q.shape[:-1], v.shape[-1])
+        (result,) = _once_there([ones(shape, q.dtype)], _arrays(q, k, v, scores, mask))
+        return result
+
     with (
         dispatch.override(launch),
+        replaced(mx.fast, "rms_norm", like),
+        replaced(mx.fast, "rope", like),
+        replaced(mx.fast, "scaled_dot_product_attention", attention),
         replaced(mx, "quantized_matmul", quantized_matmul),
         replaced(mx, "gather_qmm", gather_qmm),
+        replaced(mx, "gather_mm", gather_mm),
+        replaced(mx.array, "__matmul__", matmul),
     ):
         yield work
 
@@ -240,14 +284,13 @@ def _bits(bits: int | None, mode: str) -> int:
     return 8 if mode == "mxfp8" else 4
 
 
-def _arrays(*given: mx.array | None) -> list[mx.array]:
-    return [each for each in given if each is not None]
+def _arrays(*given: Any) -> list[mx.array]:
+    return [each for each in given if isinstance(each, mx.array)]
 
 
 def _once_there(results: list[mx.array], inputs: Sequence[mx.array]) -> list[mx.array]:
     """`results` that are not there before `inputs` are."""
-    arrays = [each for each in inputs if isinstance(each, mx.array)]
-    return list(mx.depends(results, arrays))
+    return list(mx.depends(results, list(inputs)))
 
 
 def nodes(*arrays: mx.array) -> Counter[str]:
