@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_diffgemma.cpu.soft_sum import AllTokens, LikelyTokens, SoftSum
 from mlx_diffgemma.cpu.tile_epilogue import TileStatistics, processed_logits, tile_epilogue
-from mlx_diffgemma.kernels.allowed_tokens import FORBIDDEN, WORD, unpack_allowed
+from mlx_diffgemma.kernels.allowed_tokens import FORBIDDEN, WORD, forbid
 from mlx_diffgemma.kernels.dispatch import Implementation, Launcher
 from mlx_diffgemma.kernels.draw import BLOCK, choose_by_mass, uniforms
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
@@ -78,11 +78,11 @@ class _Logits:
         at = np.flatnonzero((self.which >= 0) & lacking[self.which])
         if not len(at):
             return x
-        allowed = unpack_allowed(mx.array(words[self.which[at]]), raw.shape[1])
+        allowed = mx.array(words[self.which[at]])
         if len(at) == len(self.which):
-            return mx.where(allowed, x, FORBIDDEN)
+            return forbid(x, allowed)
         rows = mx.array(at)
-        x[rows] = mx.where(allowed, x[rows], FORBIDDEN)
+        x[rows] = forbid(x[rows], allowed)
         return x
 
     def of_blocks(self, raw: mx.array, block: mx.array) -> mx.array:
@@ -97,7 +97,7 @@ class _Logits:
             np.maximum(self.which, 0)[:, None], np.minimum(at, self.masks.shape[1] - 1)
         ]
         words = np.where((self.which < 0)[:, None], np.uint32(0xFFFFFFFF), words)
-        return mx.where(unpack_allowed(mx.array(words), BLOCK), x, FORBIDDEN)
+        return forbid(x, mx.array(words))
 
     def of_tokens(self, raw: mx.array, tokens: mx.array) -> mx.array:
         """The logits [M] of one token [M] a position."""

@@ -26,10 +26,8 @@ def unpack_allowed(words: mx.array, count: int) -> mx.array:
     return bits.reshape(*words.shape[:-1], -1)[..., :count].astype(mx.bool_)
 
 
-def forbid(logits: mx.array, words: mx.array | None) -> mx.array:
+def forbid(logits: mx.array, words: mx.array) -> mx.array:
     """Logits [..., v] with those of tokens outside `words` [..., W] made impossible."""
-    if words is None:
-        return logits
     return mx.where(unpack_allowed(words, logits.shape[-1]), logits, FORBIDDEN)
 
 

@@ -72,6 +72,9 @@ def vocabulary_pass(
                 sums = product.astype(mx.float32)
             else:
                 sums = _rescaled_sum(sums, after.shrink, product)
+        # Handed over now, a chunk is computed before the next ones take memory for their products:
+        # of what it is given at once, MLX computes first what needs nothing else. Nobody waits.
+        mx.async_eval(state.numbers, state.tokens, [] if sums is None else sums)
 
     total, maximum = state.total, state.best[:, 0]
     log_total = mx.log(total)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_diffgemma.kernels.activation import softcap
-from mlx_diffgemma.kernels.allowed_tokens import FORBIDDEN, WORD, unpack_allowed
+from mlx_diffgemma.kernels.allowed_tokens import FORBIDDEN, WORD, forbid
 from mlx_diffgemma.kernels.dispatch import Implementation, Launcher, MetalKernel, launcher_for
 from mlx_diffgemma.kernels.draw import BLOCK, choose_by_mass
 
@@ -422,7 +422,7 @@ def _in_mlx(
         words = wanted.masks[:, start // WORD : -(-(start + size) // WORD)]
         free = mx.full((1, words.shape[1]), 0xFFFFFFFF, mx.uint32)
         words = mx.concatenate([words, free])[wanted.which]  # −1 is the last
-        x = mx.where(unpack_allowed(words, size), x, FORBIDDEN)
+        x = forbid(x, words)
 
     # A stable sort, so that of equals the first comes first.
     tokens = mx.broadcast_to(mx.arange(start, start + size, dtype=mx.int32), x.shape)

@@ -28,6 +28,7 @@ class MockModel:
         text = SimpleNamespace(vocab_size=VOCAB)
         self.config = SimpleNamespace(text=text, canvas_length=LENGTH)
         self.dtype, self.adapted = mx.float32, False
+        self.prefill_step_size = 512
         self.encoded: list[list[int]] = []
 
     def make_cache(self) -> PrefixCache:

@@ -356,7 +356,7 @@ def test_values_that_are_not_finite_stop_with_the_step_named(at):
     canvas, step = divmod(at - 1, 12)
     assert str(error.value) == (
         f"prompt 3, canvas {canvas + 1}, step {step + 1}: the model returned NaN or infinity; "
-        "its weights may be damaged (check them with --check)."
+        "its weights may be damaged (load them with check=True, or add --check)."
     )
     with pytest.raises(NumericalError) as error:
         run(PROMPTS[:1], settings(), predict=MockPredict(peak=0, nan_at=at))

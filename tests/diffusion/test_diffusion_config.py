@@ -70,6 +70,8 @@ def test_an_empty_file_gives_the_reference_defaults():
         ("entropy_bound", 0, "entropy_bound must be a number above 0, not 0."),
         ("entropy_bound", "x", "entropy_bound must be a number above 0, not 'x'."),
         ("confidence_threshold", -1, "confidence_threshold must be a number above 0, not -1."),
+        ("eos_certainty", 0, "eos_certainty must be a number above 0, not 0."),
+        ("eos_certainty", NAN, "eos_certainty must be a number above 0, not nan."),
     ],
 )
 def test_out_of_range(setting, value, message):

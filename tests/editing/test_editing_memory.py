@@ -38,7 +38,9 @@ SETTINGS: dict[str, Any] = {
 
 @cache
 def model() -> Any:
-    made = random_model(ModelConfig.from_dict(config_like(SMALL)), Recipe("unquantized", ()), mx.float32)
+    made = random_model(
+        ModelConfig.from_dict(config_like(SMALL)), Recipe("unquantized", ()), mx.float32
+    )
     assert made.config.text.vocab_size == SIZE
     cpu.use(made)
     return made

@@ -13,7 +13,7 @@ import pytest
 
 from mlx_diffgemma.kernels.dispatch import MetalKernel
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
-from mlx_diffgemma.kernels.vocabulary import Row, vocabulary_pass
+from mlx_diffgemma.kernels.vocabulary import CHUNK, Row, vocabulary_pass
 
 VOCAB, WIDTH, CANVAS = 262_144, 2816, 256
 MOST_NODES = 600
@@ -99,7 +99,11 @@ def test_a_read_shows_in_the_graph(read: Callable[[mx.array], Any]) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8, None])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_pass_is_a_small_graph_that_the_host_does_not_wait_for(mode: str, bits: int) -> None:
+def test_a_pass_is_a_small_graph_that_the_host_does_not_wait_for(
+    mode: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queued: list[int] = []
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: queued.append(len(arrays)))
     rows = MODES[mode]
     count = sum(row.length for row in rows)
     hidden = mx.zeros((count, WIDTH), mx.bfloat16)
@@ -111,6 +115,7 @@ def test_a_pass_is_a_small_graph_that_the_host_does_not_wait_for(mode: str, bits
     counted = nodes(*(value for value in vars(result).values() if value is not None))
     print(f"{mode}, {bits} bits: {counted} nodes")
     assert counted <= MOST_NODES
+    assert len(queued) == -(-VOCAB // CHUNK)  # each chunk is handed over by itself
     # Had the host read anything that depends on one of them, it would have been computed.
     assert all(nodes(array) > 0 for array in (hidden, standing, table.weight))
     assert result.entropy.shape == (count,)

@@ -14,6 +14,7 @@ from mlx_diffgemma import load_model
 from mlx_diffgemma.checkpoint.adapters import fingerprint
 from mlx_diffgemma.checkpoint.locate import locate
 from mlx_diffgemma.cli.main import app
+from mlx_diffgemma.model.diffusion_gemma import CanvasView
 from mlx_diffgemma.train.adapt import prepare
 from mlx_diffgemma.train.adapters import adapter_config, write_adapter_config
 from mlx_diffgemma.train.config import TrainConfig
@@ -49,13 +50,13 @@ def test_fused_weights_in_transformers(tmp_path, quantized):
         tmp_path / "fused", dtype=torch.float32, output_loading_info=True
     )
     assert not any(info.values()), info
-    ids, canvas = np.arange(7, 27)[None], np.arange(30, 94)[None]
+    ids, canvas = np.arange(7, 27), np.arange(30, 94)
     with torch.no_grad():
         expected = theirs.eval()(
-            input_ids=torch.tensor(ids), decoder_input_ids=torch.tensor(canvas)
-        ).logits
-    cache = model.make_cache()
-    model.encode(mx.array(ids), cache)
-    ours = model.logits(model.decode(mx.array(canvas), cache))
+            input_ids=torch.tensor(ids[None]), decoder_input_ids=torch.tensor(canvas[None])
+        ).logits[0]
+    (prefix,) = model.encode([ids.tolist()], [model.empty_prefix()])[1]
+    ours = model.logits(model.decode([CanvasView(mx.array(canvas), prefix)]))
+    assert ours.shape == expected.shape
     difference = np.abs(np.array(ours) - expected.numpy())
     assert np.median(difference) < 1e-5 * expected.abs().max().item()
