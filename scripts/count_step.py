@@ -48,7 +48,7 @@ def main() -> None:
         )
         print(
             "| profile | constraint | waits and reads | queued | nodes: layers | vocabulary | rest "
-            "| kernels | products | MB beside the weights |\n|---|---|" + "---:|" * 8
+            "| kernels | products | MB beside weights and prefix |\n|---|---|" + "---:|" * 8
         )
     for profile in args.profile or PROFILES:
         for constraint in args.constraint or CONSTRAINTS:

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from mlx_diffgemma import cpu
 from mlx_diffgemma.bench.counted import as_on_a_gpu, counted, nodes, replaced
 from mlx_diffgemma.bench.random_model import blank_model
-from mlx_diffgemma.bench.steps import Stepper, random_prompts
+from mlx_diffgemma.bench.steps import Stepper, encoded, random_prompts
 from mlx_diffgemma.bench.timing import peak_bytes
 from mlx_diffgemma.checkpoint.quantization import Recipe
 from mlx_diffgemma.config import ModelConfig
@@ -57,8 +57,8 @@ class StepCount:
         rest: nodes of what a step queues beside both.
         kernels: launches of kernels of ours.
         products: products of matrices.
-        beside: most bytes held beside the weights, the prefixes included. MLX on this machine
-            queues few operations ahead; a device that is behind with many holds more.
+        beside: most bytes held beside weights and prefixes. MLX on this machine queues few
+            operations ahead; a device that is behind with many holds more.
     """
 
     waits: float
@@ -106,10 +106,11 @@ def count_step(
     )
     with as_on_a_gpu() if form == "gpu" else nullcontext():
         model = _compiled(made()) if form == "gpu" else _for_a_cpu(made())
+        held = sum(each.nbytes for each in encoded(model, prefix, batch, 0))
         before = mx.get_active_memory()
         step = stepper(model)
         step()
-        beside = peak_bytes(lambda: [step() for _ in range(steps)]) - before
+        beside = peak_bytes(lambda: [step() for _ in range(steps)]) - before - held
         with counted() as counts:
             for _ in range(steps):
                 step()
