@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,79 +22,92 @@ import numpy as np
 
 from mlx_diffgemma import load
 from mlx_diffgemma.demo import sudoku
+from mlx_diffgemma.diffusion.canvas import Canvas, Passed
 from mlx_diffgemma.diffusion.config import SAMPLERS
-from mlx_diffgemma.diffusion.constraints import FREE, CanvasConstraint, token_mask
-from mlx_diffgemma.diffusion.denoise import generate_canvases
+from mlx_diffgemma.diffusion.constraints import FREE, Layout, token_mask
+from mlx_diffgemma.diffusion.denoiser import Denoiser
 from mlx_diffgemma.diffusion.events import Finished
-from mlx_diffgemma.diffusion.noise import SeededNoise
-from mlx_diffgemma.diffusion.predict import MaterializedPredictor, Prediction
+from mlx_diffgemma.diffusion.generate import generate_canvases
+from mlx_diffgemma.diffusion.noise import seeded
+from mlx_diffgemma.diffusion.predict import Predictor
 from mlx_diffgemma.diffusion.profiles import PROFILES, profile_settings
 from mlx_diffgemma.generation import diffusion_config
+from mlx_diffgemma.model.cache import Prefix
 from mlx_diffgemma.text.prompt import encode_prompt
 
 
-class PinnedAtFirst(CanvasConstraint):
+class PinnedAtFirst(Layout):
     """Fixed tokens enter the first canvas and the draft; renoising may overwrite them."""
 
-    def pin(self, canvas: mx.array) -> mx.array:
+    def pin(self, tokens: mx.array) -> mx.array:
         first = not hasattr(self, "_pinned")
         object.__setattr__(self, "_pinned", True)
-        return super().pin(canvas) if first else canvas
+        return super().pin(tokens) if first else tokens
 
 
-class FreeDistribution(CanvasConstraint):
-    """Fixed tokens enter every canvas, but not what the model predicts."""
-
-    def restrict(self, logits: mx.array) -> mx.array:
-        return logits
-
-
-class EveryPositionCounts(CanvasConstraint):
+class EveryPositionCounts(Layout):
     """Fixed positions count in the stop rule."""
 
     @property
     def open(self) -> np.ndarray:
         return np.ones(self.fixed.shape, bool)
 
+    def pin(self, tokens: mx.array) -> mx.array:
+        return mx.where(mx.array(self.fixed == FREE), tokens, mx.array(self.fixed))
 
-class NoiseWithin(CanvasConstraint):
+
+class NoiseWithin(Layout):
     """Restricted positions are renoised from what they may hold."""
 
-    def pin(self, canvas: mx.array) -> mx.array:
-        assert self.allowed is not None
-        bits = np.unpackbits(self.allowed.view(np.uint8), axis=-1, bitorder="little")
-        size = bits.sum(axis=-1, dtype=np.int32)  # a token's number in its set picks another
-        order = np.argsort(~bits.astype(bool), axis=-1, kind="stable")
-        place = np.array(canvas) % size
-        fitting = mx.array(np.take_along_axis(order, place[..., None], axis=-1)[..., 0])
-        allowed = mx.array(np.take_along_axis(bits, np.array(canvas)[..., None], axis=-1)[..., 0])
-        return super().pin(mx.where(allowed == 1, canvas, fitting.astype(mx.int32)))
+    def pin(self, tokens: mx.array) -> mx.array:
+        canvas = np.array(tokens)
+        for place, mask in self.allowed.items():
+            may = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+            if canvas[place] not in may:  # a token's number in its set picks another
+                canvas[place] = may[canvas[place] % len(may)]
+        return super().pin(mx.array(canvas))
 
 
-class SoftOfTheModel(MaterializedPredictor):
+class Unconstrained(Predictor):
+    """Fixed tokens enter every canvas, but not what the model predicts."""
+
+    def __call__(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> list[Passed]:
+        return super().__call__([replace(each, layout=None) for each in canvases], prefixes)
+
+
+class _OfTheModel(Predictor):
+    """Predictions under the layout, but for one field, which is as the model has it without."""
+
+    name: str
+
+    def __call__(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> list[Passed]:
+        bound = super().__call__(canvases, prefixes)
+        free = super().__call__([replace(each, layout=None) for each in canvases], prefixes)
+        mixed = []
+        for ours, others in zip(bound, free, strict=True):
+            values = {self.name: getattr(others.prediction, self.name)}
+            mixed.append(replace(ours, prediction=replace(ours.prediction, **values)))
+        return mixed
+
+
+class SoftOfTheModel(_OfTheModel):
     """Fixed positions tell the next step what the model believes of them."""
 
-    def __call__(self, *inputs: Any) -> Prediction:
-        *others, constraint = inputs
-        bound, free = super().__call__(*others, constraint), super().__call__(*others)
-        return replace(bound, soft_embeddings=free.soft_embeddings)
+    name = "soft_embeddings"
 
 
-class EntropyOfTheModel(MaterializedPredictor):
+class EntropyOfTheModel(_OfTheModel):
     """Fixed positions take of the entropy bound what the model is unsure of them."""
 
-    def __call__(self, *inputs: Any) -> Prediction:
-        *others, constraint = inputs
-        bound, free = super().__call__(*others, constraint), super().__call__(*others)
-        return replace(bound, entropy=free.entropy)
+    name = "entropy"
 
 
 @dataclass(frozen=True)
 class Variant:
     """What is pinned, and how."""
 
-    kind: type[CanvasConstraint] = CanvasConstraint
-    predictor: type[MaterializedPredictor] | None = None
+    kind: type[Layout] = Layout
+    predictor: type[Predictor] = Predictor
     tail: str = "eos"  # what holds behind the answer: "eos", "pad" or "free"
     newlines: bool = True  # whether the line ends are pinned as well
     digits: bool = False  # whether blanks are restricted to digits
@@ -109,7 +122,7 @@ VARIANTS: dict[str, Variant] = {
     "pinned in the first canvas only": Variant(PinnedAtFirst),
     "self-conditioning not one-hot": Variant(predictor=SoftOfTheModel),
     "pinned positions take of the bound": Variant(predictor=EntropyOfTheModel),
-    "neither, nor the draft one-hot": Variant(FreeDistribution),
+    "neither, nor the draft one-hot": Variant(predictor=Unconstrained),
     "pinned positions count in the stop": Variant(EveryPositionCounts),
     "blanks restricted to digits": Variant(digits=True),
     "  and renoised within digits": Variant(NoiseWithin, digits=True),
@@ -122,29 +135,21 @@ VARIANTS |= {
 }
 
 
-def constraint(
-    puzzles: list[sudoku.Puzzle],
-    variant: Variant,
-    encode: Callable,
-    length: int,
-    vocab: int,
-    eos: int,
-) -> CanvasConstraint:
-    """The givens of each puzzle as a row [R, C]."""
+def layout(
+    puzzle: sudoku.Puzzle, variant: Variant, encode: Callable, length: int, vocab: int, eos: int
+) -> Layout:
+    """The givens of a puzzle in a canvas of `length`."""
     tails = {"eos": eos, "pad": 0, "free": FREE}
-    fixed = np.full((len(puzzles), length), tails[variant.tail], np.int32)
-    allowed = None
-    if variant.digits:
-        anything, digits = token_mask(range(vocab), vocab), token_mask(encode("123456"), vocab)
-        allowed = np.broadcast_to(anything, (*fixed.shape, len(anything))).copy()
-    for row, puzzle in enumerate(puzzles):
-        ids = encode(puzzle.givens)
-        for place, (character, token) in enumerate(zip(puzzle.givens, ids, strict=True)):
-            blank = character == sudoku.BLANK or (character == "\n" and not variant.newlines)
-            fixed[row, place] = FREE if blank else token
-            if allowed is not None and blank:
-                allowed[row, place] = digits
-    return variant.kind(fixed, allowed)
+    tokens = [tails[variant.tail]] * length
+    allowed = {}
+    for place, (character, token) in enumerate(
+        zip(puzzle.givens, encode(puzzle.givens), strict=True)
+    ):
+        blank = character == sudoku.BLANK or (character == "\n" and not variant.newlines)
+        tokens[place] = FREE if blank else token
+        if variant.digits and blank:
+            allowed[place] = token_mask(encode("123456"), vocab)
+    return variant.kind(tuple(tokens), allowed)
 
 
 def measure(
@@ -160,22 +165,25 @@ def measure(
     start = time.perf_counter()
     for first in range(0, len(puzzles), batch):
         some = puzzles[first : first + batch]
-        pinned = constraint(
-            some,
-            variant,
-            lambda text: tokenizer.encode(text, add_special_tokens=False),
-            length,
-            vocab,
-            config.eos_token_ids[-1],
-        )
+        layouts = [
+            layout(
+                puzzle,
+                variant,
+                lambda text: tokenizer.encode(text, add_special_tokens=False),
+                length,
+                vocab,
+                config.eos_token_ids[-1],
+            )
+            for puzzle in some
+        ]
         finished = None
         for event in generate_canvases(
             model,
             [prompt] * len(some),
             config,
-            SeededNoise(first),
-            predictor=None if variant.predictor is None else variant.predictor(model),
-            constrain=lambda index, rows, pinned=pinned: pinned.rows(rows),
+            seeded(first),
+            denoiser=Denoiser(model, variant.predictor(model)),
+            constrain=lambda row, index, layouts=layouts: layouts[row],
         ):
             finished = event
         assert isinstance(finished, Finished)

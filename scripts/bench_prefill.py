@@ -5,7 +5,7 @@
 Random weights in the shapes of `small-262k` (hidden 256, window 1024), once with sliding layers
 alone and once with a full layer, whose attention is quadratic by nature. (Of the last layer a
 prompt needs only keys and values, so the full layer is not the last.) Beside each length: time a
-token against that of the shortest prompt, and the most memory held beside weights and cache.
+token against that of the shortest prompt, and the most memory held beside weights and prefix.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
         "full": replace(whole, text=replace(whole.text, attention=(full, sliding))),
     }
     names = {"sliding": "sliding, sliding", "full": "full, sliding"}
-    print("\n| layers | tokens | s | time a token | cache MB | beside weights and cache MB |")
+    print("\n| layers | tokens | s | time a token | prefix MB | beside weights and prefix MB |")
     print("|---|---|---|---|---|---|")
     for name in args.stack or stacks:
         config = stacks[name]
@@ -61,10 +61,10 @@ def main() -> None:
                 mx.clear_cache()
                 mx.reset_peak_memory()
                 start = perf_counter()
-                cache = encoded(model, length, 1, 0)
+                (prefix,) = encoded(model, length, 1, 0)
                 times[length].append(perf_counter() - start)
-                beyond = mx.get_peak_memory() - weight_bytes(model) - cache.nbytes
-                held[length] = cache.nbytes, beyond
+                beyond = mx.get_peak_memory() - weight_bytes(model) - prefix.nbytes
+                held[length] = prefix.nbytes, beyond
         first = args.lengths[0]
         per_token = {length: median(taken) / length for length, taken in times.items()}
         for length in args.lengths:

@@ -21,15 +21,16 @@ from mlx_vlm.utils import load_model as load_theirs
 from mlx_vlm.utils import save_config, save_weights
 
 from mlx_diffgemma import load_model
+from mlx_diffgemma.model.diffusion_gemma import CanvasView
 
 RECIPES = ("fp32", "8bit", "4bit", "mxfp4", "mxfp8", "nvfp4")
 
 
 def ours(folder: Path, prompt: mx.array, canvas: mx.array) -> np.ndarray:
     model, _ = load_model(folder)
-    cache = model.make_cache()
-    model.encode(prompt, cache)
-    return np.array(model.logits(model.decode(canvas, cache)))
+    _, (prefix,) = model.encode(prompt.tolist(), [model.empty_prefix()])
+    hidden = model.decode([CanvasView(canvas[0], prefix)])
+    return np.array(model.logits(hidden))[None]
 
 
 def theirs(folder: Path, prompt: mx.array, canvas: mx.array, save_to: Path) -> np.ndarray:

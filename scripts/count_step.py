@@ -1,6 +1,6 @@
 """What does a denoising step ask of a GPU: waits, nodes of its graph, kernels, memory?
 
-    python scripts/count_step.py      # the release's shapes, two layers, 4 bits
+    python scripts/count_step.py                    # the release's shapes, two layers, 4 bits
     python scripts/count_step.py --layers 30 --profile fast --batch 4
     python scripts/count_step.py --form cpu --like small-262k --recipe none
 
