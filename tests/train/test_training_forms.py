@@ -52,7 +52,7 @@ def test_forms_are_taken_in_training_alone(tiny_model, monkeypatch):
 
 
 def test_a_model_gets_the_pass_over_the_vocabulary_for_a_cpu(tiny_model):
-    model = tiny_model(1)
+    model = tiny_model(1, vocab_size=9000)  # smaller ones are passed over whole
     assert model.vocabulary_pass is vocabulary_pass
     cpu.use(model)
     assert model.vocabulary_pass is tiled_pass
