@@ -101,6 +101,17 @@ def blank_model(config: ModelConfig, recipe: Recipe, dtype: mx.Dtype) -> Diffusi
     return model
 
 
+def twin_of(model: DiffusionGemma) -> DiffusionGemma:
+    """Another model on the same arrays, as it is before any form is put into it: one of them may be
+    compiled while the other is not, and no weight is held twice."""
+    formats = formats_of(model)
+    twin = DiffusionGemma(model.config)
+    nn.quantize(twin, class_predicate=lambda path, _: _parameters(formats.get(path)))
+    twin.load_weights(list(tree_flatten(model.parameters())))
+    twin.eval()
+    return twin
+
+
 def _unfilled(config: ModelConfig, recipe: Recipe) -> tuple[DiffusionGemma, dict[str, Format]]:
     """A model whose weights are still to come, and the formats of those that are quantized."""
     shapes, layers = expected_shapes(config), config.text.num_hidden_layers
