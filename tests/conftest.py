@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# MLX reads this when it is loaded: a GPU's products in float32 are to be those of float32.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+import mlx.core as mx
 import pytest
 from tiny_models import make_config, make_model, make_weights
 
@@ -31,10 +37,21 @@ def tiny_model() -> Callable[..., DiffusionGemma]:
     return build
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Tests press Ctrl-C in what they start, which would be ignored where the tests themselves run
-    in the background of a shell: a program inherits it."""
+    in the background of a shell: a program inherits it.
+
+    On a machine with a GPU the tests run on its CPU, as everywhere else, unless those marked
+    `metal` are asked for.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not _asks_for_metal(config.getoption("markexpr")):
+        mx.set_default_device(mx.cpu)
+
+
+def _asks_for_metal(expression: str) -> bool:
+    """Whether a marker expression selects the tests that need a Metal GPU."""
+    return re.search(r"(?<!not )\bmetal\b", " ".join(expression.split())) is not None
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
