@@ -19,7 +19,7 @@ from mlx_diffgemma.bench.timing import alternate, peak_bytes
 from mlx_diffgemma.checkpoint.memory import available_memory, size_text
 from mlx_diffgemma.errors import DiffGemmaError
 
-_SLOWEST = 8  # times its products that a variant may take, where one guesses how long all takes
+_SLOWEST = 4  # times its products that a variant may take, where one guesses how long all takes
 _NONE = Cost()
 
 
