@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_diffgemma import cpu
 from mlx_diffgemma.checkpoint.quantization import Format
 from mlx_diffgemma.errors import CheckpointError
 from mlx_diffgemma_convert.plan import Target
@@ -107,7 +108,7 @@ def pack(block: Block, raw: Mapping[str, np.ndarray]) -> Packed:
             return Packed(block, {"weight": to_bytes(weight)})
         arrays = mx.quantize(weight, **target.format.parameters)
         mx.eval(arrays)
-        every = _CPU_CHECK_EVERY if mx.default_device() == mx.cpu else 1
+        every = _CPU_CHECK_EVERY if cpu.is_device() else 1
         loss = compare(weight, arrays, target.format, target.name, every)
         parts = zip(("weight", "scales", "biases"), arrays, strict=False)
         return Packed(block, {part: to_bytes(array) for part, array in parts}, loss)

@@ -16,9 +16,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
-import mlx.core as mx
 import numpy as np
 
+from mlx_diffgemma import cpu
 from mlx_diffgemma.checkpoint.memory import cache_limit
 from mlx_diffgemma_convert.pack import Block, Loss, Packed, blocks, pack
 from mlx_diffgemma_convert.pieces import Piece
@@ -141,10 +141,9 @@ def packed_blocks(
     targets: Iterable[Target], reader: ShardReader, digests: dict[str, Any]
 ) -> Generator[Packed, None, None]:
     """The blocks of `targets`, in order; `digests` gets the running checksum of each source."""
-    on_cpu = mx.default_device() == mx.cpu
     waiting: deque[Future[Packed]] = deque()
     readers = ThreadPoolExecutor(1, "read")
-    packers = ThreadPoolExecutor(min(2, os.cpu_count() or 1) if on_cpu else 1, "pack")
+    packers = ThreadPoolExecutor(min(2, os.cpu_count() or 1) if cpu.is_device() else 1, "pack")
     try:
         with cache_limit(_CACHE_BYTES):
             for block in (block for target in targets for block in blocks(target)):

@@ -26,13 +26,16 @@ from mlx_diffgemma.diffusion.noise import checked_seed, seeded
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.diffusion.profiles import profile_settings
 from mlx_diffgemma.errors import PromptError, UsageError
-from mlx_diffgemma.model.cache import PrefixCache
+from mlx_diffgemma.model.cache import MARK_BYTES, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.text.detokenize import StreamingText
 from mlx_diffgemma.text.prompt import Prompt, encode_prompt
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+
+_SHARE_OF_MARKS = 8  # of what memory is left, one part in so many for places to come back to
 
 
 @dataclass(frozen=True)
@@ -304,6 +307,9 @@ def _stream(
     on_prefill: Callable[[int, int], None],
 ) -> Iterator[GenerationResponse]:
     clock = _Clock(prompt_tokens=len(ids), seed=seed)
+    available = memory.available_memory()
+    if available is not None:
+        cache.mark_bytes = min(MARK_BYTES, available // _SHARE_OF_MARKS)
     with cache.in_use(), memory.wired():
         events = generate_canvases(
             model,

@@ -166,18 +166,19 @@ class TestLongChats:
             assert sum(encoded) == len(ids) if number == 0 else sum(encoded) < 200
             check_equal(model, prefix)
 
-    def test_a_repeated_question_encodes_nothing(self, chat):
+    def test_a_repeated_question_encodes_no_more_than_the_head_of_the_answer(self, chat):
         model, _ = chat
         cache = model.make_cache()
         messages = [{"role": "user", "content": text_of(0, self.TURN)}]
         first, _, _, _ = self.turn(chat, cache, messages, 0)
         again, _, prefix, encoded = self.turn(chat, cache, messages, 0)
-        assert again == first and encoded == []
+        assert again == first and sum(encoded) < 64
         check_equal(model, prefix)
 
 
 def test_ends_of_turns_are_marked() -> None:
-    assert ends_of_turns([2, 7, 7, 5, 8, 9, 5, 7, 5, 9, 9], (1, 5)) == (4, 9, 11)
+    assert ends_of_turns([2, 7, 7, 5, 8, 9, 5, 7, 5, 9, 9], (1, 5)) == (4, 9)
+    assert ends_of_turns([2, 7, 5, *[9] * 65], (1, 5)) == (3, 68)
     assert ends_of_turns([2, 7, 5], (1, 5)) == (3,)
     assert ends_of_turns([7, 7], (1, 5)) == (2,)
     assert ends_of_turns([7, 5, 7], ()) == (3,)

@@ -11,6 +11,7 @@ from statistics import median
 import mlx.core as mx
 import numpy as np
 
+from mlx_diffgemma import cpu
 from mlx_diffgemma.bench.steps import canvas_views
 from mlx_diffgemma.bench.timing import alternate
 from mlx_diffgemma.diffusion.canvas import Canvas
@@ -68,8 +69,7 @@ def measure_constraints(
     # What a layout works out for itself, it works out once.
     of_a_grammar = list(layouts.values())[-1]
     runs["the same, made anew each step"] = lambda: step(under(replace(of_a_grammar)))
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    clock = time.process_time if on_cpu else time.perf_counter
+    clock = time.process_time if cpu.is_device() else time.perf_counter
     taken = {name: median(times) for name, times in alternate(runs, repeats, clock=clock).items()}
     return tuple(
         ConstraintCost(name, seconds, seconds / taken["none"]) for name, seconds in taken.items()

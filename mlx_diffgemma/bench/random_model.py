@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_diffgemma import cpu
 from mlx_diffgemma.checkpoint.names import expected_shapes, is_quantizable, module_path
 from mlx_diffgemma.checkpoint.quantization import RECIPES, Format, Recipe, Rule
 from mlx_diffgemma.config import ModelConfig
@@ -28,7 +29,7 @@ _LOGIT_SPREAD = 4.0  # standard deviation of the logits before softcap and tempe
 
 def default_dtype() -> mx.Dtype:
     """The type in which this machine is fast: MLX has fast products of float32 alone on a CPU."""
-    return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else mx.bfloat16
+    return mx.float32 if cpu.is_device() else mx.bfloat16
 
 
 def chosen_dtype(name: str | None) -> mx.Dtype:

@@ -187,7 +187,9 @@ class _Watched:
     def predict(
         self, hidden: mx.array, rows: Sequence[Row], standing: mx.array | None = None
     ) -> VocabularyResult:
-        seen = self.model.predict(hidden, rows, standing)
+        # Chunks that are handed over on the way would be left out of what is counted.
+        with replaced(mx, "async_eval", lambda *_: None):
+            seen = self.model.predict(hidden, rows, standing)
         values = [getattr(seen, each.name) for each in fields(seen)]
         arrays = [value for value in values if value is not None]
         self.vocabulary.append(nodes(*arrays).total())

@@ -61,8 +61,7 @@ def load_model(
         inside = not (folder / "generation_config.json").exists()
         check_generation_ids(raw["generation_config"], config.text.vocab_size, inside_config=inside)
     stored = _text_tensors(folder)
-    if dtype is None and mx.default_device() == mx.cpu:
-        dtype = mx.float32
+    dtype = _fast_dtype() if dtype is None else dtype
     if not lazy:
         weights = sum(_loaded_bytes(tensor, dtype) for tensor in stored.values())
         estimate = memory.estimate(
@@ -76,7 +75,7 @@ def load_model(
     model = DiffusionGemma(config)
     _quantize_modules(model, config, stored)
     _compare(model, stored)
-    if mx.default_device() == mx.cpu:
+    if cpu.is_device():
         cpu.use(model)
     else:
         model.compile()
@@ -100,8 +99,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of the text model's weights as `load_model` loads them on this machine."""
-    dtype = mx.float32 if mx.default_device() == mx.cpu else None
+    dtype = _fast_dtype()
     return sum(_loaded_bytes(tensor, dtype) for tensor in _text_tensors(folder).values())
+
+
+def _fast_dtype() -> mx.Dtype | None:
+    """The type to load weights in that are not quantized; None for that of the checkpoint."""
+    return mx.float32 if cpu.is_device() else None
 
 
 def _text_tensors(folder: Path) -> dict[str, StoredTensor]:

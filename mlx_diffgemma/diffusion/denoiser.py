@@ -190,9 +190,7 @@ class QueuedStep:
         canvases = []
         for canvas, passed, (start, stop) in zip(self.stepped, self.passed, spans, strict=True):
             canvases.append(_after(canvas, passed, wanted[:, start:stop]))
-            entropy = canvases[-1].entropy
-            assert entropy is not None
-            if not np.isfinite(entropy).all():
+            if not np.isfinite(canvases[-1].entropy).all():
                 of_which = f"{titles[len(canvases) - 1]}, " if titles else ""
                 raise self.not_finite(
                     f"{of_which}canvas {canvas.index + 1}, step {canvas.passes + 1}"

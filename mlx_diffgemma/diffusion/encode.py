@@ -11,6 +11,8 @@ from mlx_diffgemma.diffusion.events import PrefillProgress
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
+_NEAR = 64  # tokens that are sooner encoded again than a mark is kept
+
 
 def encode(
     model: DiffusionGemma,
@@ -44,13 +46,16 @@ def encode(
         mx.eval(cache.prefix.arrays())
         mx.clear_cache()
         if last in marks:
-            cache.prefix = cache.prefix.marked()
+            cache.prefix = cache.prefix.marked(cache.mark_bytes)
         yield PrefillProgress(row, last - start, total - start)
 
 
 def ends_of_turns(ids: Sequence[int], eos_token_ids: Sequence[int]) -> tuple[int, ...]:
     """Where to mark a prompt: behind its first turn, which may be a system prompt that others
-    share, behind its last whole turn, since templates change what they write after it once the
-    answer is known, and at its end."""
+    share, and behind its last whole turn, since templates change what they write after it once the
+    answer is known; and at its end, unless that is near."""
     ends = [place + 1 for place, token in enumerate(ids) if token in eos_token_ids]
-    return tuple(sorted({*ends[:1], *ends[-1:], len(ids)}))
+    marks = {*ends[:1], *ends[-1:]}
+    if not ends or len(ids) - ends[-1] > _NEAR:
+        marks.add(len(ids))
+    return tuple(sorted(marks))

@@ -210,10 +210,11 @@ class PrefixCache:
 
     Attributes:
         prefix: what is held now.
+        mark_bytes: most bytes of its marks.
     """
 
     def __init__(self, prefix: Prefix, identity: Callable[[], str]) -> None:
-        self.prefix = prefix
+        self.prefix, self.mark_bytes = prefix, MARK_BYTES
         self._identity = identity
         self._lock = threading.Lock()
 

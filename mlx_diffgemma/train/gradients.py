@@ -14,6 +14,7 @@ import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_map
 
+from mlx_diffgemma import cpu
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.train import processes
@@ -87,8 +88,8 @@ class Stepper:
     def __init__(self, model: DiffusionGemma, config: TrainConfig) -> None:
         self._model, self._config = model, config
         self._optimizer = make_optimizer(config)
-        on_cpu = mx.default_device() == mx.cpu
-        self._is_compiled = not on_cpu if config.compile is None else config.compile
+        given = config.compile
+        self._is_compiled = not cpu.is_device() if given is None else given
         self._gradients = lru_cache(maxsize=None)(self._make_gradients)
         self._update = mx.compile(self._updated) if self._is_compiled else self._updated
 

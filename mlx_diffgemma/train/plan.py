@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from math import ceil, prod
 
-import mlx.core as mx
-
+from mlx_diffgemma import cpu
 from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.checkpoint.names import expected_shapes, module_class, module_path
 from mlx_diffgemma.checkpoint.quantization import Recipe
@@ -128,7 +127,7 @@ def recipe_weights(shapes: ModelConfig, recipe: Recipe, plain_bytes: int = 2) ->
 
 def activation_bytes() -> int:
     """Bytes of a number between layers on this machine."""
-    return 4 if mx.default_device() == mx.cpu else 2
+    return 4 if cpu.is_device() else 2
 
 
 def require(needed: TrainingMemory, name: str, config: TrainConfig) -> None:
