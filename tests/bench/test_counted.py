@@ -1,4 +1,4 @@
-"""Waits, reads and nodes are counted as they are, and a step of the release asks for few."""
+"""Waits, reads and nodes are counted as they are, and a step at real shapes asks for few."""
 
 from __future__ import annotations
 
