@@ -73,6 +73,10 @@ class StreamingText:
             pieces[last] += rest
         return pieces
 
+    def skips(self, token: int) -> bool:
+        """Whether a token has no text."""
+        return token in self._special
+
     def _visible(self, tokens: Sequence[int]) -> list[int]:
         return [int(token) for token in tokens if token not in self._special]
 
