@@ -73,6 +73,11 @@ class StreamingText:
             pieces[last] += rest
         return pieces
 
+    @property
+    def holds(self) -> bool:
+        """Whether tokens are held back."""
+        return bool(self._held)
+
     def skips(self, token: int) -> bool:
         """Whether a token has no text."""
         return token in self._special

@@ -176,9 +176,13 @@ class Parts:
         self.add(self._opened_in(prompt))
 
     @property
-    def calls(self) -> int:
-        """How many calls could be read so far."""
-        return self._calls
+    def holds(self) -> bool:
+        """Whether characters are held back that may become text."""
+        return (
+            self._within is _Within.UNDECIDED
+            or (self._within is _Within.NAME and bool(self._name))
+            or self._stream.holds
+        )
 
     def add(self, tokens: Sequence[int]) -> list[Part]:
         """Commit `tokens`; the parts that became certain."""
@@ -233,7 +237,7 @@ class Parts:
         other = copy(self)
         other._text = copy(self._text)
         other._stream = other._text if self._stream is self._text else copy(self._stream)
-        other._out = []
+        other._out = list(self._out)
         return other
 
     def decide_like(self, later: Parts) -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gemma_like
+from text import gemma_like
 from transformers import PreTrainedTokenizerFast
 
 MARKERS = [
