@@ -17,8 +17,6 @@ from mlx_diffgemma.diffusion.encode import ends_of_turns
 from mlx_diffgemma.diffusion.events import (
     CanvasCommitted,
     DenoisingStep,
-    Finished,
-    FinishReason,
     PrefillProgress,
 )
 from mlx_diffgemma.diffusion.generate import cut, generate_canvases, reserved
@@ -28,8 +26,10 @@ from mlx_diffgemma.diffusion.profiles import profile_settings
 from mlx_diffgemma.errors import PromptError, UsageError
 from mlx_diffgemma.model.cache import MARK_BYTES, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
-from mlx_diffgemma.text.detokenize import StreamingText
+from mlx_diffgemma.text.answer import Answer, stop_strings
+from mlx_diffgemma.text.parts import EndReason
 from mlx_diffgemma.text.prompt import Prompt, encode_prompt
+from mlx_diffgemma.text.tool_calls import ToolCall
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -47,23 +47,33 @@ class GenerationResponse:
     `finish_reason`.
 
     Attributes:
-        text: text committed since the previous response; never half a character.
+        text: text committed since the previous response; never half a character. What was thought
+            and the calls of tools are no part of it.
         token: the last token committed, or None.
-        tokens: all tokens committed so far.
+        tokens: all tokens committed so far, those of thoughts and calls included; cut where a stop
+            string cuts the text.
         prompt_tokens: tokens of the prompt.
         prompt_tps: prompt tokens encoded per second.
         generation_tokens: tokens committed so far.
         generation_tps: tokens committed per second of generation so far.
         peak_memory: most memory that this process has held so far, in GB (1e9 bytes).
-        finish_reason: "stop" (an eos) or "length", on the last response only.
+        finish_reason: "stop" (an eos or a stop string), "length", or "tool_calls" (the model
+            stopped and waits for results), on the last response only.
+        thought: what was thought and committed since the previous response.
+        tool_calls: the calls completed since the previous response, as mlx-lm's server streams
+            them; joined over all responses they are all calls.
+        failed_calls: the calls since the previous response that are malformed or cut off, with
+            their raw text and what is wrong with them.
         draft: the text of the canvas as it stands, or "" where nothing is drafted.
-        canvas: token ids of the draft, [C].
-        entropy: nats of uncertainty of each draft token, [C].
+        draft_thought: what is thought on the canvas as it stands, or "".
+        canvas: token ids of the draft, [C]; fewer where a stop string cuts it.
+        entropy: nats of uncertainty of each draft token, as many as there are in `canvas`.
         step: denoising steps run on this canvas, from 1.
         canvas_index: which canvas of the answer, from 0.
         denoising_steps: steps of each canvas so far, the current one included.
         tokens_per_forward: tokens committed per denoising step so far.
-        stop_token: the eos that ended the answer, on the last response; None at max_tokens.
+        stop_token: the eos that ended the answer, on the last response; None where none did.
+        stop_string: the stop string that ended the answer, on the last response, or None.
         converged: whether every canvas committed so far was done before its steps were used up.
         seed: the seed of every random draw of this run.
     """
@@ -75,8 +85,12 @@ class GenerationResponse:
     generation_tokens: int
     generation_tps: float
     peak_memory: float
-    finish_reason: FinishReason | None = None
+    finish_reason: EndReason | None = None
+    thought: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    failed_calls: tuple[ToolCall, ...] = ()
     draft: str = ""
+    draft_thought: str = ""
     canvas: list[int] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
     tokens: tuple[int, ...] = ()
@@ -85,6 +99,7 @@ class GenerationResponse:
     denoising_steps: tuple[int, ...] = ()
     tokens_per_forward: float = 0.0
     stop_token: int | None = None
+    stop_string: str | None = None
     converged: bool = True
     seed: int = 0
 
@@ -157,8 +172,8 @@ def generate(
     verbose: bool = False,
     **options: Any,
 ) -> str:
-    """The whole answer at once; `verbose` also prints it as it is committed. Other arguments are
-    those of `stream_generate`."""
+    """The whole text of the answer at once, without thoughts and calls of tools; `verbose` also
+    prints it as it is committed. Other arguments are those of `stream_generate`."""
     text = ""
     for response in stream_generate(model, tokenizer, prompt, max_tokens, draft=False, **options):
         text += response.text
@@ -182,6 +197,7 @@ def stream_generate(
     prefill_step_size: int | None = None,
     profile: str = DEFAULT_PROFILE,
     draft: bool = True,
+    stop: str | Sequence[str] | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> Iterator[GenerationResponse]:
@@ -198,6 +214,8 @@ def stream_generate(
             prompt has in common with the previous one is not encoded again. One call at a time.
         profile: "exact" is the reference, token for token; others trade fidelity for speed.
         draft: also decode the draft of every step into text.
+        stop: texts that end the answer; it is cut before the first that its text completes. What
+            is thought or stands in a call ends nothing.
         on_prefill: called with (positions done, positions in all) while the prompt is encoded.
         settings: fields of `DiffusionConfig`, such as `max_denoising_steps` or `entropy_bound`.
 
@@ -209,12 +227,12 @@ def stream_generate(
     config = diffusion_config(model, profile, max_tokens=max_tokens, **settings)
     if prefill_step_size is not None:
         check_integer("prefill_step_size", prefill_step_size, 1)
-    seed = checked_seed(seed)
+    seed, stops = checked_seed(seed), stop_strings(stop)
     ids = encode_prompt(tokenizer, prompt, raw=raw, system_prompt=system_prompt, thinking=thinking)
     (config,) = fit_to_context(model, [ids], config, step_size=prefill_step_size)
     return _stream(
         model,
-        StreamingText(tokenizer),
+        Answer(tokenizer, stop=stops, thinking=bool(thinking), prompt=ids),
         ids,
         config,
         seed=seed,
@@ -295,7 +313,7 @@ def _check_tokens(model: DiffusionGemma, ids: Sequence[int], name: str) -> None:
 
 def _stream(
     model: DiffusionGemma,
-    text: StreamingText,
+    answer: Answer,
     ids: list[int],
     config: DiffusionConfig,
     *,
@@ -319,10 +337,12 @@ def _stream(
             caches=[cache],
             initial_canvas=initial_canvas,
             prefill_step_size=step_size,
+            ends=lambda _, gained: answer.would_stop(gained),
             marks=[ends_of_turns(ids, config.eos_token_ids)],
         )
         steps: list[int] = []
-        tokens: list[int] = []
+        committed: list[int] = []
+        kept = 0  # how many of them are part of the answer
         for event in events:
             if isinstance(event, PrefillProgress):
                 on_prefill(event.done, event.total)
@@ -331,29 +351,39 @@ def _stream(
             elif isinstance(event, DenoisingStep):
                 canvas = event.canvas
                 steps[canvas.index :] = [canvas.passes]
-                standing, room = canvas.draft.tolist(), config.max_tokens - len(tokens)
-                kept = cut(standing, config.eos_token_ids, room)[0]
+                standing, entropy = canvas.draft.tolist(), canvas.entropy.tolist()
+                room = config.max_tokens - len(committed)
+                said = None
+                if draft or answer.stops:
+                    said = answer.peek(cut(standing, config.eos_token_ids, room)[0])
+                    if said.stop_string is not None:
+                        end = max(0, said.tokens - len(committed))
+                        standing, entropy = standing[:end], entropy[:end]
                 yield clock.response(
-                    tokens,
+                    committed[:kept],
                     steps,
-                    draft=text.peek(kept) if draft else "",
+                    draft=said.text if said and draft else "",
+                    draft_thought=said.thought if said and draft else "",
                     canvas=standing,
-                    entropy=canvas.entropy.tolist(),
+                    entropy=entropy,
                     step=canvas.passes,
                     canvas_index=canvas.index,
                 )
             elif isinstance(event, CanvasCommitted):
-                tokens += event.tokens
-                added = text.add(event.tokens)
-                if event.finish_reason is not None:
-                    added += text.finish()
+                committed += event.tokens
+                said = answer.add(event.tokens, event.finish_reason, event.stop_token)
+                kept = said.tokens
                 clock.converged &= event.converged
                 yield clock.response(
-                    tokens,
+                    committed[:kept],
                     steps,
-                    text=added,
-                    finish_reason=event.finish_reason,
-                    stop_token=event.stop_token,
+                    text=said.text,
+                    thought=said.thought,
+                    tool_calls=said.tool_calls,
+                    failed_calls=said.failed_calls,
+                    finish_reason=said.end.reason if said.end else None,
+                    stop_token=said.end.token if said.end else None,
+                    stop_string=said.stop_string,
                     canvas_index=event.canvas_index,
                 )
 
@@ -403,6 +433,7 @@ def batch_generate(
     raw: bool = False,
     thinking: bool | None = None,
     profile: str = DEFAULT_PROFILE,
+    stop: str | Sequence[str] | None = None,
     **settings: Any,
 ) -> list[str]:
     """Answer several prompts at once, each as it would be answered alone by the sequence of its
@@ -412,19 +443,25 @@ def batch_generate(
     if not prompts:
         return []
     config = diffusion_config(model, profile, max_tokens=max_tokens, **settings)
-    seed = checked_seed(seed)
+    seed, stops = checked_seed(seed), stop_strings(stop)
     ids = [
         encode_prompt(tokenizer, prompt, raw=raw, system_prompt=system_prompt, thinking=thinking)
         for prompt in prompts
     ]
     configs = fit_to_context(model, ids, config)
-    finished = None
+    answers = [
+        Answer(tokenizer, stop=stops, thinking=bool(thinking), prompt=prompt) for prompt in ids
+    ]
+    texts = [""] * len(ids)
     with memory.wired():
-        for event in generate_canvases(model, ids, configs, seeded(seed)):
-            finished = event
-    assert isinstance(finished, Finished)
-    texts = []
-    for row in finished.tokens:
-        text = StreamingText(tokenizer)
-        texts.append(text.add(row) + text.finish())
+        for event in generate_canvases(
+            model,
+            ids,
+            configs,
+            seeded(seed),
+            ends=lambda row, gained: answers[row].would_stop(gained),
+        ):
+            if isinstance(event, CanvasCommitted):
+                said = answers[event.row].add(event.tokens, event.finish_reason, event.stop_token)
+                texts[event.row] += said.text
     return texts

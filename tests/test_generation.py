@@ -120,6 +120,19 @@ def test_two_canvases_make_one_text(demo: tuple[Any, Any]) -> None:
     assert text == demo[1].decode(list(responses[-1].tokens))
 
 
+def test_a_stop_string_saves_the_canvases_behind_it(demo: tuple[Any, Any]) -> None:
+    two = f"{PUZZLE}\n\n{PUZZLE[7:]}"
+    whole = list(stream_generate(*demo, two, seed=3))
+    model = Counting(demo[0])
+    responses = list(stream_generate(model, demo[1], two, seed=3, stop=["\n\n", "?"]))
+    assert "".join(response.text for response in responses) == SOLVED
+    last = responses[-1]
+    assert (last.finish_reason, last.stop_string) == ("stop", "\n\n")
+    assert last.tokens == whole[-1].tokens[: len(SOLVED)]
+    assert last.denoising_steps == whole[-1].denoising_steps[:1] == (model.decoded,)
+    assert batch_generate(*demo, [two, PUZZLE], seed=3, stop="\n")[1] == SOLVED[:6]
+
+
 def test_initial_canvas_replaces_the_noise(demo: tuple[Any, Any]) -> None:
     solution = demo[1].encode(SOLVED, add_special_tokens=False)
     canvas = solution + [5] * (64 - len(solution))

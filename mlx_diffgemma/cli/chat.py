@@ -17,6 +17,7 @@ from mlx_diffgemma.errors import DiffGemmaError, PromptError
 if TYPE_CHECKING:
     from mlx_diffgemma.cli.session import Opened, Outcome
 
+GO_ON = "ask to go on, or start the chat with --max-tokens {}."
 PROMPT, CONTINUED = "> ", ". "
 HELP = """\
 /help           this list
@@ -40,6 +41,7 @@ def chat(
     check: options.Check = False,
     max_tokens: options.MaxTokens = None,
     seed: options.Seed = None,
+    stop: options.Stop = None,
     steps: options.Steps = None,
     canvas_length: options.CanvasLength = None,
     t_min: options.TMin = None,
@@ -57,14 +59,18 @@ def chat(
     confident_after: options.ConfidentAfter = None,
     settled_after: options.SettledAfter = None,
     watch: options.Watch = True,
+    show_thought: options.ShowThought = False,
+    hide_thought: options.HideThought = False,
     debug: options.Debug = False,
 ) -> None:
     """Talk in turns; what was said is not encoded again. /help lists the commands."""
 
     def body() -> None:
+        options.check_thoughts(show_thought, hide_thought)
         settings = options.generation_settings(
             max_tokens=max_tokens,
             seed=seed,
+            stop=stop,
             prefill_step_size=prefill_step_size,
             max_denoising_steps=steps,
             canvas_length=canvas_length,
@@ -94,7 +100,14 @@ def chat(
 
         opened = open_model(model, **loading)
         settings["thinking"] = thinking
-        Chat(opened, settings, watch=watch, system_prompt=system_prompt).run()
+        Chat(
+            opened,
+            settings,
+            watch=watch,
+            show_thought=show_thought,
+            hide_thought=hide_thought,
+            system_prompt=system_prompt,
+        ).run()
 
     errors.run(body, debug=errors.debugging(ctx))
 
@@ -106,6 +119,7 @@ class Chat:
     Attributes:
         settings: keyword arguments of `stream_generate`.
         watch: whether to draw the canvas where that can be done.
+        show_thought, hide_thought: whether thoughts are shown whole, or not at all.
         system_prompt: what is put before the first turn.
         turns: the messages so far, questions and answers in turn.
     """
@@ -113,6 +127,8 @@ class Chat:
     opened: Opened
     settings: dict[str, Any]
     watch: bool = True
+    show_thought: bool = False
+    hide_thought: bool = False
     system_prompt: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
 
@@ -177,9 +193,11 @@ class Chat:
                 raise
             errors.complain(str(error))
         else:
-            if outcome.empty:
-                _say(report.EMPTY_ANSWER)
+            for remark in report.remarks(outcome, GO_ON):
+                _say(remark)
+            if not outcome.text.strip():
                 return
+            # What was thought is left out, as templates leave it out of earlier turns.
             self.turns.append({"role": "user", "content": question})
             self.turns.append({"role": "assistant", "content": outcome.text})
             _say(report.summary(outcome))
@@ -205,10 +223,11 @@ class Chat:
                 )
                 return runs.enter_context(closing(responses))
 
+            thoughts = output.thoughts(self.show_thought, self.hide_thought)
             if output.can_draw(self.watch):
-                output.draw(start, pieces_of(tokenizer), outcome)
+                output.draw(start, pieces_of(tokenizer), outcome, thoughts)
             else:
-                output.stream(start, outcome)
+                output.stream(start, outcome, thoughts)
 
     def _forget(self) -> None:
         self._cache = self.opened.model.make_cache()

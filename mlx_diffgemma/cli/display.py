@@ -86,12 +86,14 @@ class CanvasView:
 
     Attributes:
         committed: the text of the canvases that are done.
+        thought: what was thought on them.
         response: the step that is drawn, or None while the prompt is read.
         prefill: (done, total) prompt tokens encoded.
     """
 
     def __init__(self, pieces: Pieces, *, frame: Callable[[Text], Text] | None = None) -> None:
         self.committed = ""
+        self.thought = ""
         self.response: GenerationResponse | None = None
         self.prefill = (0, 0)
         self._pieces = pieces
@@ -101,6 +103,7 @@ class CanvasView:
     def add(self, response: GenerationResponse) -> None:
         """Take in the next response."""
         self.committed += response.text
+        self.thought += response.thought
         if not response.canvas:
             self._rows = 0
         self.response = response
@@ -115,6 +118,9 @@ class CanvasView:
             text = draft_text(committed, (), ())
         else:
             text = draft_text(committed, self._pieces(response), response.entropy)
+        if self.thought and self._frame is None:
+            last = self.thought.rstrip().rpartition("\n")[2]
+            text = Text(f"thought: {printable(last)}\n", "dim").append_text(text)
         return self._frame(text) if self._frame else text
 
     def status(self) -> Text:

@@ -10,6 +10,8 @@ import typer
 from mlx_diffgemma.cli import errors, options, structured
 from mlx_diffgemma.errors import UsageError
 
+GO_ON = "--max-tokens {} leaves room to go on."
+
 
 @dataclass(frozen=True)
 class Request:
@@ -26,6 +28,8 @@ class Request:
     settings: dict[str, Any]
     watch: bool
     json: bool
+    show_thought: bool = False
+    hide_thought: bool = False
 
 
 def generate(
@@ -47,6 +51,7 @@ def generate(
     check: options.Check = False,
     max_tokens: options.MaxTokens = None,
     seed: options.Seed = None,
+    stop: options.Stop = None,
     steps: options.Steps = None,
     canvas_length: options.CanvasLength = None,
     t_min: options.TMin = None,
@@ -64,6 +69,8 @@ def generate(
     confident_after: options.ConfidentAfter = None,
     settled_after: options.SettledAfter = None,
     watch: options.Watch = True,
+    show_thought: options.ShowThought = False,
+    hide_thought: options.HideThought = False,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -75,12 +82,14 @@ def generate(
     """
 
     def body() -> None:
+        options.check_thoughts(show_thought, hide_thought)
         if raw and (system_prompt is not None or thinking is not None):
             given = "--system-prompt" if system_prompt is not None else "--thinking/--no-thinking"
             raise UsageError(f"{given} needs a chat template, and --raw uses none: drop one.")
         settings = options.generation_settings(
             max_tokens=max_tokens,
             seed=seed,
+            stop=stop,
             prefill_step_size=prefill_step_size,
             max_denoising_steps=steps,
             canvas_length=canvas_length,
@@ -110,7 +119,18 @@ def generate(
         from mlx_diffgemma.cli.session import read_prompt
 
         constraint = structured.constraint(choices, choices_follow, json_schema, regex)
-        request = Request(read_prompt(prompt, raw=raw), model, loading, settings, watch, json)
+        if constraint and stop:
+            raise UsageError("--stop does not go with a constraint: drop one.")
+        request = Request(
+            read_prompt(prompt, raw=raw),
+            model,
+            loading,
+            settings,
+            watch,
+            json,
+            show_thought,
+            hide_thought,
+        )
         if constraint:
             structured.answer(request, constraint)
         else:
@@ -140,10 +160,11 @@ def _answer(request: Request) -> None:
         output.collect(start, outcome)
         output.write_line(report.as_json(outcome, opened))
         return
+    thoughts = output.thoughts(request.show_thought, request.hide_thought)
     if output.can_draw(request.watch):
-        output.draw(start, session.pieces_of(opened.tokenizer), outcome)
+        output.draw(start, session.pieces_of(opened.tokenizer), outcome, thoughts)
     else:
-        output.stream(start, outcome)
-    if outcome.empty:
-        output.note(report.EMPTY_ANSWER)
+        output.stream(start, outcome, thoughts)
+    for remark in report.remarks(outcome, GO_ON):
+        output.note(remark)
     output.note(report.statistics(outcome))

@@ -171,6 +171,16 @@ ConfidenceThreshold = Annotated[
     ),
 ]
 
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stop",
+        help="Text that ends the answer before it; may be given several times. What is thought "
+        "ends nothing.",
+        rich_help_panel=_DIFFUSION,
+    ),
+]
+
 # What a profile is made of, one by one.
 StopAtEos = Annotated[
     bool | None,
@@ -237,6 +247,18 @@ Json = Annotated[
         "--json", help="Print one JSON object instead of the text.", rich_help_panel=_OUTPUT
     ),
 ]
+ShowThought = Annotated[
+    bool,
+    typer.Option(
+        "--show-thought",
+        help="Whole thoughts on a terminal, where one line of them is shown else.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+HideThought = Annotated[
+    bool,
+    typer.Option("--hide-thought", help="No thoughts on stderr.", rich_help_panel=_OUTPUT),
+]
 Debug = Annotated[
     bool,
     typer.Option("--debug", help="Show tracebacks.", rich_help_panel=_OUTPUT),
@@ -248,6 +270,7 @@ def generation_settings(
     profile: str | None = None,
     seed: int | None,
     prefill_step_size: int | None,
+    stop: list[str] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """The keyword arguments of `stream_generate` that the user gave, checked before a model is
@@ -260,6 +283,8 @@ def generation_settings(
         raise UsageError(f"--seed must be between 0 and 2^64 - 1, not {seed}.")
     if prefill_step_size is not None and prefill_step_size < 1:
         raise UsageError(f"--prefill-step-size must be at least 1, not {prefill_step_size}.")
+    if stop and not all(stop):
+        raise UsageError("--stop must be a text of at least one character.")
     given = {name: value for name, value in settings.items() if value is not None}
     _check({**profile_settings(profile or DEFAULT_PROFILE), **given})
     if profile is not None:
@@ -268,7 +293,19 @@ def generation_settings(
         given["seed"] = seed
     if prefill_step_size is not None:
         given["prefill_step_size"] = prefill_step_size
+    if stop:
+        given["stop"] = list(stop)
     return given
+
+
+def check_thoughts(show: bool, hide: bool) -> None:
+    """Refuse to show thoughts and hide them.
+
+    Raises:
+        UsageError: both are wanted.
+    """
+    if show and hide:
+        raise UsageError("--show-thought and --hide-thought contradict each other: drop one.")
 
 
 def _check(given: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -21,6 +22,19 @@ Start = Callable[[OnPrefill], Iterable[Any]]
 """Begins a generation that reports its prefill to the given function."""
 
 
+class Thoughts(Enum):
+    """What becomes of what the model thinks."""
+
+    FOLDED = auto()
+    SHOWN = auto()
+    HIDDEN = auto()
+
+
+def thoughts(show: bool, hide: bool) -> Thoughts:
+    """What becomes of thoughts by the options of the command line."""
+    return Thoughts.HIDDEN if hide else Thoughts.SHOWN if show else Thoughts.FOLDED
+
+
 def can_draw(watch: bool) -> bool:
     """Whether to draw the canvas: it is wanted, and stdout is a terminal that can."""
     return watch and sys.stdout.isatty() and not terminal().is_dumb_terminal
@@ -32,12 +46,13 @@ def terminal() -> Console:
     return Console(markup=False, emoji=False, highlight=False)
 
 
-def draw(start: Start, pieces: Pieces, outcome: Outcome) -> None:
+def draw(start: Start, pieces: Pieces, outcome: Outcome, keep: Thoughts = Thoughts.FOLDED) -> None:
     """Draw the canvas as it forms, then leave what was committed standing plainly; so too when
     the run is interrupted."""
     try:
         animate(start, CanvasDisplay(terminal(), CanvasView(pieces)), outcome)
     finally:
+        note_thought(outcome.thought, keep)
         write_line(printable(outcome.text))
 
 
@@ -49,17 +64,28 @@ def animate(start: Start, display: CanvasDisplay, outcome: Outcome) -> None:
             display.show(response)
 
 
-def stream(start: Start, outcome: Outcome) -> None:
-    """Write text to stdout as it is committed; progress goes to stderr if that is a terminal."""
+def stream(start: Start, outcome: Outcome, keep: Thoughts = Thoughts.FOLDED) -> None:
+    """Write text to stdout as it is committed, and thoughts to stderr once they are over; progress
+    goes to stderr if that is a terminal."""
     show = printable if sys.stdout.isatty() else str
+    noted = 0  # characters of thought
+
+    def note_new_thought() -> None:
+        nonlocal noted
+        note_thought(outcome.thought[noted:].lstrip("\n"), keep)
+        noted = len(outcome.thought)
+
     try:
         with _Progress() as progress:
             for response in start(progress.prefill):
                 outcome.add(response)
+                if response.text or response.finish_reason:
+                    note_new_thought()
                 if response.text:
                     print(show(response.text), end="", flush=True)
                 progress.show(response)
     finally:
+        note_new_thought()
         if outcome.text and not outcome.text.endswith("\n"):
             print(flush=True)
 
@@ -85,6 +111,21 @@ def note(text: str) -> None:
         console.print(Text(text, "dim"), soft_wrap=True)
     else:
         print(text, file=sys.stderr)
+
+
+def note_thought(thought: str, keep: Thoughts) -> None:
+    """Write what was thought to stderr: dim on a terminal, and in one line there if it is to be
+    folded."""
+    if not thought or keep is Thoughts.HIDDEN:
+        return
+    if not sys.stderr.isatty():
+        print(thought, file=sys.stderr, flush=True)
+        return
+    text = Text(f"thought: {printable(thought)}", "dim")
+    if keep is Thoughts.FOLDED:
+        text = Text(" ".join(text.plain.split()), "dim")
+        text.truncate(Console(stderr=True).width - 1, overflow="ellipsis")
+    Console(stderr=True, markup=False, emoji=False, highlight=False).print(text, soft_wrap=True)
 
 
 class _Progress:

@@ -4,11 +4,32 @@ from __future__ import annotations
 
 import json
 
+from mlx_diffgemma.cli.display import printable
 from mlx_diffgemma.cli.session import Opened, Outcome
+from mlx_diffgemma.text.tool_calls import ToolCall
 
 EMPTY_ANSWER = (
     "the answer is empty: the model ended it on the first canvas. Try another --seed, or say more."
 )
+BLANK_ANSWER = "the answer is empty: it is white space alone. Try another --seed, or say more."
+THOUGHT_ALONE = "the answer is empty: the model thought and then said nothing."
+
+
+def remarks(outcome: Outcome, go_on: str) -> list[str]:
+    """What a user should know of an answer beside its text, a line each. `go_on` says how to go on
+    with an answer that was cut; `{}` in it stands for a larger number of tokens."""
+    lines = [f"tool call: {_call(call)}" for call in outcome.tool_calls]
+    lines += [f"{call.error}: {_one_line(call.raw)}" for call in outcome.failed_calls]
+    if outcome.empty and outcome.thought:
+        lines.append(THOUGHT_ALONE)
+    elif outcome.empty:
+        lines.append(BLANK_ANSWER if outcome.text else EMPTY_ANSWER)
+    last = outcome.last
+    if last is not None and last.finish_reason == "length":
+        tokens = last.generation_tokens
+        what = "thought" if outcome.empty and outcome.thought else "answer"
+        lines.append(f"the {what} was cut at {_count(tokens, 'token')}; {go_on.format(2 * tokens)}")
+    return lines
 
 
 def statistics(outcome: Outcome) -> str:
@@ -60,8 +81,19 @@ def as_json(outcome: Outcome, opened: Opened) -> str:
     return json.dumps(
         {
             "text": outcome.text,
+            "thought": outcome.thought,
+            "tool_calls": [
+                {"name": call.name, "arguments": call.arguments} for call in outcome.tool_calls
+            ],
+            "failed_calls": [
+                {"name": call.name, "raw": call.raw, "error": call.error}
+                for call in outcome.failed_calls
+            ],
+            "empty": outcome.empty,
             "tokens": list(last.tokens),
             "finish_reason": last.finish_reason,
+            "stop_token": last.stop_token,
+            "stop_string": last.stop_string,
             "prompt_tokens": last.prompt_tokens,
             "generation_tokens": last.generation_tokens,
             "canvases": len(last.denoising_steps),
@@ -80,6 +112,14 @@ def as_json(outcome: Outcome, opened: Opened) -> str:
         },
         ensure_ascii=False,
     )
+
+
+def _call(call: ToolCall) -> str:
+    return json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
+
+
+def _one_line(text: str) -> str:
+    return printable(" ".join(text.split()))
 
 
 def _count(number: int, noun: str, plural: str | None = None) -> str:

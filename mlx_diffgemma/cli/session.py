@@ -15,6 +15,7 @@ from mlx_diffgemma.errors import CheckpointError, MemoryShortageError, PromptErr
 
 if TYPE_CHECKING:
     from mlx_diffgemma.generation import GenerationResponse
+    from mlx_diffgemma.text.tool_calls import ToolCall
 
 _CONTEXT = 32  # committed tokens that decide how the draft behind them reads
 
@@ -128,11 +129,17 @@ class Outcome:
     """What a generation has come to so far.
 
     Attributes:
-        text: everything committed.
+        text: what the answer says, as far as it is committed.
+        thought: what was thought.
+        tool_calls: the calls that can be made.
+        failed_calls: the calls that are malformed or cut off.
         last: the latest response, or None before the first.
     """
 
     text: str = ""
+    thought: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    failed_calls: list[ToolCall] = field(default_factory=list)
     last: GenerationResponse | None = None
     _start: float = field(default_factory=time.perf_counter)
     _end: float = 0.0
@@ -140,6 +147,9 @@ class Outcome:
     def add(self, response: GenerationResponse) -> None:
         """Take in the next response."""
         self.text += response.text
+        self.thought += response.thought
+        self.tool_calls += response.tool_calls
+        self.failed_calls += response.failed_calls
         self.last = response
         self._end = time.perf_counter()
 
@@ -157,5 +167,7 @@ class Outcome:
 
     @property
     def empty(self) -> bool:
-        """Whether the model ended its answer before it said anything."""
-        return self.last is not None and self.last.finish_reason is not None and not self.text
+        """Whether the answer is over and says nothing: it calls no tool, and its text is blank."""
+        ended = self.last is not None and self.last.finish_reason is not None
+        calls = self.tool_calls or self.failed_calls
+        return ended and not calls and not self.text.strip()

@@ -38,7 +38,7 @@ class CanvasCommitted:
         passes: forward passes that it took.
         converged: whether the canvas was done before its steps were used up.
         finish_reason: why the sequence ended here; None if it goes on.
-        stop_token: the eos that ended it.
+        stop_token: the eos that ended it, or None.
     """
 
     row: int

@@ -26,6 +26,9 @@ from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
 Constrain = Callable[[int, int], Layout | None]
 """What a canvas must hold, by the row of its sequence and its number."""
+Ends = Callable[[int, Sequence[int]], bool]
+"""Whether a sequence ends with the tokens that it is about to gain, by its row; asked once for each
+canvas, in order."""
 
 
 @dataclass
@@ -44,11 +47,13 @@ class _Sequence:
     def room(self) -> int:
         return self.config.max_tokens - len(self.tokens)
 
-    def commit(self, canvas: Canvas) -> CanvasCommitted:
+    def commit(self, canvas: Canvas, ends: Ends | None) -> CanvasCommitted:
         draft = canvas.draft.tolist()
         kept, self.reason = cut(draft, self.config.eos_token_ids, self.room)
         if self.reason == "stop":
             self.stop_token = draft[len(kept)]
+        elif ends is not None and ends(self.row, kept):
+            self.reason = "stop"
         self.tokens += kept
         self.passes.append(canvas.passes)
         return CanvasCommitted(
@@ -72,6 +77,7 @@ def generate_canvases(
     denoiser: Denoiser | None = None,
     initial_canvas: Sequence[Sequence[int]] | None = None,
     constrain: Constrain | None = None,
+    ends: Ends | None = None,
     prefill_step_size: int | None = None,
     marks: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[Event]:
@@ -85,6 +91,7 @@ def generate_canvases(
         denoiser: what runs the passes; None takes the model's own.
         initial_canvas: [B][C] token ids that the first canvases start from instead of noise.
         constrain: what each canvas must hold.
+        ends: ends a sequence for other reasons than an eos; no further canvas is made of it.
         marks: for each prompt, where to mark its prefix (see `encode`).
 
     Raises:
@@ -143,7 +150,7 @@ def generate_canvases(
         sequence = sequences[row]
         if not stepped.done:
             return InFlight(stepped, sequence.cache.prefix)
-        committed[row] = sequence.commit(stepped)
+        committed[row] = sequence.commit(stepped, ends)
         if sequence.reason is not None:
             return None  # a finished sequence needs its last canvas encoded no more
         extend(model, sequence.cache, stepped.draft.tolist())

@@ -8,7 +8,7 @@ tokenized without its markers and with control tokens switched off.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -53,14 +53,16 @@ class ControlTokens:
                 places.add(start + 1)
         return sorted(places)
 
-    def mark(self, value: Any, marker: str) -> Any:
+    def mark(self, value: Any, marker: str, whole: Sequence[str] = ()) -> Any:
         """`value` (a message, a list of them, any JSON) with `marker` at the breaks of every
-        string in it; the keys of objects stay."""
+        string in it, the keys of objects among them. A text spells the control tokens `whole` as
+        it did."""
         if isinstance(value, str):
-            edges = [0, *self.breaks(value), len(value)]
+            kept = {m.start() + 1 for name in whole for m in re.finditer(re.escape(name), value)}
+            edges = [0, *(at for at in self.breaks(value) if at not in kept), len(value)]
             return marker.join(value[a:b] for a, b in pairwise(edges))
         if isinstance(value, Mapping):
-            return {key: self.mark(item, marker) for key, item in value.items()}
+            return {self.mark(key, marker): self.mark(item, marker) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.mark(item, marker) for item in value]
         return value

@@ -73,6 +73,15 @@ class StreamingText:
             pieces[last] += rest
         return pieces
 
+    @property
+    def holds(self) -> bool:
+        """Whether tokens are held back."""
+        return bool(self._held)
+
+    def skips(self, token: int) -> bool:
+        """Whether a token has no text."""
+        return token in self._special
+
     def _visible(self, tokens: Sequence[int]) -> list[int]:
         return [int(token) for token in tokens if token not in self._special]
 

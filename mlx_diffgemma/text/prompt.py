@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -13,6 +14,7 @@ from mlx_diffgemma.text.tokenizer import hf_tokenizer
 
 Prompt: TypeAlias = "str | Sequence[Mapping[str, Any]] | Sequence[int]"
 
+_CHANNEL = ("<|channel>", "<channel|>")
 _EMPTY = "the prompt is empty; say what to write about."
 _READS_PARTS = re.compile(r"""['"]text['"]|\.text\b""")
 
@@ -73,7 +75,7 @@ def _encode_messages(
 ) -> list[int]:
     template = template_text(tokenizer)
     messages = [_checked(item, number) for number, item in enumerate(items, start=1)]
-    if messages[-1].get("content") is not None and not _text_of(messages[-1]).strip():
+    if messages[-1]["role"] == "user" and not _text_of(messages[-1]).strip():
         raise PromptError(_EMPTY)
     if system_prompt is not None:
         if messages[0]["role"] in ("system", "developer"):
@@ -99,8 +101,21 @@ def _encode_messages(
         )
         return ids
     marker = unused_character(template, *strings)
-    rendered = render(tokenizer, controls.mark(messages, marker), **settings)
+    own = [name for name in _CHANNEL if _CHANNEL[1] in template]
+    marked = [_marked(controls, message, marker, own) for message in messages]
+    rendered = render(tokenizer, marked, **settings)
     return controls.encode_rendered(rendered, marker)
+
+
+def _marked(
+    controls: ControlTokens, message: dict[str, Any], marker: str, own: Sequence[str]
+) -> dict[str, Any]:
+    """A message whose text can spell no control token. In what the model said the markers `own`
+    stay whole, by which the template finds the thoughts that it leaves out."""
+    marked: dict[str, Any] = controls.mark(message, marker)
+    if message["role"] in ("assistant", "model") and isinstance(message.get("content"), str):
+        marked["content"] = controls.mark(message["content"], marker, own)
+    return marked
 
 
 def _checked(item: Any, number: int) -> dict[str, Any]:
@@ -111,10 +126,13 @@ def _checked(item: Any, number: int) -> dict[str, Any]:
             f"not {item!r:.60}."
         )
     content = item.get("content")
-    if content is None and item.get("tool_calls"):
-        return dict(item)
-    if isinstance(content, str):
-        return dict(item)
+    message = dict(item)
+    if item.get("tool_calls"):
+        message["tool_calls"] = _with_objects(item["tool_calls"], number)
+    elif content is None and ("content" not in item or item["role"] == "user"):
+        raise PromptError(f"message {number}: 'content' must be a text or a list of parts.")
+    if content is None or isinstance(content, str):
+        return message
     if not isinstance(content, (list, tuple)):
         raise PromptError(f"message {number}: 'content' must be a text or a list of parts.")
     for part in content:
@@ -126,11 +144,33 @@ def _checked(item: Any, number: int) -> dict[str, Any]:
                 f'message {number}: a part of its content must be {{"type": "text", "text": '
                 f'"..."}}, not {part!r:.60}.'
             )
-    return dict(item)
+    return message
+
+
+def _with_objects(calls: Any, number: int) -> list[dict[str, Any]]:
+    """Calls of tools whose arguments are objects; some callers keep them as JSON text."""
+    if not isinstance(calls, (list, tuple)) or not all(isinstance(c, Mapping) for c in calls):
+        raise PromptError(f"message {number}: 'tool_calls' must be a list of objects.")
+    read: list[dict[str, Any]] = []
+    for call in calls:
+        function = call.get("function")
+        if isinstance(function, Mapping):
+            read.append({**call, "function": _with_object(function)})
+        else:
+            read.append(_with_object(call))
+    return read
+
+
+def _with_object(function: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        arguments = json.loads(function["arguments"])
+    except (KeyError, TypeError, ValueError):  # an object already, none, or no JSON
+        return dict(function)
+    return {**function, "arguments": arguments} if isinstance(arguments, dict) else dict(function)
 
 
 def _text_of(message: Mapping[str, Any]) -> str:
-    content = message["content"]
+    content = message.get("content") or ""
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
@@ -143,7 +183,7 @@ def _strings(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
-        value = list(value.values())
+        value = [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple)):
         return [string for item in value for string in _strings(item)]
     return []

@@ -50,6 +50,9 @@ class Script:
         canvases: the text that each canvas commits.
         steps: denoising steps a canvas; before the last, every other token is a wrong guess.
         delay: seconds a step takes.
+        thoughts: what is thought on each canvas, before its text.
+        tool_calls: fields of the `ToolCall`s that the last canvas completes.
+        finish: the finish_reason.
         endless: whether it never gets to the end of the last canvas.
         load_error, run_error: (class in mlx_diffgemma.errors or builtins, message) to raise.
         loads, calls: what load and stream_generate were called with.
@@ -58,6 +61,9 @@ class Script:
     canvases: list[str] = field(default_factory=lambda: ["hello"])
     steps: int = 3
     delay: float = 0.0
+    thoughts: list[str] = field(default_factory=list)
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    finish: str = "stop"
     endless: bool = False
     load_error: tuple[str, str] | None = None
     run_error: tuple[str, str] | None = None
@@ -82,10 +88,15 @@ class Script:
 
     def _respond(self, seed: int) -> Iterator[Any]:
         from mlx_diffgemma.generation import GenerationResponse
+        from mlx_diffgemma.text.tool_calls import ToolCall
 
         tokens: list[int] = []
         steps: list[int] = []
         shared = {"prompt_tokens": 7, "prompt_tps": 70.0, "generation_tps": 5.0, "seed": seed}
+        nothing = {
+            "thought": "", "tool_calls": (), "failed_calls": (), "stop_token": None,
+            "stop_string": None,
+        }  # fmt: skip
         for index, text in enumerate(self.canvases):
             ids = [ord(character) for character in text]
             step = 0
@@ -100,18 +111,26 @@ class Script:
                     canvas=[63 if wrong and i % 2 else id for i, id in enumerate(ids)] + [EOS],
                     entropy=[3.0 if wrong and i % 2 else 0.01 for i in range(len(ids))] + [0.0],
                     step=step, canvas_index=index, denoising_steps=tuple(steps),
-                    tokens_per_forward=len(tokens) / sum(steps), **shared,
+                    tokens_per_forward=len(tokens) / sum(steps), **shared, **nothing,
                 )  # fmt: skip
             if self.run_error:
                 raise _error(*self.run_error)
             tokens += ids
+            said = dict(nothing)
+            if index < len(self.thoughts):
+                said["thought"] = self.thoughts[index]
+            if index == len(self.canvases) - 1:
+                calls = [ToolCall(**call) for call in self.tool_calls]
+                said["tool_calls"] = tuple(call for call in calls if call.error is None)
+                said["failed_calls"] = tuple(call for call in calls if call.error is not None)
+                said["stop_token"] = EOS if self.finish != "length" else None
             yield GenerationResponse(
                 text=text, token=tokens[-1] if tokens else None, tokens=tuple(tokens),
                 generation_tokens=len(tokens), peak_memory=1.5, canvas_index=index,
                 canvas=[], entropy=[], step=0,
-                finish_reason="stop" if index == len(self.canvases) - 1 else None,
+                finish_reason=self.finish if index == len(self.canvases) - 1 else None,
                 denoising_steps=tuple(steps), tokens_per_forward=len(tokens) / sum(steps),
-                **shared,
+                **shared, **said,
             )  # fmt: skip
 
 

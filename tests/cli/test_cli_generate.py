@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from cli_fakes import EOS
 
 from mlx_diffgemma.cli.options import DEFAULT_MODEL
 
@@ -33,6 +34,12 @@ def test_json_is_one_object(program):
     times = answer.pop("times")
     assert answer == {
         "text": "abç",
+        "thought": "",
+        "tool_calls": [],
+        "failed_calls": [],
+        "empty": False,
+        "stop_token": EOS,
+        "stop_string": None,
         "tokens": [97, 98, 231],
         "finish_reason": "stop",
         "prompt_tokens": 7,

@@ -511,3 +511,20 @@ def test_a_canvas_can_be_kept_forked_and_continued():
         assert again.tokens.tolist() == after.tokens.tolist()
         assert again.draft.tolist() == after.draft.tolist()
         assert (again.passes, again.done) == (after.passes, after.done)
+
+
+def test_a_sequence_may_be_ended_from_outside():
+    config = settings(max_tokens=4 * LENGTH)
+    whole = run(PROMPTS, config)[-1]
+    asked: list[tuple[int, int]] = []
+
+    def ends(row, tokens):
+        asked.append((row, len(tokens)))
+        return row == 1 and asked.count((1, LENGTH)) == 2
+
+    *events, finished = run(PROMPTS, config, ends=ends)
+    assert finished.finish_reasons == ("length", "stop", "length")
+    assert finished.stop_tokens == (None, None, None)
+    assert finished.tokens[1] == whole.tokens[1][: 2 * LENGTH]
+    assert (finished.tokens[0], finished.tokens[2]) == (whole.tokens[0], whole.tokens[2])
+    assert [event.row for event in of(events, CanvasCommitted)].count(1) == 2

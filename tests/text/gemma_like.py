@@ -24,8 +24,12 @@ TEMPLATE = """\
 {% endif %}"""
 
 
-def build(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
-    tokens = CONTROLS + UNFLAGGED + PLAIN + [f"<0x{byte:02X}>" for byte in range(256)]
+def build(
+    template: str | None = TEMPLATE,
+    controls: list[str] = CONTROLS,
+    unflagged: list[str] = UNFLAGGED,
+) -> PreTrainedTokenizerFast:
+    tokens = controls + unflagged + PLAIN + [f"<0x{byte:02X}>" for byte in range(256)]
     tokens += [chr(code) for code in range(33, 127)] + ["▁", "\n", "é", "\u0301"]
     tokens += [merge.replace(" ", "") for merge in MERGES]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
@@ -38,8 +42,8 @@ def build(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in CONTROLS])
-    backend.add_tokens([AddedToken(t, normalized=False) for t in UNFLAGGED + PLAIN])
+    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in controls])
+    backend.add_tokens([AddedToken(t, normalized=False) for t in unflagged + PLAIN])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",

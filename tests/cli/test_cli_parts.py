@@ -1,0 +1,153 @@
+"""Thoughts, calls and ends on the command line: what goes where, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+from cli_fakes import Terminal, command
+
+CALL = {"name": "f", "arguments": {"a": [1]}, "raw": "call:f{a:[1]}"}
+CUT = {"name": "g", "raw": "call:g{a:\n1", "error": "a tool call was cut off"}
+
+
+def test_a_thought_goes_to_stderr(program):
+    program.script.canvases, program.script.thoughts = ["", "Paris."], ["plan", "\nof\nmore"]
+    result = program("generate", "-p", "hi")
+    assert result.stdout == "Paris.\n"
+    assert result.stderr.startswith("plan\nof\nmore\nprompt:")
+    result = program("generate", "-p", "hi", "--hide-thought")
+    assert (result.stdout, result.stderr[:7]) == ("Paris.\n", "prompt:")
+
+
+def test_json_has_every_part(program):
+    program.script.canvases, program.script.thoughts = ["Let me see."], ["plan"]
+    program.script.tool_calls, program.script.finish = [CALL, CUT], "tool_calls"
+    result = program("generate", "-p", "hi", "--json")
+    answer = json.loads(result.stdout)
+    assert result.stderr == ""
+    assert (answer["text"], answer["thought"], answer["empty"]) == ("Let me see.", "plan", False)
+    assert answer["finish_reason"] == "tool_calls"
+    assert answer["tool_calls"] == [{"name": "f", "arguments": {"a": [1]}}]
+    assert answer["failed_calls"] == [
+        {"name": "g", "raw": "call:g{a:\n1", "error": "a tool call was cut off"}
+    ]
+
+
+def test_calls_are_said_on_stderr(program):
+    program.script.canvases, program.script.tool_calls = [""], [CALL, CUT]
+    result = program("generate", "-p", "hi")
+    assert result.stdout == ""
+    assert 'tool call: {"name": "f", "arguments": {"a": [1]}}\n' in result.stderr
+    assert "a tool call was cut off: call:g{a: 1\n" in result.stderr
+    assert "empty" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("canvas", "thoughts", "finish", "said"),
+    [
+        ("", [], "stop", "the answer is empty: the model ended it on the first canvas."),
+        (" \n\n", [], "stop", "the answer is empty: it is white space alone."),
+        ("", ["plan"], "stop", "the answer is empty: the model thought and then said nothing."),
+        ("", ["plan"], "length", "the thought was cut at 0 tokens; --max-tokens"),
+    ],
+)
+def test_an_answer_that_says_nothing(program, canvas, thoughts, finish, said):
+    program.script.canvases, program.script.thoughts = [canvas], thoughts
+    program.script.finish = finish
+    assert said in program("generate", "-p", "hi").stderr
+    assert json.loads(program("generate", "-p", "hi", "--json").stdout)["empty"] is True
+
+
+def test_an_answer_that_was_cut_says_how_to_go_on(program):
+    program.script.finish = "length"
+    result = program("generate", "-p", "hi")
+    remark = "the answer was cut at 5 tokens; --max-tokens 10 leaves room to go on.\n"
+    assert (result.stdout, remark in result.stderr) == ("hello\n", True)
+    result = program("chat", input="one\ntwo")
+    assert "the answer was cut at 5 tokens; ask to go on, or start the chat with" in result.stderr
+    # A cut answer is part of the conversation: one may ask to go on.
+    assert program.script.calls[-1]["prompt"][1] == {"role": "assistant", "content": "hello"}
+
+
+def test_an_answer_that_ended_by_itself_says_nothing_of_it(program):
+    assert "cut" not in program("generate", "-p", "hi").stderr
+
+
+def test_thoughts_stay_out_of_the_conversation(program):
+    program.script.thoughts = ["secret plan"]
+    result = program("chat", "--thinking", input="one\ntwo")
+    assert result.stdout == "hello\nhello\n"
+    assert "secret plan" in result.stderr
+    assert program.script.calls[1]["prompt"] == [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "two"},
+    ]
+
+
+@pytest.mark.parametrize(("canvas", "thoughts"), [(" \n", []), ("", ["plan"])])
+def test_a_blank_answer_is_no_turn(program, canvas, thoughts):
+    program.script.canvases, program.script.thoughts = [canvas], thoughts
+    result = program("chat", input="one\ntwo")
+    assert len(program.script.calls[1]["prompt"]) == 1
+    assert "the answer is empty" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["generate", "chat"])
+def test_stop_strings_arrive(program, name):
+    given = ["--stop", "END", "--stop", "\n\n"]
+    arguments = [name, "-p", "hi", *given] if name == "generate" else [name, *given]
+    assert program(*arguments, input="hi").exit_code == 0
+    assert program.script.calls[0]["stop"] == ["END", "\n\n"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stop", ""], "--stop must be a text of at least one character."),
+        (["--stop", "a", "--regex", "b+"], "--stop does not go with a constraint: drop one."),
+        (
+            ["--show-thought", "--hide-thought"],
+            "--show-thought and --hide-thought contradict each other: drop one.",
+        ),
+    ],
+)
+def test_what_cannot_be_asked(program, arguments, message):
+    result = program("generate", "-p", "hi", *arguments)
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"error: {message}\n")
+    assert program.script.loads == []
+
+
+LONG = {"canvases": ["Paris."], "thoughts": ["first\n" + "and so on " * 20 + "\x1b[2J end"]}
+
+
+@pytest.mark.parametrize("watch", ["--watch", "--no-watch"])
+def test_a_thought_is_one_dim_line_on_a_terminal(watch):
+    terminal = Terminal(*command(LONG, "generate", "-p", "hi", "--model", "m", watch))
+    terminal.finish()
+    screen = terminal.screen()
+    assert screen[1].startswith("thought: first and so on and")
+    assert screen[1].endswith("…") and len(screen[1]) < terminal.columns
+    assert screen[2] == "Paris."
+    assert "\x1b[2mthought: first" in terminal.written
+
+
+def test_a_thought_is_shown_whole_or_not_at_all():
+    arguments = ("generate", "-p", "hi", "--model", "m")
+    whole = Terminal(*command(LONG, *arguments, "--show-thought"))
+    whole.finish()
+    text = "\n".join(whole.screen())
+    assert "thought: first\nand so on" in text and "␛[2J end\nParis." in text
+    none = Terminal(*command(LONG, *arguments, "--hide-thought", "--no-watch"))
+    none.finish()
+    assert none.screen()[:2] == ["loading m", "Paris."]
+
+
+def test_a_piped_answer_leaves_the_thought_to_the_terminal():
+    arguments = command(LONG, "generate", "-p", "hi", "--model", "m")
+    terminal = Terminal(*arguments, stdout=subprocess.PIPE)
+    terminal.finish()
+    assert terminal.process.stdout.read() == b"Paris.\n"
+    assert any(line.startswith("thought: first and") for line in terminal.screen())
