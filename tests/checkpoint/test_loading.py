@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from one_pass import decoded, encoded
 from tiny_models import make_config, make_weights
 
 from mlx_diffgemma import load_model
@@ -75,10 +76,9 @@ def fails(folder: Path, *words: str, **options: object) -> None:
 
 
 def logits(model) -> np.ndarray:
-    ids = mx.arange(7, 27)[None]
-    cache = model.make_cache()
-    model.encode(ids, cache)
-    return np.array(model.logits(model.decode(ids, cache)))
+    ids = list(range(7, 27))
+    _, prefix = encoded(model, ids)
+    return np.array(model.logits(decoded(model, ids, prefix)))
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -105,9 +105,9 @@ def test_vision_and_tied_weights_stay_on_disk(checkpoint: Checkpoint) -> None:
 def test_dtype_is_that_of_weights_and_activations(checkpoint: Checkpoint, dtype: mx.Dtype) -> None:
     model, _ = load_model(checkpoint.write(), dtype=dtype)
     assert model.dtype == dtype
-    cache = model.make_cache()
-    assert model.encode(mx.array([[7, 8]]), cache).dtype == dtype
-    assert cache.layers[0].keys.dtype == dtype
+    hidden, prefix = encoded(model, [7, 8])
+    assert hidden.dtype == dtype
+    assert prefix.layers[0].keys.dtype == dtype
 
 
 def test_lazy_loading_gives_the_same_model(checkpoint: Checkpoint) -> None:
