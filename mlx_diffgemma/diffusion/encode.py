@@ -38,8 +38,11 @@ def encode(
     start, total = len(cache.prefix), len(ids)
     cache.prefix = cache.prefix.with_room(total - start + room)
     yield PrefillProgress(row, 0, total - start)
-    stops = {*range(start, total, step_size or model.prefill_step_size), *marks, total}
-    for first, last in pairwise(sorted(stop for stop in stops if start <= stop <= total)):
+    size = step_size or model.prefill_step_size
+    edges = sorted({start, *(mark for mark in marks if start < mark < total), total})
+    # Behind a mark whole chunks begin anew: every chunk reads all weights.
+    firsts = [first for a, b in pairwise(edges) for first in range(a, b, size)]
+    for first, last in pairwise([*firsts, total]):
         # The shorter prefix is given up as soon as the longer one is there, whose arrays may then
         # be written where its own were.
         cache.prefix = model.encode([ids[first:last]], [cache.prefix])[1][0]
