@@ -19,8 +19,16 @@ from mlx_diffgemma.diffusion.events import CanvasCommitted, DenoisingStep, Prefi
 from mlx_diffgemma.diffusion.generate import generate_canvases
 from mlx_diffgemma.diffusion.noise import SeededNoise, seeded
 from mlx_diffgemma.diffusion.profiles import PROFILES, profile_settings
+from mlx_diffgemma.kernels.dispatch import override
 
 PROMPTS = [[3, 8, 8, 20], [11], [30, 2, 9, 9, 9, 17, 4]]
+
+
+@pytest.fixture(autouse=True)
+def as_plain_mlx() -> Iterator[None]:
+    """The emulator of kernels reads what it is given: it would be counted."""
+    with override("mlx"):
+        yield
 
 
 def settings(**changes: Any) -> DiffusionConfig:

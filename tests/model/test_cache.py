@@ -659,9 +659,8 @@ class Machine:
 
     def interrupt_a_commit(self) -> None:
         cache, before = self.chosen(), self.chosen().prefix
-        row = [*self.ids(5), 10**6 if self.rng.random() < 0.5 else 7]
         try:
-            longer = self.model.encode([row], [cache.prefix])[1][0]
+            longer = self.model.encode([self.ids(5)], [cache.prefix])[1][0]
             raise Interrupt
         except Interrupt:
             del longer
