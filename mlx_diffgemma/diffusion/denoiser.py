@@ -24,7 +24,9 @@ from mlx_diffgemma.model.cache import Prefix
 from mlx_diffgemma.model.diffusion_gemma import CanvasView, DiffusionGemma
 
 _FEW_LEAVE = 0.01  # probability that the likeliest few tokens may leave out to stand for all
-_LOOK_BYTES = 100_000_000  # most bytes of what one look holds in a layer
+_LOOK_BYTES = 75_000_000  # most bytes of what one look holds in a layer or of the vocabulary
+_WORDS = 4096  # of the vocabulary that a look holds at a time, and in how many copies of 4 bytes
+_COPIES = 6
 
 Name = TypeVar("Name")
 
@@ -139,7 +141,9 @@ class Denoiser:
         """As many canvases at a time as fit in a fixed budget: views, lengths, allowed tokens."""
         text = self.model.config.text
         widest = text.top_k_experts * (3 * text.moe_intermediate_size + 2 * text.hidden_size)
-        most = max(1, _LOOK_BYTES // (widest * self.model.dtype.size))
+        layer = widest * self.model.dtype.size
+        vocabulary = _COPIES * 4 * min(_WORDS, text.vocab_size)
+        most = max(1, _LOOK_BYTES // max(layer, vocabulary))
         start = 0
         while start < len(canvases):
             stop, positions = start + 1, len(canvases[start])
