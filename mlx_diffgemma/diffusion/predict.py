@@ -49,6 +49,11 @@ class Predictor:
             for canvas, prefix, place in zip(canvases, prefixes, places, strict=True)
         ]
         hidden, layers = self.model.decode_keeping(views)
+        # What nobody needs later is let go of before the layers are computed.
+        layers = tuple(
+            kept if canvas.settings.settled_after is not None else ()
+            for canvas, kept in zip(canvases, layers, strict=True)
+        )
         rows = [
             _row(canvas, np.arange(len(canvas)) if place is None else place)
             for canvas, place in zip(canvases, places, strict=True)
@@ -68,7 +73,7 @@ class Predictor:
             Passed(
                 part if place is None else remembered(canvas, part, place),
                 place is None,
-                kept if canvas.settings.settled_after is not None else (),
+                kept,
             )
             for canvas, part, place, kept in zip(canvases, parts, places, layers, strict=True)
         ]
