@@ -25,12 +25,13 @@ from mlx_diffgemma.checkpoint.quantization import Recipe
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.diffusion.closing import Closer
 from mlx_diffgemma.diffusion.config import DiffusionConfig
-from mlx_diffgemma.diffusion.constraints import FREE, Layout, every_token, token_mask
+from mlx_diffgemma.diffusion.constraints import FREE, Layout, token_mask
 from mlx_diffgemma.diffusion.denoiser import Denoiser
 from mlx_diffgemma.diffusion.encode import encode
 from mlx_diffgemma.diffusion.events import DenoisingStep
 from mlx_diffgemma.diffusion.matching import MatchingSettings, generate_matching
 from mlx_diffgemma.diffusion.noise import SeededNoise
+from mlx_diffgemma.kernels.allowed_tokens import every_token
 from mlx_diffgemma.kernels.vocabulary import Row, VocabularyResult
 from mlx_diffgemma.model.cache import KeysValues
 from mlx_diffgemma.model.diffusion_gemma import CanvasView, DiffusionGemma

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.kernels.allowed_tokens import every_token
 
 FREE = -1
 
@@ -81,11 +82,3 @@ def token_mask(tokens: Iterable[int], vocab: int) -> np.ndarray:
     bits = np.zeros(-(-vocab // 32) * 32, bool)
     bits[list(tokens)] = True
     return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
-
-
-def every_token(vocab: int) -> np.ndarray:
-    """The set of all token ids as a bit mask [W] uint32."""
-    mask = np.full(-(-vocab // 32), 0xFFFFFFFF, np.uint32)
-    if vocab % 32:
-        mask[-1] = (1 << vocab % 32) - 1
-    return mask

@@ -11,12 +11,12 @@ from mock_model import MockModel
 
 from mlx_diffgemma.diffusion.canvas import Canvas, Passed, Prediction
 from mlx_diffgemma.diffusion.config import SAMPLERS, DiffusionConfig
-from mlx_diffgemma.diffusion.constraints import FREE, Layout, every_token, token_mask
+from mlx_diffgemma.diffusion.constraints import FREE, Layout, token_mask
 from mlx_diffgemma.diffusion.denoiser import Denoiser
 from mlx_diffgemma.diffusion.noise import SeededNoise
 from mlx_diffgemma.diffusion.profiles import PROFILES, profile_settings
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.kernels.allowed_tokens import unpack_allowed
+from mlx_diffgemma.kernels.allowed_tokens import every_token, unpack_allowed
 from mlx_diffgemma.kernels.vocabulary import Row
 
 VOCAB, LENGTH, PATTERNS = 41, 11, 40
