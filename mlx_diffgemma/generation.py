@@ -163,6 +163,16 @@ def diffusion_config(
     return config
 
 
+def settled(
+    model: DiffusionGemma, config: DiffusionConfig | None, profile: str, **overrides: Any
+) -> DiffusionConfig:
+    """Whole settings where they are given, else those of the checkpoint and the profile; in either
+    case with the overrides that are not None put over them."""
+    if config is None:
+        return diffusion_config(model, profile, **overrides)
+    return config.override(**overrides)
+
+
 def generate(
     model: DiffusionGemma,
     tokenizer: TokenizerWrapper,
@@ -196,6 +206,7 @@ def stream_generate(
     prefix_cache: PrefixCache | None = None,
     prefill_step_size: int | None = None,
     profile: str = DEFAULT_PROFILE,
+    config: DiffusionConfig | None = None,
     draft: bool = True,
     stop: str | Sequence[str] | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
@@ -217,14 +228,16 @@ def stream_generate(
         stop: texts that end the answer; it is cut before the first that its text completes. What
             is thought or stands in a call ends nothing.
         on_prefill: called with (positions done, positions in all) while the prompt is encoded.
-        settings: fields of `DiffusionConfig`, such as `max_denoising_steps` or `entropy_bound`.
+        config: all settings of the denoising, as `diffusion_config` gives them, in place of the
+            checkpoint's and the profile's.
+        settings: fields of `DiffusionConfig` to put over them, such as `max_denoising_steps`.
 
     Raises:
         UsageError, PromptError: a setting or the prompt is out of range.
         MemoryShortageError: the prompt does not fit.
         NumericalError: the model returned NaN; the step is named.
     """
-    config = diffusion_config(model, profile, max_tokens=max_tokens, **settings)
+    config = settled(model, config, profile, max_tokens=max_tokens, **settings)
     if prefill_step_size is not None:
         check_integer("prefill_step_size", prefill_step_size, 1)
     seed, stops = checked_seed(seed), stop_strings(stop)
@@ -433,6 +446,7 @@ def batch_generate(
     raw: bool = False,
     thinking: bool | None = None,
     profile: str = DEFAULT_PROFILE,
+    config: DiffusionConfig | None = None,
     stop: str | Sequence[str] | None = None,
     **settings: Any,
 ) -> list[str]:
@@ -442,7 +456,7 @@ def batch_generate(
         raise UsageError("prompts is one text; give a list of prompts, or use generate.")
     if not prompts:
         return []
-    config = diffusion_config(model, profile, max_tokens=max_tokens, **settings)
+    config = settled(model, config, profile, max_tokens=max_tokens, **settings)
     seed, stops = checked_seed(seed), stop_strings(stop)
     ids = [
         encode_prompt(tokenizer, prompt, raw=raw, system_prompt=system_prompt, thinking=thinking)

@@ -11,7 +11,7 @@ from demo_checkpoint import CHECKPOINT
 from mlx_diffgemma.config import FULL, SLIDING, ModelConfig, RopeConfig, both_spellings
 from mlx_diffgemma.errors import ConfigError
 
-REMOVE = object()
+REMOVE = Ellipsis  # stands for a key that is taken out
 
 
 @pytest.mark.parametrize("seed", range(5))

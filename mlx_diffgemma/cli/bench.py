@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mlx_diffgemma.bench import openblas as openblas_room
-from mlx_diffgemma.cli import errors, options
+from mlx_diffgemma.cli.command import Only, command
+from mlx_diffgemma.cli.settings import Loading
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.diffusion.profiles import profile_settings
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.settings import Setting
 
 if TYPE_CHECKING:
     from mlx_diffgemma.bench.report import BenchReport
@@ -23,125 +26,107 @@ RELEASE = "google/diffusiongemma-26B-A4B-it"
 RIVAL, TWIN = "mlx-vlm", "mlx-lm"
 
 _MODEL, _WHAT, _BESIDE = "Random weights", "What to measure", "Beside others"
-_OUTPUT = "Output"
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Random weights: in whose shapes, how many layers, and in which format."""
+    """Random weights: whether to draw them, in whose shapes, and in which format."""
 
-    like: str
-    layers: int | None
-    bits: int | None
-    recipe: str | None
-    dtype: str | None
+    random: Annotated[
+        bool, Setting("Random weights, drawn instead of loading any.", panel=_MODEL)
+    ] = False
+    like: Annotated[
+        str,
+        Setting(
+            "Owner of the shapes: a built-in name (the default, or small-262k), or a folder with a "
+            "config.json.",
+            panel=_MODEL,
+        ),
+    ] = RELEASE
+    layers: Annotated[
+        int | None, Setting("Number of its layers to draw; all if left out.", panel=_MODEL)
+    ] = None
+    bits: Annotated[int | None, Setting("Bits to which everything is quantized.", panel=_MODEL)] = (
+        None
+    )
+    recipe: Annotated[
+        str | None, Setting("Recipe of the converter to quantize by.", panel=_MODEL)
+    ] = None
+    dtype: Annotated[
+        str | None,
+        Setting(
+            "Type of the activations; float32 on a CPU, bfloat16 on a GPU if left out.",
+            panel=_MODEL,
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        shape = (self.like, self.layers, self.bits, self.recipe, self.dtype)
+        if not self.random and shape != (RELEASE, None, None, None, None):
+            raise UsageError("--like, --layers, --bits, --recipe and --dtype go with --random.")
 
 
+@dataclass(frozen=True)
+class Measuring:
+    """What is measured, and how often."""
+
+    prefill: Annotated[str, Setting("Lengths of prompts to encode.", panel=_WHAT)] = "512,2048"
+    prefix: Annotated[int, Setting("Tokens before the canvas of a step.", panel=_WHAT)] = 512
+    batch: Annotated[int, Setting("Sequences at once.", panel=_WHAT)] = 1
+    profile: Annotated[
+        str, Setting("Profile under which the step is taken apart.", panel=_WHAT)
+    ] = DEFAULT_PROFILE
+    vocabulary_pass: Annotated[
+        str | None,
+        Setting(
+            "Form of the pass over the vocabulary in that step, such as whole; the model's own if "
+            "left out.",
+            panel=_WHAT,
+        ),
+    ] = None
+    constraints: Annotated[
+        bool, Setting("Steps with and without constraints besides, in turns.", panel=_WHAT)
+    ] = False
+    prompt: Annotated[str | None, Setting("Prompt to answer.", ("--prompt", "-p"), panel=_WHAT)] = (
+        None
+    )
+    canvas_length: Annotated[int | None, Setting("Tokens drafted at a time.", panel=_WHAT)] = None
+    max_tokens: Annotated[
+        int | None,
+        Setting("Most tokens to generate for one answer.", ("--max-tokens", "-m"), panel=_WHAT),
+    ] = None
+    seed: Annotated[int, Setting("Number that random draws follow from.", panel=_WHAT)] = 0
+    repeats: Annotated[
+        int, Setting("Number of measurements, of which the median counts.", panel=_WHAT)
+    ] = 5
+
+    def __post_init__(self) -> None:
+        for name in ("prefix", "batch", "repeats"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+        profile_settings(self.profile)
+
+
+@command
 def bench(
-    ctx: typer.Context,
+    *,
     twin: Annotated[
         str | None,
         typer.Argument(
-            metavar="[TWIN]", help="The autoregressive model for --against mlx-lm.", show_default=""
+            metavar="[TWIN]", help="Autoregressive model for --against mlx-lm.", show_default=""
         ),
     ] = None,
-    model: options.Model = None,
-    adapter_path: options.AdapterPath = None,
-    random: Annotated[
-        bool,
-        typer.Option(
-            "--random", help="Draw the weights instead of loading any.", rich_help_panel=_MODEL
-        ),
-    ] = False,
-    like: Annotated[
-        str,
-        typer.Option(
-            "--like",
-            help="Whose shapes: a built-in name (the default, or small-262k), or a folder with a "
-            "config.json.",
-            rich_help_panel=_MODEL,
-        ),
-    ] = RELEASE,
-    layers: Annotated[
-        int | None,
-        typer.Option(
-            "--layers", help="How many of its layers; all if left out.", rich_help_panel=_MODEL
-        ),
-    ] = None,
-    bits: Annotated[
-        int | None,
-        typer.Option("--bits", help="Quantize everything to so many bits.", rich_help_panel=_MODEL),
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            "--recipe", help="Quantize as the converter does under it.", rich_help_panel=_MODEL
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype",
-            help="Type of the activations; float32 on a CPU, bfloat16 on a GPU if left out.",
-            rich_help_panel=_MODEL,
-        ),
-    ] = None,
-    prefill: Annotated[
-        str,
-        typer.Option("--prefill", help="Lengths of prompts to encode.", rich_help_panel=_WHAT),
-    ] = "512,2048",
-    prefix: Annotated[
-        int,
-        typer.Option("--prefix", help="Tokens before the canvas of a step.", rich_help_panel=_WHAT),
-    ] = 512,
-    batch: Annotated[
-        int, typer.Option("--batch", help="Sequences at once.", rich_help_panel=_WHAT)
-    ] = 1,
-    canvas_length: options.CanvasLength = None,
-    profile: Annotated[
-        str,
-        typer.Option(
-            "--profile", help="Under which the step is taken apart.", rich_help_panel=_WHAT
-        ),
-    ] = DEFAULT_PROFILE,
-    vocabulary_pass: Annotated[
-        str | None,
-        typer.Option(
-            "--vocabulary-pass",
-            help="Form of the pass over the vocabulary in that step, such as whole; the model's "
-            "own if left out.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    constraints: Annotated[
-        bool,
-        typer.Option(
-            "--constraints",
-            help="Also run steps with and without constraints, in turns.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = False,
-    prompt: Annotated[
-        str | None,
-        typer.Option("--prompt", "-p", help="What to answer.", rich_help_panel=_WHAT),
-    ] = None,
-    max_tokens: options.MaxTokens = None,
-    repeats: Annotated[
-        int,
-        typer.Option(
-            "--repeats", help="Measurements, of which the median counts.", rich_help_panel=_WHAT
-        ),
-    ] = 5,
-    seed: options.Seed = 0,
+    loading: Annotated[Loading, Only("model", "adapter_path")],
+    shapes: Shapes,
+    measuring: Measuring,
     against: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--against",
-            help=f"Run another program in turns: '{RIVAL}' on the same weights, or '{TWIN}' with "
-            "an autoregressive model named behind it.",
-            rich_help_panel=_BESIDE,
+        tuple[str, ...],
+        Setting(
+            f"Other program to run in turns: '{RIVAL}' on the same weights, or '{TWIN}' with an "
+            "autoregressive model named behind it.",
+            panel=_BESIDE,
         ),
-    ] = None,
+    ] = (),
     openblas: Annotated[
         str | None,
         typer.Option(
@@ -151,61 +136,51 @@ def bench(
             rich_help_panel=_BESIDE,
         ),
     ] = None,
-    json: Annotated[
-        bool,
-        typer.Option(
-            "--json", help="Print one JSON object instead of tables.", rich_help_panel=_OUTPUT
-        ),
-    ] = False,
-    debug: options.Debug = False,
+    json: Annotated[bool, Setting("One JSON object instead of tables.", panel="Output")] = False,
 ) -> None:
     """Measure prefill, a denoising step and its parts, speeds and memory, beside what the device
     could do at best."""
+    lengths = _lengths(measuring.prefill)
+    if shapes.random and loading.model is not None:
+        raise UsageError("--model and --random exclude each other: drop one.")
+    if loading.adapter_path is not None and (shapes.random or against):
+        raise UsageError("--adapter-path goes with --model; fuse it to compare others.")
+    rival, twin_model = _others(against, twin)
+    blas = openblas_room.load_openblas(openblas) if openblas else None
+    from mlx_diffgemma.bench.run import PROMPT, Plan
 
-    def body() -> None:
-        lengths = _lengths(prefill)
-        for name, value in (("--prefix", prefix), ("--batch", batch), ("--repeats", repeats)):
-            if value < 1:
-                raise UsageError(f"{name} must be at least 1, not {value}.")
-        if random and model is not None:
-            raise UsageError("--model and --random exclude each other: drop one.")
-        if adapter_path is not None and (random or against):
-            raise UsageError("--adapter-path goes with --model; fuse it to compare others.")
-        shapes = Shapes(like, layers, bits, recipe, dtype) if random else None
-        if not random and (layers, bits, recipe, dtype, like) != (None,) * 4 + (RELEASE,):
-            raise UsageError("--like, --layers, --bits, --recipe and --dtype go with --random.")
-        rival, twin_model = _others(against or [], twin)
-        profile_settings(profile)  # fails rather now than once weights are there
-        blas = None
-        if openblas:
-            blas = openblas_room.load_openblas(openblas)
-        from mlx_diffgemma.bench.run import PROMPT, Plan
-
-        _require(rival, vocabulary_pass)
-        plan = Plan(
-            prefill=lengths, prefix=prefix, batch=batch, canvas_length=canvas_length,
-            repeats=repeats, seed=seed or 0, profile=profile, vocabulary_pass=vocabulary_pass,
-            prompt=prompt or PROMPT, max_tokens=max_tokens, constraints=constraints, rival=rival,
-            twin=twin_model, blas=blas, say=_say,
-        )  # fmt: skip
-        report = _measure(model, adapter_path, shapes, plan)
-        if json:
-            print(report.as_json())
-        else:
-            _print_tables(report)
-
-    errors.run(body, debug=errors.debugging(ctx))
+    _require(rival, measuring.vocabulary_pass)
+    plan = Plan(
+        prefill=lengths,
+        prefix=measuring.prefix,
+        batch=measuring.batch,
+        canvas_length=measuring.canvas_length,
+        repeats=measuring.repeats,
+        seed=measuring.seed,
+        profile=measuring.profile,
+        vocabulary_pass=measuring.vocabulary_pass,
+        prompt=measuring.prompt or PROMPT,
+        max_tokens=measuring.max_tokens,
+        constraints=measuring.constraints,
+        rival=rival,
+        twin=twin_model,
+        blas=blas,
+        say=_say,
+    )
+    report = _measure(loading, shapes, plan)
+    if json:
+        print(report.as_json())
+    else:
+        _print_tables(report)
 
 
-def _measure(
-    model: str | None, adapter_path: str | None, shapes: Shapes | None, plan: Plan
-) -> BenchReport:
+def _measure(loading: Loading, shapes: Shapes, plan: Plan) -> BenchReport:
     from mlx_diffgemma.bench.run import run_bench
 
-    if shapes is None:
+    if not shapes.random:
         from mlx_diffgemma.cli import session
 
-        opened = session.open_model(model, adapter_path=adapter_path)
+        opened = session.open_model(loading)
         return run_bench(opened.model, plan, name=opened.name, tokenizer=opened.tokenizer)
     from mlx_diffgemma.bench.presets import config_like
     from mlx_diffgemma.bench.random_model import chosen_dtype, chosen_recipe, random_model
@@ -229,7 +204,7 @@ def _lengths(text: str) -> tuple[int, ...]:
     return lengths
 
 
-def _others(against: list[str], twin: str | None) -> tuple[bool, str | None]:
+def _others(against: Sequence[str], twin: str | None) -> tuple[bool, str | None]:
     """Whether to run mlx-vlm, and with which model mlx-lm."""
     for name in against:
         if name not in (RIVAL, TWIN):

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from mlx_diffgemma.cli import errors, options
+from mlx_diffgemma.cli import errors
+from mlx_diffgemma.cli.command import Without, command
+from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Showing
 from mlx_diffgemma.errors import DiffGemmaError, PromptError
 
 if TYPE_CHECKING:
@@ -28,88 +28,18 @@ Ctrl-C          stop the answer; at the prompt, end
 A line that ends in a backslash goes on in the next one."""
 
 
+@command
 def chat(
-    ctx: typer.Context,
-    system_prompt: options.SystemPrompt = None,
-    thinking: options.Thinking = None,
-    chat_template: options.ChatTemplate = None,
-    prefill_step_size: options.PrefillStepSize = None,
-    model: options.Model = None,
-    revision: options.Revision = None,
-    adapter_path: options.AdapterPath = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    check: options.Check = False,
-    max_tokens: options.MaxTokens = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    steps: options.Steps = None,
-    canvas_length: options.CanvasLength = None,
-    t_min: options.TMin = None,
-    t_max: options.TMax = None,
-    profile: options.Profile = None,
-    sampler: options.Sampler = None,
-    accept_threshold: options.AcceptThreshold = None,
-    entropy_bound: options.EntropyBound = None,
-    stability_threshold: options.StabilityThreshold = None,
-    confidence_threshold: options.ConfidenceThreshold = None,
-    stop_at_eos: options.StopAtEos = None,
-    eos_certainty: options.EosCertainty = None,
-    shrink_canvas: options.ShrinkCanvas = None,
-    soft_cutoff: options.SoftCutoff = None,
-    confident_after: options.ConfidentAfter = None,
-    settled_after: options.SettledAfter = None,
-    watch: options.Watch = True,
-    show_thought: options.ShowThought = False,
-    hide_thought: options.HideThought = False,
-    debug: options.Debug = False,
+    *,
+    asking: Annotated[Asking, Without("raw")],
+    loading: Loading,
+    denoising: Denoising,
+    showing: Annotated[Showing, Without("json")],
 ) -> None:
     """Talk in turns; what was said is not encoded again. /help lists the commands."""
+    from mlx_diffgemma.cli.session import open_model
 
-    def body() -> None:
-        options.check_thoughts(show_thought, hide_thought)
-        settings = options.generation_settings(
-            max_tokens=max_tokens,
-            seed=seed,
-            stop=stop,
-            prefill_step_size=prefill_step_size,
-            max_denoising_steps=steps,
-            canvas_length=canvas_length,
-            t_min=t_min,
-            t_max=t_max,
-            profile=profile,
-            sampler=sampler,
-            accept_threshold=accept_threshold,
-            entropy_bound=entropy_bound,
-            stability_threshold=stability_threshold,
-            confidence_threshold=confidence_threshold,
-            stop_at_eos=stop_at_eos,
-            eos_certainty=eos_certainty,
-            shrink_canvas=shrink_canvas,
-            soft_cutoff=soft_cutoff,
-            confident_after=confident_after,
-            settled_after=settled_after,
-        )
-        loading = {
-            "revision": revision,
-            "adapter_path": adapter_path,
-            "chat_template": chat_template,
-            "trust_remote_code": trust_remote_code,
-            "check": check,
-        }
-        from mlx_diffgemma.cli.session import open_model
-
-        opened = open_model(model, **loading)
-        settings["thinking"] = thinking
-        Chat(
-            opened,
-            settings,
-            watch=watch,
-            show_thought=show_thought,
-            hide_thought=hide_thought,
-            system_prompt=system_prompt,
-        ).run()
-
-    errors.run(body, debug=errors.debugging(ctx))
+    Chat(open_model(loading), asking, denoising, showing, asking.system_prompt).run()
 
 
 @dataclass
@@ -117,23 +47,21 @@ class Chat:
     """A conversation.
 
     Attributes:
-        settings: keyword arguments of `stream_generate`.
-        watch: whether to draw the canvas where that can be done.
-        show_thought, hide_thought: whether thoughts are shown whole, or not at all.
+        asking, denoising, showing: what the command line says of every question.
         system_prompt: what is put before the first turn.
         turns: the messages so far, questions and answers in turn.
     """
 
     opened: Opened
-    settings: dict[str, Any]
-    watch: bool = True
-    show_thought: bool = False
-    hide_thought: bool = False
+    asking: Asking = field(default_factory=Asking)
+    denoising: Denoising = field(default_factory=Denoising)
+    showing: Showing = field(default_factory=Showing)
     system_prompt: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._cache = self.opened.model.make_cache()
+        self._config = self.denoising.config(self.opened.model)
 
     def run(self) -> None:
         """Take turns until the input ends or the user quits.
@@ -219,12 +147,16 @@ class Chat:
                     prefix_cache=self._cache,
                     draft=False,
                     on_prefill=on_prefill,
-                    **self.settings,
+                    seed=self.denoising.seed,
+                    thinking=self.asking.thinking,
+                    prefill_step_size=self.asking.prefill_step_size,
+                    config=self._config,
+                    stop=self.asking.stop,
                 )
                 return runs.enter_context(closing(responses))
 
-            thoughts = output.thoughts(self.show_thought, self.hide_thought)
-            if output.can_draw(self.watch):
+            thoughts = output.thoughts(self.showing.show_thought, self.showing.hide_thought)
+            if output.can_draw(self.showing.watch):
                 output.draw(start, pieces_of(tokenizer), outcome, thoughts)
             else:
                 output.stream(start, outcome, thoughts)

@@ -2,66 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from mlx_diffgemma.cli import editing, errors, options
+from mlx_diffgemma.cli import editing
+from mlx_diffgemma.cli.command import Only, command
+from mlx_diffgemma.cli.settings import Denoising, Loading, Showing
+from mlx_diffgemma.settings import Setting
 
 
+@command
 def choose(
-    ctx: typer.Context,
-    choices: Annotated[list[str], typer.Argument(help="The answers to choose among.")],
+    *,
+    choices: Annotated[list[str], typer.Argument(help="Answers to choose among.")],
     question: Annotated[
         list[str],
         typer.Option(
             "--question",
             "-q",
-            help="What to ask; give it more than once to ask several at once.",
+            help="Question to ask; it may be given several times.",
             rich_help_panel=editing.PANEL,
         ),
     ],
     here: Annotated[
         bool,
-        typer.Option(
-            "--choices",
-            help="May stand before the choices; they are the arguments either way.",
-            rich_help_panel=editing.PANEL,
+        Setting(
+            "Word that may stand before the choices; they are the arguments either way.",
+            ("--choices",),
+            panel=editing.PANEL,
         ),
     ] = False,
     frame: Annotated[
         str,
-        typer.Option(
-            "--frame",
-            help="The answer's text, with {} where the choice stands.",
-            rich_help_panel=editing.PANEL,
-        ),
+        Setting("Text of the answer, with {} where the choice stands.", panel=editing.PANEL),
     ] = "{}",
     draws: Annotated[
-        int,
-        typer.Option(
-            "--draws",
-            help="How many canvases of noise to average over.",
-            rich_help_panel=editing.PANEL,
-        ),
+        int, Setting("Number of canvases of noise to average over.", panel=editing.PANEL)
     ] = 1,
     bare: Annotated[
-        bool,
-        typer.Option(
-            "--bare", help="Ask without listing the choices.", rich_help_panel=editing.PANEL
-        ),
+        bool, Setting("Question alone, without a list of the choices.", panel=editing.PANEL)
     ] = False,
-    system_prompt: options.SystemPrompt = None,
-    chat_template: options.ChatTemplate = None,
-    raw: options.Raw = False,
-    model: options.Model = None,
-    revision: options.Revision = None,
-    adapter_path: options.AdapterPath = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    seed: options.Seed = None,
-    canvas_length: options.CanvasLength = None,
-    json: options.Json = False,
-    debug: options.Debug = False,
+    prompting: editing.Prompting,
+    loading: Loading,
+    denoising: Annotated[Denoising, Only("seed", "canvas_length")],
+    showing: Annotated[Showing, Only("json")],
 ) -> None:
     """Say how probable the model finds each choice as the answer, in one look.
 
@@ -69,38 +54,25 @@ def choose(
 
     The probabilities sum to 1; nothing is claimed about their calibration.
     """
-
-    def body() -> None:
-        request = editing.request(
-            model=model,
-            revision=revision,
-            adapter_path=adapter_path,
-            trust_remote_code=trust_remote_code,
-            chat_template=chat_template,
-            system_prompt=system_prompt,
-            raw=raw,
-            seed=seed,
-            canvas_length=canvas_length,
-            watch=False,
-            as_json=json,
-        )
-        _choose(request, question, choices, {"frame": frame, "draws": draws, "bare": bare})
-
-    errors.run(body, debug=errors.debugging(ctx))
-
-
-def _choose(
-    request: editing.Request, questions: list[str], choices: list[str], arguments: dict[str, Any]
-) -> None:
     from mlx_diffgemma.cli import session
     from mlx_diffgemma.cli.display import printable
-    from mlx_diffgemma.editing.choose import choose
+    from mlx_diffgemma.editing import choose as room
 
-    opened = session.open_model(request.model, **request.loading)
-    found = choose(
-        opened.model, opened.tokenizer, questions, choices, **arguments, **request.settings
+    opened = session.open_model(loading)
+    found = room.choose(
+        opened.model,
+        opened.tokenizer,
+        question,
+        choices,
+        frame=frame,
+        draws=draws,
+        bare=bare,
+        seed=denoising.seed,
+        system_prompt=prompting.system_prompt,
+        raw=prompting.raw,
+        config=denoising.config(opened.model),
     )
-    if request.json:
+    if showing.json:
         editing.write_json(
             questions=[
                 {
@@ -123,6 +95,6 @@ def _choose(
             print(printable(each.question))
         ranked = sorted(each.probabilities.items(), key=lambda item: -item[1])
         for choice, probability in ranked:
-            spread = f" ± {each.spread[choice]:.3f}" if arguments["draws"] > 1 else ""
+            spread = f" ± {each.spread[choice]:.3f}" if draws > 1 else ""
             print(f"{printable(choice):{width}}  {probability:.3f}{spread}", flush=True)
     editing.note_effort(found[0].passes, found[0].seed)

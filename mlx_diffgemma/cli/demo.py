@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from mlx_diffgemma.cli import errors, options
+from mlx_diffgemma.cli.command import Only, command
+from mlx_diffgemma.cli.settings import Denoising, Loading, Showing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,26 +21,18 @@ if TYPE_CHECKING:
 SECONDS_PER_STEP = 0.5  # for the eye: the model itself takes a few hundredths
 
 
+@command
 def demo(
-    ctx: typer.Context,
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", help="Makes the puzzles and the answers repeatable."),
-    ] = None,
-    adapter_path: options.AdapterPath = None,
-    watch: options.Watch = True,
-    debug: options.Debug = False,
+    *,
+    loading: Annotated[Loading, Only("adapter_path")],
+    denoising: Annotated[Denoising, Only("seed")],
+    showing: Annotated[Showing, Only("watch")],
 ) -> None:
     """Solve fresh sudokus with a tiny model that ships with the program; needs no network."""
-
-    def body() -> None:
-        options.generation_settings(seed=seed, prefill_step_size=None)
-        _show(seed, watch, adapter_path)
-
-    errors.run(body, debug=errors.debugging(ctx))
+    _show(denoising.seed, showing.watch, replace(loading, model="demo"))
 
 
-def _show(seed: int | None, watch: bool, adapter_path: str | None) -> None:
+def _show(seed: int | None, watch: bool, loading: Loading) -> None:
     import numpy as np
 
     from mlx_diffgemma.cli import display, output, session
@@ -49,7 +41,7 @@ def _show(seed: int | None, watch: bool, adapter_path: str | None) -> None:
         seed = secrets.randbelow(2**16)
     rng = np.random.default_rng(seed)
     watch = output.can_draw(watch)
-    opened = session.open_model("demo", adapter_path=adapter_path)
+    opened = session.open_model(loading)
     console = output.terminal()
     print(f"Fresh 6×6 sudokus for a DiffusionGemma of 2.2 million parameters (seed {seed}).")
     if watch:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from mlx_diffgemma.cli import options
+from mlx_diffgemma.cli.command import Only, Without
+from mlx_diffgemma.cli.settings import Asking, Denoising, Showing
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.settings import Setting
 
 if TYPE_CHECKING:
     from mlx_diffgemma.cli.session import Opened
@@ -22,75 +21,33 @@ if TYPE_CHECKING:
 PANEL = "Text"
 
 Lengths = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--lengths",
-        help="How many tokens it may take, such as 4 or 2,4,8; the model chooses among several.",
-        show_default=False,
-        rich_help_panel=PANEL,
+    tuple[str, ...],
+    Setting(
+        "Numbers of tokens that a gap may take, such as 4 or 2,4,8; the model chooses among "
+        "several.",
+        panel=PANEL,
     ),
 ]
 Instead = Annotated[
     str | None,
-    typer.Option(
-        "--prompt",
-        "-p",
-        help="What to tell the model, in place of the command's own words.",
-        show_default=False,
-        rich_help_panel="Prompt",
+    Setting(
+        "Text that tells the model what to do, in place of the command's own words.",
+        ("--prompt", "-p"),
+        panel="Prompt",
     ),
 ]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a command was asked for: keyword arguments of `load` and of the function it calls."""
-
-    model: str | None
-    loading: dict[str, Any]
-    settings: dict[str, Any]
-    watch: bool
-    json: bool
-
-
-def request(
-    *,
-    model: str | None,
-    revision: str | None,
-    adapter_path: str | None,
-    trust_remote_code: bool,
-    chat_template: str | None,
-    system_prompt: str | None,
-    raw: bool,
-    watch: bool,
-    as_json: bool,
-    seed: int | None = None,
-    **denoising: Any,
-) -> Request:
-    """The options that these commands share, checked before a model is loaded.
-
-    Raises:
-        UsageError: one of them is out of range, or contradicts another.
-    """
-    if raw and system_prompt is not None:
-        raise UsageError("--system-prompt needs a chat template, and --raw uses none: drop one.")
-    settings = options.generation_settings(seed=seed, prefill_step_size=None, **denoising)
-    loading = {
-        "revision": revision,
-        "adapter_path": adapter_path,
-        "trust_remote_code": trust_remote_code,
-        "chat_template": chat_template,
-    }
-    settings |= {"system_prompt": system_prompt, "raw": raw}
-    return Request(model, loading, settings, watch, as_json)
+# What these commands share: a gap, not --max-tokens, says how long an answer is.
+Prompting = Annotated[Asking, Only("system_prompt", "raw")]
+Denoised = Annotated[Denoising, Without("max_tokens", "shrink_canvas")]
+Shown = Annotated[Showing, Only("watch", "json")]
 
 
 @contextmanager
-def drawn(opened: Opened, request: Request) -> Iterator[Callable[[DenoisingStep], None] | None]:
+def drawn(opened: Opened, showing: Showing) -> Iterator[Callable[[DenoisingStep], None] | None]:
     """What draws every denoising step on the terminal, or None where nothing is to be drawn."""
     from mlx_diffgemma.cli import output
 
-    if request.json or not output.can_draw(request.watch):
+    if showing.json or not output.can_draw(showing.watch):
         yield None
         return
     from mlx_diffgemma.cli.display import CanvasDisplay, CanvasView
@@ -121,14 +78,14 @@ def drawn(opened: Opened, request: Request) -> Iterator[Callable[[DenoisingStep]
         yield show
 
 
-def read_lengths(given: list[str] | None) -> list[tuple[int, ...]]:
+def read_lengths(given: Sequence[str]) -> list[tuple[int, ...]]:
     """The numbers behind every `--lengths`.
 
     Raises:
         UsageError: one is no list of numbers from 1.
     """
     found = []
-    for text in given or []:
+    for text in given:
         parts = text.split(",")
         if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
             raise UsageError(f"--lengths '{text}' must be numbers from 1, such as 4 or 2,4,8.")

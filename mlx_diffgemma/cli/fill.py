@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from mlx_diffgemma.cli import editing, errors, options
+from mlx_diffgemma.cli import editing
+from mlx_diffgemma.cli.command import command
+from mlx_diffgemma.cli.settings import Loading
+from mlx_diffgemma.settings import Setting
 
 
+@command
 def fill(
-    ctx: typer.Context,
-    text: Annotated[str | None, typer.Argument(help="The template itself.")] = None,
-    template: Annotated[
-        str | None,
-        typer.Option("--template", help="File with the template.", rich_help_panel=editing.PANEL),
-    ] = None,
-    lengths: editing.Lengths = None,
+    *,
+    text: Annotated[str | None, typer.Argument(help="Template itself.")] = None,
+    template: Annotated[str | None, Setting("File with the template.", panel=editing.PANEL)] = None,
+    lengths: editing.Lengths = (),
     prompt: editing.Instead = None,
-    system_prompt: options.SystemPrompt = None,
-    chat_template: options.ChatTemplate = None,
-    raw: options.Raw = False,
-    model: options.Model = None,
-    revision: options.Revision = None,
-    adapter_path: options.AdapterPath = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    seed: options.Seed = None,
-    canvas_length: options.CanvasLength = None,
-    steps: options.Steps = None,
-    t_min: options.TMin = None,
-    t_max: options.TMax = None,
-    profile: options.Profile = None,
-    sampler: options.Sampler = None,
-    entropy_bound: options.EntropyBound = None,
-    watch: options.Watch = True,
-    json: options.Json = False,
-    debug: options.Debug = False,
+    prompting: editing.Prompting,
+    loading: Loading,
+    denoising: editing.Denoised,
+    showing: editing.Shown,
 ) -> None:
     """Fill a template's slots: {name}, {name:word}, {name:one|other}, {name:/regex/}.
 
@@ -43,54 +30,28 @@ def fill(
 
     Kinds are line (the default), text, word and digits. Braces are written {{ and }}.
     """
-
-    def body() -> None:
-        whole = editing.read_input(text, template, "template")
-        candidates = editing.read_lengths(lengths)
-        request = editing.request(
-            model=model,
-            revision=revision,
-            adapter_path=adapter_path,
-            trust_remote_code=trust_remote_code,
-            chat_template=chat_template,
-            system_prompt=system_prompt,
-            raw=raw,
-            seed=seed,
-            canvas_length=canvas_length,
-            max_denoising_steps=steps,
-            t_min=t_min,
-            t_max=t_max,
-            profile=profile,
-            sampler=sampler,
-            entropy_bound=entropy_bound,
-            watch=watch,
-            as_json=json,
-        )
-        arguments: dict[str, Any] = {"prompt": prompt}
-        if candidates:
-            arguments["lengths"] = sorted({n for each in candidates for n in each})
-        _fill(request, whole, arguments)
-
-    errors.run(body, debug=errors.debugging(ctx))
-
-
-def _fill(request: editing.Request, template: str, arguments: dict[str, Any]) -> None:
+    whole = editing.read_input(text, template, "template")
+    candidates = editing.read_lengths(lengths)
     from mlx_diffgemma.cli import session
-    from mlx_diffgemma.editing.fill import fill
+    from mlx_diffgemma.editing import fill as room
     from mlx_diffgemma.editing.template import parse_template
 
-    parse_template(template)
-    opened = session.open_model(request.model, **request.loading)
-    with editing.drawn(opened, request) as on_step:
-        done = fill(
+    parse_template(whole)
+    opened = session.open_model(loading)
+    with editing.drawn(opened, showing) as on_step:
+        done = room.fill(
             opened.model,
             opened.tokenizer,
-            template,
+            whole,
+            lengths=sorted({n for each in candidates for n in each}) or room.LENGTHS,
+            prompt=prompt,
+            seed=denoising.seed,
+            system_prompt=prompting.system_prompt,
+            raw=prompting.raw,
+            config=denoising.config(opened.model),
             on_step=on_step,
-            **arguments,
-            **request.settings,
         )
-    if request.json:
+    if showing.json:
         editing.write_json(
             text=done.text,
             slots=done.slots,

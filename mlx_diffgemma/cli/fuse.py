@@ -7,10 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from mlx_diffgemma.cli import errors, options
+from mlx_diffgemma.cli.command import Only, command
+from mlx_diffgemma.cli.settings import Loading
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.settings import Setting
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -19,57 +19,41 @@ _FILE_BYTES = 1 << 30  # of fused weights that wait in memory
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
+@command
 def fuse(
-    ctx: typer.Context,
+    *,
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model", help="The base: folder or repository; that of the training if left out."
-        ),
+        Setting("Base model: folder or repository; that of the training if left out."),
     ] = None,
-    revision: options.Revision = None,
-    adapter_path: Annotated[
-        Path, typer.Option("--adapter-path", help="Folder that training wrote.")
-    ] = Path("adapters"),
-    save_path: Annotated[
-        Path, typer.Option("--save-path", help="Folder to make; it must not exist yet.")
-    ] = Path("fused_model"),
-    dequantize: Annotated[
-        bool,
-        typer.Option("--dequantize", help="Write plain weights in the layout of transformers."),
-    ] = False,
-    dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help=f"Type of plain weights: {', '.join(_DTYPES)}."),
-    ] = None,
-    upload_repo: Annotated[
-        str | None, typer.Option("--upload-repo", help="Upload to this repository.")
-    ] = None,
-    debug: options.Debug = False,
+    loading: Annotated[Loading, Only("revision")],
+    adapter_path: Annotated[Path, Setting("Folder that training wrote.")] = Path("adapters"),
+    save_path: Annotated[Path, Setting("Folder to make; it must not exist yet.")] = Path(
+        "fused_model"
+    ),
+    dequantize: Annotated[bool, Setting("Plain weights in the layout of transformers.")] = False,
+    dtype: Annotated[str | None, Setting(f"Type of plain weights: {', '.join(_DTYPES)}.")] = None,
+    upload_repo: Annotated[str | None, Setting("Repository to upload to.")] = None,
 ) -> None:
     """Write base and adapters as one checkpoint.
 
     A quantized base keeps its formats: what the adapters added is rounded to them. With
     --dequantize, or a base that is not quantized, the result also loads in transformers.
     """
+    if dtype is not None and dtype not in _DTYPES:
+        raise UsageError(f"--dtype {dtype} is unknown; known are {', '.join(_DTYPES)}.")
+    target = save_path.expanduser()
+    if target.exists():
+        raise UsageError(f"{target} exists already; remove it or choose another --save-path.")
+    if upload_repo is not None:
+        from mlx_diffgemma_convert.upload import prepare
 
-    def body() -> None:
-        if dtype is not None and dtype not in _DTYPES:
-            raise UsageError(f"--dtype {dtype} is unknown; known are {', '.join(_DTYPES)}.")
-        target = save_path.expanduser()
-        if target.exists():
-            raise UsageError(f"{target} exists already; remove it or choose another --save-path.")
-        if upload_repo is not None:
-            from mlx_diffgemma_convert.upload import prepare
+        prepare(upload_repo)
+    _fuse(model, loading.revision, adapter_path.expanduser(), target, dequantize, dtype)
+    if upload_repo is not None:
+        from mlx_diffgemma_convert.command import run_upload
 
-            prepare(upload_repo)
-        _fuse(model, revision, adapter_path.expanduser(), target, dequantize, dtype)
-        if upload_repo is not None:
-            from mlx_diffgemma_convert.command import run_upload
-
-            run_upload(target, upload_repo, dry_run=False, as_json=False)
-
-    errors.run(body, debug=errors.debugging(ctx))
+        run_upload(target, upload_repo, dry_run=False, as_json=False)
 
 
 def _fuse(

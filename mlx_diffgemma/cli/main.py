@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from mlx_diffgemma import __version__
-from mlx_diffgemma.cli import options
 from mlx_diffgemma.cli.bench import bench
 from mlx_diffgemma.cli.chat import chat
 from mlx_diffgemma.cli.choose import choose
+from mlx_diffgemma.cli.command import Debug
 from mlx_diffgemma.cli.convert import convert
 from mlx_diffgemma.cli.demo import demo
 from mlx_diffgemma.cli.edit import edit
@@ -58,7 +58,7 @@ def _program(
             "--version", callback=_print_version, is_eager=True, help="Print the version."
         ),
     ] = False,
-    debug: options.Debug = False,
+    debug: Debug = False,
 ) -> None:
     pass
 

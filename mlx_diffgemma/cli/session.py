@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_diffgemma.cli.options import DEFAULT_MODEL
+from mlx_diffgemma.cli.settings import DEFAULT_MODEL, Loading
 from mlx_diffgemma.errors import CheckpointError, MemoryShortageError, PromptError, UsageError
 
 if TYPE_CHECKING:
@@ -35,15 +35,16 @@ class Opened:
     load_seconds: float
 
 
-def open_model(name: str | None, **loading: Any) -> Opened:
+def open_model(loading: Loading) -> Opened:
     """Load a model; without a name, that of the adapters where they say it, or the default one.
 
     Raises:
         DiffGemmaError: it cannot be loaded. Where the user named none, the message also points
             to the model that ships with the program.
     """
-    if name is None and loading.get("adapter_path"):
-        name = _base_of(Path(loading["adapter_path"]).expanduser())
+    name = loading.model
+    if name is None and loading.adapter_path:
+        name = _base_of(Path(loading.adapter_path).expanduser())
     chosen = name or DEFAULT_MODEL
     if sys.stderr.isatty():
         print(f"loading {chosen}", file=sys.stderr)
@@ -51,7 +52,14 @@ def open_model(name: str | None, **loading: Any) -> Opened:
     from mlx_diffgemma.generation import load  # takes seconds, so say something first
 
     try:
-        model, tokenizer = load(chosen, **loading)
+        model, tokenizer = load(
+            chosen,
+            revision=loading.revision,
+            adapter_path=loading.adapter_path,
+            chat_template=loading.chat_template,
+            trust_remote_code=loading.trust_remote_code,
+            check=loading.check,
+        )
     except (CheckpointError, MemoryShortageError) as error:
         if name is not None:
             raise

@@ -3,96 +3,102 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from mlx_diffgemma.cli import editing
+from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Showing
 from mlx_diffgemma.errors import UsageError
-
-if TYPE_CHECKING:
-    from mlx_diffgemma.cli.generate import Request
+from mlx_diffgemma.settings import Setting
 
 _PANEL = "Always valid"
 
-Choices = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[CHOICE]...", help="The answers that --choices allows."),
-]
-ChoicesFollow = Annotated[
-    bool,
-    typer.Option(
-        "--choices", help="Answer with one of the arguments that follow.", rich_help_panel=_PANEL
-    ),
-]
-JsonSchema = Annotated[
-    str | None,
-    typer.Option(
-        "--json-schema",
-        help="File with a JSON schema: answer with JSON that validates.",
-        rich_help_panel=_PANEL,
-    ),
-]
-Regex = Annotated[
-    str | None,
-    typer.Option(
-        "--regex",
-        help="Answer with a match of the whole expression (Rust's syntax).",
-        rich_help_panel=_PANEL,
-    ),
-]
+
+@dataclass(frozen=True)
+class Validity:
+    """What makes an answer valid."""
+
+    choices_follow: Annotated[
+        bool,
+        Setting("One of the arguments that follow as the answer.", ("--choices",), panel=_PANEL),
+    ] = False
+    json_schema: Annotated[
+        str | None,
+        Setting("File with a JSON schema, for an answer in JSON that validates.", panel=_PANEL),
+    ] = None
+    regex: Annotated[
+        str | None,
+        Setting("Expression that the whole answer matches (Rust's syntax).", panel=_PANEL),
+    ] = None
+
+    def constraint(self, choices: Sequence[str]) -> Constraint | None:
+        """The constraint, read; None where there is none. `choices` are the arguments.
+
+        Raises:
+            UsageError: there is more than one, or it cannot be read.
+        """
+        if choices and not self.choices_follow:
+            raise UsageError(
+                f"'{choices[0]}' is no option; give the prompt with --prompt, or choices behind "
+                "--choices."
+            )
+        if self.choices_follow and not choices:
+            raise UsageError("--choices needs answers behind it, such as: --choices yes no unsure.")
+        given = [bool(choices), self.json_schema is not None, self.regex is not None]
+        if sum(given) > 1:
+            raise UsageError("give only one of --json-schema, --regex and --choices.")
+        if not any(given):
+            return None
+        schema = None if self.json_schema is None else _read_schema(self.json_schema)
+        return Constraint(schema, self.regex, tuple(choices) or None)
 
 
-def constraint(
-    choices: list[str] | None, choices_follow: bool, json_schema: str | None, regex: str | None
-) -> dict[str, Any]:
-    """The constraint as keyword arguments of `generate_structured`; empty where there is none.
+@dataclass(frozen=True)
+class Constraint:
+    """One of a JSON schema, an expression, and texts to choose among; the others are None."""
 
-    Raises:
-        UsageError: there is more than one, or it cannot be read.
-    """
-    if choices and not choices_follow:
-        raise UsageError(
-            f"'{choices[0]}' is no option; give the prompt with --prompt, or choices behind "
-            "--choices."
-        )
-    if choices_follow and not choices:
-        raise UsageError("--choices needs answers behind it, such as: --choices yes no unsure.")
-    given: dict[str, Any] = {}
-    if choices:
-        given["choices"] = choices
-    if json_schema is not None:
-        given["json_schema"] = _read_schema(json_schema)
-    if regex is not None:
-        given["regex"] = regex
-    if len(given) > 1:
-        raise UsageError("give only one of --json-schema, --regex and --choices.")
-    return given
+    json_schema: Any
+    regex: str | None
+    choices: tuple[str, ...] | None
 
 
-def answer(request: Request, constraint: dict[str, Any]) -> None:
+def answer(
+    prompt: str,
+    constraint: Constraint,
+    asking: Asking,
+    loading: Loading,
+    denoising: Denoising,
+    showing: Showing,
+) -> None:
     """Write an answer that satisfies the constraint."""
     from mlx_diffgemma.cli import output, session
     from mlx_diffgemma.editing.structured import UnmetConstraintError, generate_structured
 
-    opened = session.open_model(request.model, **request.loading)
-    shared = editing.Request(
-        request.model, request.loading, request.settings, request.watch, request.json
-    )
+    if asking.stop:
+        raise UsageError("--stop does not go with a constraint: drop one.")
+    opened = session.open_model(loading)
     try:
-        with editing.drawn(opened, shared) as on_step:
+        with editing.drawn(opened, showing) as on_step:
             done = generate_structured(
                 opened.model,
                 opened.tokenizer,
-                request.prompt,
+                prompt,
+                json_schema=constraint.json_schema,
+                regex=constraint.regex,
+                choices=constraint.choices,
+                seed=denoising.seed,
+                system_prompt=asking.system_prompt,
+                raw=asking.raw,
+                thinking=asking.thinking,
+                prefill_step_size=asking.prefill_step_size,
+                config=denoising.config(opened.model),
                 on_step=on_step,
-                **constraint,
-                **request.settings,
             )
     except UnmetConstraintError as error:
         output.note(f"by then was written: {error.partial}")
         raise
-    if request.json:
+    if showing.json:
         editing.write_json(
             text=done.text,
             tokens=list(done.tokens),

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
-from mlx_diffgemma.cli.options import DEFAULT_MODEL
+from mlx_diffgemma.cli.command import Changes, Of
+from mlx_diffgemma.cli.settings import DEFAULT_MODEL, Loading
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.settings import Setting
 from mlx_diffgemma.train.config import LoraParameters, TrainConfig
 
 if TYPE_CHECKING:
@@ -18,30 +20,84 @@ if TYPE_CHECKING:
     from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
     from mlx_diffgemma.train.data import Splits
 
+Given = TypeVar("Given", "Loading", "Run")
+
 _STATE = "state.safetensors"
-_KEPT = ("revision", "chat_template", "trust_remote_code", "eval_generate")  # on resuming
+_KEPT = ("revision", "chat_template", "trust_remote_code")  # of loading, on resuming
+_RUN, _REPORTS = "Run", "Reports"
 
 
 @dataclass(frozen=True)
-class Request:
-    """A run as it was asked for.
+class Run:
+    """What a run works on, where it writes, and what it reports; by mlx-lm's names.
 
-    Attributes:
-        options: what is about the run rather than the training, by mlx-lm's names.
-        resume: go on with the run in `folder`.
+    What is left out, a file of settings says, or the run that goes on, or the default.
     """
 
+    data: Annotated[
+        str | None,
+        Setting(
+            "Folder with train.jsonl (and valid.jsonl, test.jsonl), or a Hugging Face data set.",
+            panel=_RUN,
+        ),
+    ] = None
+    adapter_path: Annotated[
+        Path | None, Setting("Folder to write.", panel=_RUN, default="adapters")
+    ] = None
+    config: Annotated[
+        Path | None,
+        Setting("YAML file with settings, as mlx-lm's.", ("--config", "-c"), panel=_RUN),
+    ] = None
+    resume: Annotated[bool, Setting("Continuation of the run in --adapter-path.", panel=_RUN)] = (
+        False
+    )
+    resume_adapter_file: Annotated[
+        Path | None, Setting("File with adapters to begin with.", panel=_RUN)
+    ] = None
+    test: Annotated[
+        bool | None, Setting("Test split, measured at the end.", ("--test",), panel=_RUN)
+    ] = None
+    test_batches: Annotated[
+        int | None, Setting("Batches of the test split; -1 for all.", panel=_RUN, default="500")
+    ] = None
+    eval_generate: Annotated[
+        int | None,
+        Setting(
+            "Held-out prompts to answer at each evaluation, for the share that comes out exactly.",
+            panel=_REPORTS,
+            default="0",
+        ),
+    ] = None
+    report_to: Annotated[
+        str | None,
+        Setting("Services to report to: wandb, swanlab, or both with a comma.", panel=_REPORTS),
+    ] = None
+    project_name: Annotated[
+        str | None, Setting("Name of the project at these services.", panel=_REPORTS)
+    ] = None
+    training: Annotated[Changes, Of(TrainConfig, shows_defaults=True)] = field(
+        default_factory=Changes
+    )
+    adapters: Annotated[Changes, Of(LoraParameters, shows_defaults=True)] = field(
+        default_factory=Changes
+    )
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A run as it was asked for, whoever asked: the command line, a file, an earlier run."""
+
     config: TrainConfig
-    options: Mapping[str, Any]
+    loading: Loading
+    run: Run
     folder: Path
-    resume: bool
 
     @property
     def model(self) -> str:
-        return str(self.options.get("model") or DEFAULT_MODEL)
+        return self.loading.model or DEFAULT_MODEL
 
 
-def gather(given: Mapping[str, Any]) -> Request:
+def gather(loading: Loading, run: Run) -> TrainingJob:
     """The settings of the command line, over those of `--config`, over those of the run to resume.
 
     Raises:
@@ -49,29 +105,39 @@ def gather(given: Mapping[str, Any]) -> Request:
     """
     from mlx_diffgemma.train.settings import normalized, read_yaml
 
-    settings: dict[str, Any] = {}
-    lora: dict[str, Any] = {}
-    layers = [dict(given)]
-    if given.get("config"):
-        layers.insert(0, read_yaml(given["config"].expanduser()))
-    where = next((layer["adapter_path"] for layer in layers[::-1] if layer.get("adapter_path")), "")
-    folder = Path(where or "adapters").expanduser()
-    resume = bool(given.get("resume"))
-    if resume:
+    layers = [] if run.config is None else [read_yaml(run.config.expanduser())]
+    written = next((layer["adapter_path"] for layer in layers if layer.get("adapter_path")), None)
+    folder = Path(run.adapter_path or written or "adapters").expanduser()
+    if run.resume:
         layers.insert(0, normalized(_earlier(folder)))
+    read: dict[str, object] = {}
+    lora: dict[str, object] = {}
     for layer in layers:
         lora |= layer.pop("lora_parameters", None) or {}
-        settings |= layer
-    lora |= {name: settings.pop(name) for name in ("rank", "scale", "dropout") if name in settings}
-    if "target" in settings:
-        lora["keys"] = tuple(settings.pop("target"))
-    known = {field.name for field in fields(TrainConfig)}
-    options = {name: settings[name] for name in settings if name not in known}
-    config = TrainConfig().override(
-        **{name: value for name, value in settings.items() if name in known},
-        lora_parameters=LoraParameters(**lora),
+        read |= layer
+    training = _named(TrainConfig, read) | run.training
+    adapters = LoraParameters(**cast("dict[str, Any]", lora | run.adapters))
+    return TrainingJob(
+        TrainConfig().override(**training, lora_parameters=adapters),
+        _filled(loading, read),
+        _filled(run, read),
+        folder,
     )
-    return Request(config, options, folder, resume)
+
+
+def _named(cls: type[Any], values: Mapping[str, object]) -> dict[str, object]:
+    known = {field.name for field in fields(cls)}
+    return {name: value for name, value in values.items() if name in known}
+
+
+def _filled(given: Given, read: Mapping[str, object]) -> Given:
+    """Settings of the command line, with what it leaves out from a file."""
+    missing: dict[str, Any] = {
+        name: value
+        for name, value in _named(type(given), read).items()
+        if getattr(given, name) in (None, False)
+    }
+    return replace(given, **missing)
 
 
 def _earlier(folder: Path) -> dict[str, Any]:
@@ -83,7 +149,7 @@ def _earlier(folder: Path) -> dict[str, Any]:
     return dict(read_json(folder / CONFIG))
 
 
-def run(request: Request) -> None:
+def run(job: TrainingJob) -> None:
     """Train, from reading the data to the last word.
 
     Raises:
@@ -95,50 +161,48 @@ def run(request: Request) -> None:
     from mlx_diffgemma.checkpoint.memory import wired
     from mlx_diffgemma.config import ModelConfig
 
-    options = request.options
-    if not options.get("data"):
+    if not job.run.data:
         raise UsageError("say what to train on: --data with a folder or a data set.")
-    _check_folder(request)
-    path = locate.locate(request.model, options.get("revision"))
+    _check_folder(job)
+    path = locate.locate(job.model, job.loading.revision)
     shapes = ModelConfig.from_dict(read_config(path))
-    splits = _read_data(request, path, shapes)
-    _check_memory(request, path, shapes, splits)
-    say(f"loading {request.model}")
-    model, _ = load_model(path, name=request.model)
+    splits = _read_data(job, path, shapes)
+    _check_memory(job, path, shapes, splits)
+    say(f"loading {job.model}")
+    model, _ = load_model(path, name=job.model)
     with wired():
-        _train(request, model, splits)
+        _train(job, model, splits)
 
 
-def _check_folder(request: Request) -> None:
+def _check_folder(job: TrainingJob) -> None:
     from mlx_diffgemma.checkpoint.adapters import WEIGHTS
 
-    folder = request.folder
+    folder = job.folder
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--adapter-path {folder} is a file; name a folder.")
-    if not request.resume and any((folder / name).exists() for name in (WEIGHTS, _STATE)):
+    if not job.run.resume and any((folder / name).exists() for name in (WEIGHTS, _STATE)):
         raise UsageError(
             f"{folder} holds a run already; add --resume to go on with it, or choose another "
             "--adapter-path."
         )
 
 
-def _read_data(request: Request, path: Path, shapes: ModelConfig) -> Splits:
+def _read_data(job: TrainingJob, path: Path, shapes: ModelConfig) -> Splits:
     from mlx_diffgemma.text.tokenizer import load_tokenizer
     from mlx_diffgemma.train.data import Limits, load_data
 
-    options = request.options
     tokenizer = load_tokenizer(
         path,
         eos_token_ids=list(shapes.end_token_ids()),
-        chat_template=options.get("chat_template"),
-        trust_remote_code=bool(options.get("trust_remote_code")),
+        chat_template=job.loading.chat_template,
+        trust_remote_code=job.loading.trust_remote_code,
     )
     context = shapes.text.max_position_embeddings
-    limits = Limits(request.config.max_seq_length, context, shapes.canvas_length)
-    wanted = ["train", "valid", *(["test"] if options.get("test") else [])]
-    splits = load_data(str(options["data"]), tokenizer, limits, wanted)
+    limits = Limits(job.config.max_seq_length, context, shapes.canvas_length)
+    wanted = ["train", "valid", *(["test"] if job.run.test else [])]
+    splits = load_data(str(job.run.data), tokenizer, limits, wanted)
     if not splits.valid:
-        if options.get("eval_generate"):
+        if job.run.eval_generate:
             raise UsageError("--eval-generate needs held-out examples: add valid.jsonl.")
         say("no valid split: training goes without evaluation.")
     lengths = [len(example.tokens) for example in splits.train]
@@ -149,7 +213,7 @@ def _read_data(request: Request, path: Path, shapes: ModelConfig) -> Splits:
     return splits
 
 
-def _check_memory(request: Request, path: Path, shapes: ModelConfig, splits: Splits) -> None:
+def _check_memory(job: TrainingJob, path: Path, shapes: ModelConfig, splits: Splits) -> None:
     """Raise MemoryShortageError where the run cannot end well."""
     from mlx_diffgemma.checkpoint.loading import weight_bytes
     from mlx_diffgemma.train import plan
@@ -158,14 +222,14 @@ def _check_memory(request: Request, path: Path, shapes: ModelConfig, splits: Spl
     estimate = plan.estimate(
         shapes,
         weight_bytes(path),
-        request.config,
+        job.config,
         length=longest,
         activation_bytes=plan.activation_bytes(),
     )
-    plan.require(estimate, request.model, request.config)
+    plan.require(estimate, job.model, job.config)
 
 
-def _train(request: Request, model: DiffusionGemma, splits: Splits) -> None:
+def _train(job: TrainingJob, model: DiffusionGemma, splits: Splits) -> None:
     from mlx_diffgemma.checkpoint.adapters import fingerprint
     from mlx_diffgemma.train import processes
     from mlx_diffgemma.train.adapt import prepare, trainable_count
@@ -174,28 +238,30 @@ def _train(request: Request, model: DiffusionGemma, splits: Splits) -> None:
     from mlx_diffgemma.train.loop import train
     from mlx_diffgemma.train.progress import History, Reporter, line_of
 
-    config, options, folder = request.config, request.options, request.folder
+    config, folder = job.config, job.folder
     mark = fingerprint(model)
-    if request.resume and _earlier(folder).get("fingerprint") != mark:
+    if job.run.resume and _earlier(folder).get("fingerprint") != mark:
         raise UsageError(f"{folder} was trained on another base model; load that one.")
     keys = prepare(model, config)
-    if options.get("resume_adapter_file"):
-        _begin_with(model, Path(options["resume_adapter_file"]).expanduser())
+    if job.run.resume_adapter_file:
+        _begin_with(model, Path(job.run.resume_adapter_file).expanduser())
     events = train(
         model, config, splits.train, splits.valid, folder,
-        resume=request.resume, generate_exact=_exact(model, request, splits),
+        resume=job.run.resume, generate_exact=_exact(model, job, splits),
     )  # fmt: skip
     if not processes.is_first():
         for _ in events:
             pass
         return
     content = adapter_config(
-        config, model=request.model, data=str(options["data"]), keys=keys, fingerprint=mark
+        config, model=job.model, data=str(job.run.data), keys=keys, fingerprint=mark
     )
-    content |= {name: options[name] for name in _KEPT if options.get(name)}
-    reporter = Reporter(options.get("report_to"), options.get("project_name"), folder, content)
+    kept = {name: getattr(job.loading, name) for name in _KEPT}
+    kept["eval_generate"] = job.run.eval_generate
+    content |= {name: value for name, value in kept.items() if value}
+    reporter = Reporter(job.run.report_to, job.run.project_name, folder, content)
     write_adapter_config(folder, content)
-    history = History(folder, resume=request.resume)
+    history = History(folder, resume=job.run.resume)
     say(f"training {trainable_count(model):,} parameters; Ctrl-C stops")
     saved = 0
     try:
@@ -209,13 +275,13 @@ def _train(request: Request, model: DiffusionGemma, splits: Splits) -> None:
                 say(line)
     except KeyboardInterrupt:
         history.draw()
-        say(_stopped(folder, saved, request.resume))
+        say(_stopped(folder, saved, job.run.resume))
         raise
-    if options.get("test"):
-        _test(model, request, splits)
+    if job.run.test:
+        _test(model, job, splits)
     chart = history.draw()
     say(f"{folder}: adapters.safetensors{f', {chart.name}' if chart else ''}. Try them:")
-    say(f"mlx-diffgemma generate --model {request.model} --adapter-path {folder} -p ...")
+    say(f"mlx-diffgemma generate --model {job.model} --adapter-path {folder} -p ...")
 
 
 def _begin_with(model: DiffusionGemma, path: Path) -> None:
@@ -238,10 +304,10 @@ def _begin_with(model: DiffusionGemma, path: Path) -> None:
 
 
 def _exact(
-    model: DiffusionGemma, request: Request, splits: Splits
+    model: DiffusionGemma, job: TrainingJob, splits: Splits
 ) -> Callable[[DiffusionGemma], float] | None:
     """What answers held-out prompts, as far as that is wanted."""
-    count = request.options.get("eval_generate") or 0
+    count = job.run.eval_generate or 0
     if count < 1:
         return None
     from mlx_diffgemma.generation import diffusion_config
@@ -253,7 +319,7 @@ def _exact(
     return lambda trained: exact_rate(trained, examples, config)
 
 
-def _test(model: DiffusionGemma, request: Request, splits: Splits) -> None:
+def _test(model: DiffusionGemma, job: TrainingJob, splits: Splits) -> None:
     from dataclasses import replace
 
     from mlx_diffgemma.train.evaluate import held_out_loss
@@ -261,11 +327,11 @@ def _test(model: DiffusionGemma, request: Request, splits: Splits) -> None:
     from mlx_diffgemma.train.loop import sizes_of
     from mlx_diffgemma.train.progress import line_of
 
-    batches = request.options.get("test_batches")
-    config = replace(request.config, val_batches=500 if batches is None else batches)
+    batches = job.run.test_batches
+    config = replace(job.config, val_batches=500 if batches is None else batches)
     found = held_out_loss(model, splits.test, config, sizes_of(model))
     tested = replace(splits, valid=splits.test)
-    exact = _exact(model, request, tested)
+    exact = _exact(model, job, tested)
     evaluation = Evaluation(
         config.iters, found.mean, found.encoder, found.by_noise, exact(model) if exact else None
     )
@@ -280,13 +346,6 @@ def _stopped(folder: Path, saved: int, resumed: bool) -> str:
         f"stopped; adapters and state are saved {at}. Go on with: mlx-diffgemma train --resume "
         f"--adapter-path {folder}"
     )
-
-
-def show_plan(request: Request, *, as_json: bool) -> None:
-    """Print what memory training takes."""
-    from mlx_diffgemma.cli.training_plan import show
-
-    show(request, as_json=as_json)
 
 
 def say(text: str) -> None:

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_diffgemma.cli.options import DEFAULT_MODEL
+from mlx_diffgemma.cli.settings import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from mlx_diffgemma.cli.training import Request
+    from mlx_diffgemma.cli.training import TrainingJob
     from mlx_diffgemma.config import ModelConfig
     from mlx_diffgemma.train.plan import TrainingMemory
 
@@ -29,16 +29,16 @@ class Base:
     note: str
 
 
-def show(request: Request, *, as_json: bool) -> None:
+def show(job: TrainingJob, *, as_json: bool) -> None:
     """Print the plan on stdout."""
-    base = _base(request)
+    base = _base(job)
     if as_json:
-        print(json.dumps(_as_dict(request, base), indent=2))
+        print(json.dumps(_as_dict(job, base), indent=2))
     else:
-        _print(request, base)
+        _print(job, base)
 
 
-def _base(request: Request) -> Base:
+def _base(job: TrainingJob) -> Base:
     """The model from its folder; the released ones from built-in shapes, without a download."""
     from mlx_diffgemma.bench.presets import config_like
     from mlx_diffgemma.checkpoint import locate
@@ -47,27 +47,27 @@ def _base(request: Request) -> Base:
     from mlx_diffgemma.config import ModelConfig
     from mlx_diffgemma.train import plan
 
-    recipe = {DEFAULT_MODEL: "4bit", RELEASE: "bf16"}.get(request.model)
+    recipe = {DEFAULT_MODEL: "4bit", RELEASE: "bf16"}.get(job.model)
     if recipe is not None:
         shapes = ModelConfig.from_dict(config_like(RELEASE))
         weights = plan.recipe_weights(shapes, RECIPES[recipe])
         note = f"{recipe}, from the shapes of the release; activations in bf16, as on a GPU"
         return Base(shapes, weights, 2, note)
-    if request.model == locate.DEMO or Path(request.model).expanduser().is_dir():
-        folder = locate.locate(request.model)
+    if job.model == locate.DEMO or Path(job.model).expanduser().is_dir():
+        folder = locate.locate(job.model)
         shapes = ModelConfig.from_dict(read_config(folder))
         note = "from the headers of its weights, as loaded on this machine"
         return Base(shapes, weight_bytes(folder), plan.activation_bytes(), note)
-    return _on_the_hub(request)
+    return _on_the_hub(job)
 
 
-def _on_the_hub(request: Request) -> Base:
+def _on_the_hub(job: TrainingJob) -> Base:
     """A repository by the headers of its files; nothing else is downloaded."""
     from mlx_diffgemma.checkpoint.names import canonical_name, is_vision
     from mlx_diffgemma.config import ModelConfig
     from mlx_diffgemma_convert.hub import open_source
 
-    source = open_source(request.model, request.options.get("revision"))
+    source = open_source(job.model, job.loading.revision)
     tensors = source.tensors.values()
     text = (t for t in tensors if canonical_name(t.name) is not None and not is_vision(t.name))
     weights = sum(tensor.nbytes for tensor in text)
@@ -75,17 +75,17 @@ def _on_the_hub(request: Request) -> Base:
     return Base(ModelConfig.from_dict(source.config), weights, 2, note)
 
 
-def _estimate(request: Request, base: Base, **settings: Any) -> TrainingMemory:
+def _estimate(job: TrainingJob, base: Base, **settings: Any) -> TrainingMemory:
     from mlx_diffgemma.train import plan
 
-    length = settings.pop("length", request.config.max_seq_length)
-    config = replace(request.config, **settings)
+    length = settings.pop("length", job.config.max_seq_length)
+    config = replace(job.config, **settings)
     return plan.estimate(
         base.shapes, base.weights, config, length=length, activation_bytes=base.activation_bytes
     )
 
 
-def _grid(request: Request, base: Base) -> list[dict[str, Any]]:
+def _grid(job: TrainingJob, base: Base) -> list[dict[str, Any]]:
     """Every batch and length, with and without gradient checkpointing."""
     from mlx_diffgemma.checkpoint.memory import raised_working_set, working_set
 
@@ -94,7 +94,7 @@ def _grid(request: Request, base: Base) -> list[dict[str, Any]]:
         for batch in BATCHES:
             for length in LENGTHS:
                 needed = _estimate(
-                    request, base, batch_size=batch, grad_checkpoint=checkpoint, length=length
+                    job, base, batch_size=batch, grad_checkpoint=checkpoint, length=length
                 ).total
                 rows.append(
                     {
@@ -109,38 +109,38 @@ def _grid(request: Request, base: Base) -> list[dict[str, Any]]:
     return rows
 
 
-def _as_dict(request: Request, base: Base) -> dict[str, Any]:
+def _as_dict(job: TrainingJob, base: Base) -> dict[str, Any]:
     from mlx_diffgemma.train.plan import trained_numbers
 
-    config, needed = request.config, _estimate(request, base)
+    config, needed = job.config, _estimate(job, base)
     return {
-        "model": request.model,
+        "model": job.model,
         "batch_size": config.batch_size,
         "max_seq_length": config.max_seq_length,
         "grad_checkpoint": config.grad_checkpoint,
         "trained_parameters": trained_numbers(base.shapes, config),
         "bytes": {**asdict(needed), "total": needed.total},
-        "grid": _grid(request, base),
+        "grid": _grid(job, base),
     }
 
 
-def _print(request: Request, base: Base) -> None:
+def _print(job: TrainingJob, base: Base) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from mlx_diffgemma.checkpoint.memory import size_text
     from mlx_diffgemma.train.plan import trained_numbers
 
-    console, config = Console(highlight=False), request.config
+    console, config = Console(highlight=False), job.config
     count = trained_numbers(base.shapes, config)
-    console.print(f"{request.model} ({base.note})", soft_wrap=True)
+    console.print(f"{job.model} ({base.note})", soft_wrap=True)
     console.print(
         f"{config.fine_tune_type}, {count:,} parameters trained with {config.optimizer}; batch "
         f"{config.batch_size}, {config.max_seq_length:,} tokens, "
         f"{'with' if config.grad_checkpoint else 'without'} --grad-checkpoint:",
         soft_wrap=True,
     )
-    needed = _estimate(request, base)
+    needed = _estimate(job, base)
     parts = Table(show_header=False, box=None)
     parts.add_column()
     parts.add_column(justify="right")
@@ -150,7 +150,7 @@ def _print(request: Request, base: Base) -> None:
     console.print(parts)
     grid = {
         (row["grad_checkpoint"], row["batch_size"], row["max_seq_length"]): row
-        for row in _grid(request, base)
+        for row in _grid(job, base)
     }
     for checkpoint in (False, True):
         title = f"GB at the peak, {'with' if checkpoint else 'without'} --grad-checkpoint"

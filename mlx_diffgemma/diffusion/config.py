@@ -4,61 +4,108 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from mlx_diffgemma.checks import check_integer, check_number, overridden
 from mlx_diffgemma.errors import ConfigError, UsageError
+from mlx_diffgemma.settings import Setting
 
 SAMPLERS = ("entropy-bound", "confidence-threshold", "block-refinement", "ddim")
 _SAMPLER = "EntropyBoundSamplerConfig"
+_LOOP, _SPEED = "Denoising", "What a profile sets"  # headings of a command's help
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
     """Settings of the denoising loop; the defaults are the reference implementation's.
 
+    The annotation of a field says what it means, here and in the command line's help.
+
     Attributes:
-        max_tokens: most tokens to generate for one sequence.
-        max_denoising_steps: most forward passes over one canvas.
-        t_min, t_max: temperature at the last and at the first denoising step.
-        entropy_bound: nats of entropy that the accepted positions may hold between them.
-        stability_threshold: how many previous steps must have had the same argmax canvas.
-        confidence_threshold: mean entropy in nats below which a canvas is confident.
-        canvas_length: tokens drafted at a time; None takes the model's own.
         eos_token_ids: ids that end a sequence.
-        pad_token_id: what fills the canvases of a batch past the end of a sequence.
-        sampler: one of `SAMPLERS`.
-        accept_threshold: probability from which the confidence-threshold and block-refinement
-            samplers accept a draw.
-        stop_at_eos: look no further than the first certain eos when deciding whether a canvas is
-            done.
-        eos_certainty: nats of entropy below which an eos is certain.
-        confident_after: step from which confidence alone ends a canvas; None for never.
-        shrink_canvas: draft no more tokens than `max_tokens` leaves.
-        soft_cutoff: leave tokens out of the self-conditioning that are e^-soft_cutoff times less
-            likely than the likeliest; None for none.
-        settled_after: steps after which a position that stays certain and the same is computed
-            rarely (an experiment); None for never.
+        pad_token_id: id that fills the canvases of a batch past the end of a sequence.
     """
 
-    max_tokens: int = 256
-    max_denoising_steps: int = 48
-    t_min: float = 0.4
-    t_max: float = 0.8
-    entropy_bound: float = 0.1
-    stability_threshold: int = 1
-    confidence_threshold: float = 0.005
-    canvas_length: int | None = None
+    max_tokens: Annotated[
+        int, Setting("Most tokens to generate for one answer.", ("--max-tokens", "-m"), _LOOP)
+    ] = 256
+    max_denoising_steps: Annotated[
+        int, Setting("Most denoising steps of one canvas.", ("--steps",), _LOOP)
+    ] = 48
+    canvas_length: Annotated[
+        int | None,
+        Setting("Tokens drafted at a time; the model's own number if left out.", panel=_LOOP),
+    ] = None
+    t_min: Annotated[float, Setting("Temperature of the last step.", panel=_LOOP)] = 0.4
+    t_max: Annotated[float, Setting("Temperature of the first step.", panel=_LOOP)] = 0.8
+    sampler: Annotated[
+        str, Setting(f"Sampler that accepts draws: {', '.join(SAMPLERS)}.", panel=_LOOP)
+    ] = "entropy-bound"
+    accept_threshold: Annotated[
+        float,
+        Setting(
+            "Probability from which the samplers confidence-threshold and block-refinement accept "
+            "a draw.",
+            panel=_LOOP,
+        ),
+    ] = 0.9
+    entropy_bound: Annotated[
+        float,
+        Setting(
+            "Nats of entropy that the tokens accepted in one step may hold between them.",
+            panel=_LOOP,
+        ),
+    ] = 0.1
+    stability_threshold: Annotated[
+        int,
+        Setting(
+            "Number of previous steps with the same likeliest tokens after which a canvas is done.",
+            panel=_LOOP,
+        ),
+    ] = 1
+    confidence_threshold: Annotated[
+        float, Setting("Mean entropy in nats below which a canvas may be done.", panel=_LOOP)
+    ] = 0.005
+    stop_at_eos: Annotated[
+        bool,
+        Setting(
+            "Judge whether a canvas is done by what stands before its first certain end-of-text "
+            "token.",
+            panel=_SPEED,
+        ),
+    ] = False
+    eos_certainty: Annotated[
+        float,
+        Setting(
+            "Nats of entropy below which --stop-at-eos takes an end-of-text token for certain.",
+            panel=_SPEED,
+        ),
+    ] = 0.1
+    shrink_canvas: Annotated[
+        bool, Setting("Draft no more tokens than --max-tokens leaves.", panel=_SPEED)
+    ] = False
+    soft_cutoff: Annotated[
+        float | None,
+        Setting(
+            "Number N such that tokens e^-N times less likely than the likeliest are left out of "
+            "the self-conditioning; none are if left out.",
+            panel=_SPEED,
+        ),
+    ] = None
+    confident_after: Annotated[
+        int | None,
+        Setting("Step from which confidence alone ends a canvas; never if left out.", panel=_SPEED),
+    ] = None
+    settled_after: Annotated[
+        int | None,
+        Setting(
+            "Steps after which a position that stays certain is computed rarely (an experiment); "
+            "never if left out.",
+            panel=_SPEED,
+        ),
+    ] = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int = 0
-    sampler: str = "entropy-bound"
-    accept_threshold: float = 0.9
-    stop_at_eos: bool = False
-    eos_certainty: float = 0.1
-    confident_after: int | None = None
-    shrink_canvas: bool = False
-    soft_cutoff: float | None = None
-    settled_after: int | None = None
 
     def __post_init__(self) -> None:
         check_integer("max_tokens", self.max_tokens, 1)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_diffgemma.checkpoint import memory
+from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.editing.scoring import Option, comparable, option_log_probs, softmax
 from mlx_diffgemma.editing.session import Session
 from mlx_diffgemma.editing.vocabulary import Vocabulary
@@ -64,6 +65,7 @@ def choose(
     seed: int | None = None,
     system_prompt: str | None = None,
     raw: bool = False,
+    config: DiffusionConfig | None = None,
     **settings: Any,
 ) -> list[Chosen]:
     """The probability of each choice as the answer to each question.
@@ -76,7 +78,7 @@ def choose(
         frame: the answer's text, with `{}` where the choice stands.
         draws: how many canvases of noise to average over.
         bare: ask the question as it is, without listing the choices.
-        seed, system_prompt, raw, settings: as for `stream_generate`.
+        seed, system_prompt, raw, config, settings: as for `stream_generate`.
 
     Raises:
         UsageError: fewer than two choices, two that are the same, one that the vocabulary cannot
@@ -90,7 +92,14 @@ def choose(
     before, after = _frame(frame)
     prompts = [_prompt(question, choices, bare=bare) for question in asked]
     session = Session(
-        model, tokenizer, prompts[0], seed=seed, system_prompt=system_prompt, raw=raw, **settings
+        model,
+        tokenizer,
+        prompts[0],
+        seed=seed,
+        system_prompt=system_prompt,
+        raw=raw,
+        config=config,
+        **settings,
     )
     answers = _answers(session.vocabulary, choices)
     options = comparable(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlx_diffgemma.checkpoint import memory
+from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.constraints import FREE
 from mlx_diffgemma.editing.files import split_lines, unified_diff
 from mlx_diffgemma.editing.gaps import Filled, choose_lengths, read
@@ -71,6 +72,7 @@ def edit(
     seed: int | None = None,
     system_prompt: str | None = None,
     raw: bool = False,
+    config: DiffusionConfig | None = None,
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> Edited:
@@ -84,7 +86,7 @@ def edit(
             lines have now are written.
         lengths: how many tokens the new lines may take; the model chooses among them.
         prompt: what to tell the model, in place of the instruction and the text.
-        seed, system_prompt, raw, settings: as for `stream_generate`.
+        seed, system_prompt, raw, config, settings: as for `stream_generate`.
         on_step: called with the `DenoisingStep` after each step.
 
     Raises:
@@ -105,6 +107,7 @@ def edit(
         seed=seed,
         system_prompt=system_prompt,
         raw=raw,
+        config=config,
         on_step=on_step,
         **settings,
     )

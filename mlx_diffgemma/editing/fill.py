@@ -11,6 +11,7 @@ import numpy as np
 
 from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.diffusion.closing import Closer
+from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.constraints import token_mask
 from mlx_diffgemma.diffusion.lookahead import look_ahead
 from mlx_diffgemma.editing.gaps import Filled, choose_lengths, fill_gaps, read
@@ -63,6 +64,7 @@ def fill(
     seed: int | None = None,
     system_prompt: str | None = None,
     raw: bool = False,
+    config: DiffusionConfig | None = None,
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> FilledTemplate:
@@ -72,7 +74,7 @@ def fill(
         template: as `parse_template` reads it.
         lengths: how many tokens a slot may take; the model chooses.
         prompt: what to tell the model; by default, to write the template filled in.
-        seed, system_prompt, raw, settings: as for `stream_generate`.
+        seed, system_prompt, raw, config, settings: as for `stream_generate`.
         on_step: called with the `DenoisingStep` after each step.
 
     Raises:
@@ -87,6 +89,7 @@ def fill(
         seed=seed,
         system_prompt=system_prompt,
         raw=raw,
+        config=config,
         on_step=on_step,
         **settings,
     )

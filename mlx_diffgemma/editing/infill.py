@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_diffgemma.checkpoint import memory
+from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.editing.gaps import Filled, FilledText, fill_gaps
 from mlx_diffgemma.editing.session import OnStep, Session
 from mlx_diffgemma.editing.window import Gap
@@ -56,6 +57,7 @@ def infill(
     seed: int | None = None,
     system_prompt: str | None = None,
     raw: bool = False,
+    config: DiffusionConfig | None = None,
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> Infilled:
@@ -66,7 +68,7 @@ def infill(
         lengths: how many tokens a hole may take, as candidates for every hole, or as one sequence
             of candidates for each hole. Where a hole has several, the model chooses.
         prompt: what to tell the model; by default, to write the text without its holes.
-        seed, system_prompt, raw, settings: as for `stream_generate`.
+        seed, system_prompt, raw, config, settings: as for `stream_generate`.
         on_step: called with the `DenoisingStep` after each step.
 
     Raises:
@@ -84,6 +86,7 @@ def infill(
         seed=seed,
         system_prompt=system_prompt,
         raw=raw,
+        config=config,
         on_step=on_step,
         **settings,
     )

@@ -17,7 +17,7 @@ from mlx_diffgemma.diffusion.events import DenoisingStep
 from mlx_diffgemma.diffusion.noise import SeededNoise, checked_seed
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.editing.vocabulary import Vocabulary
-from mlx_diffgemma.generation import diffusion_config, fit_to_context
+from mlx_diffgemma.generation import fit_to_context, settled
 from mlx_diffgemma.model.cache import Prefix
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.text.prompt import Prompt, encode_prompt
@@ -38,7 +38,7 @@ class Session:
     """One request's use of a model; counts its forward passes.
 
     Args:
-        settings: fields of `DiffusionConfig`.
+        profile, config, settings: as for `stream_generate`.
 
     Attributes:
         passes: forward passes over a canvas so far, whatever the number of rows.
@@ -58,11 +58,12 @@ class Session:
         prefill_step_size: int | None = None,
         on_step: OnStep | None = None,
         profile: str = DEFAULT_PROFILE,
+        config: DiffusionConfig | None = None,
         **settings: Any,
     ) -> None:
         self.model = model
         # How long a canvas is follows from what must be in it.
-        self.config = replace(diffusion_config(model, profile, **settings), shrink_canvas=False)
+        self.config = replace(settled(model, config, profile, **settings), shrink_canvas=False)
         self.seed = checked_seed(seed)
         self.vocabulary = Vocabulary(
             tokenizer, model.config.text.vocab_size, self.config.eos_token_ids

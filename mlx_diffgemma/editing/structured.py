@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_diffgemma.checkpoint import memory
+from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.events import CanvasCommitted
 from mlx_diffgemma.diffusion.matching import BrokenOffError, MatchingSettings, generate_matching
 from mlx_diffgemma.editing.grammar import (
@@ -73,6 +74,7 @@ def generate_structured(
     seed: int | None = None,
     system_prompt: str | None = None,
     raw: bool = False,
+    config: DiffusionConfig | None = None,
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> Structured:
@@ -82,7 +84,7 @@ def generate_structured(
         json_schema: a parsed JSON schema; the answer is JSON on one line that validates.
         regex: a regular expression in Rust's syntax that the whole answer matches.
         choices: the answers allowed.
-        prompt, max_tokens, seed, system_prompt, raw, settings: as for `stream_generate`.
+        prompt, max_tokens, seed, system_prompt, raw, config, settings: as for `stream_generate`.
         on_step: called with the `DenoisingStep` after each step.
 
     Raises:
@@ -100,6 +102,7 @@ def generate_structured(
         seed=seed,
         system_prompt=system_prompt,
         raw=raw,
+        config=config,
         on_step=on_step,
         max_tokens=max_tokens,
         **settings,

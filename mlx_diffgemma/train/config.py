@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from mlx_diffgemma.checks import (
     check_choice,
@@ -14,6 +14,7 @@ from mlx_diffgemma.checks import (
     overridden,
 )
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.settings import Setting
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 SCHEDULES = ("cosine", "constant", "linear")
@@ -22,14 +23,30 @@ EVALUATED_NOISE = (0.2, 0.5, 0.8, 1.0)
 """Noise levels at which held-out loss is measured."""
 
 
+_ADAPTERS, _STEPS, _OBJECTIVE, _REPORTS = "Adapters", "Steps", "Objective", "Reports"
+
+
 @dataclass(frozen=True)
 class LoraParameters:
-    """mlx-lm's `lora_parameters`; `keys` names the modules of a layer, None takes the default."""
+    """mlx-lm's `lora_parameters`."""
 
-    rank: int = 16
-    scale: float = 2.0
-    dropout: float = 0.0
-    keys: tuple[str, ...] | None = None
+    rank: Annotated[int, Setting("Rank of the adapters.", panel=_ADAPTERS)] = 16
+    scale: Annotated[
+        float, Setting("Factor that the adapters are multiplied with.", panel=_ADAPTERS)
+    ] = 2.0
+    dropout: Annotated[
+        float, Setting("Share of the adapters' inputs that dropout sets to zero.", panel=_ADAPTERS)
+    ] = 0.0
+    keys: Annotated[
+        tuple[str, ...] | None,
+        Setting(
+            "Modules to adapt (repeatable): attention, mlp, experts, self_conditioning, "
+            "attention.q_proj, layers[-4:].mlp, ...",
+            ("--target",),
+            _ADAPTERS,
+            "attention, mlp",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         check_integer("rank", self.rank, 1)
@@ -39,73 +56,114 @@ class LoraParameters:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a training run.
+    """Settings of a training run; the annotation of a field says what it means.
 
     Attributes:
-        batch_size: examples of one forward and backward pass.
-        iters: optimizer steps.
-        val_batches: batches of held-out examples in an evaluation; -1 takes all.
-        learning_rate: at its highest.
-        lr_schedule: what follows the warm-up: "cosine" or "linear" down to `final_learning_rate`,
-            or "constant".
         decay: share of the steps after the warm-up that the schedule takes, the last ones; before,
-            the rate stays at its highest, so that a run can still be made longer.
-        warmup: steps over which the learning rate rises from 0.
-        final_learning_rate: what the schedule ends with, as a share of `learning_rate`.
-        steps_per_report, steps_per_eval, save_every: how often; 0 for never (the end is saved
-            in any case).
+            the rate stays at its peak, so that a run can still be made longer.
         sorted_batches: batches that are drawn together and sorted by length, so that few positions
             are padding; 1 sorts nothing.
-        max_seq_length: most tokens of a prompt and response; longer examples are refused.
-        grad_checkpoint: keep only the inputs of layers, and compute them again for the gradient.
-        grad_accumulation_steps: batches whose gradients are averaged into one step; several
-            processes share them, so a multiple of their number.
-        clear_cache_threshold: bytes of unused memory from which it is given back after a step;
-            0 keeps it.
-        optimizer: one of `OPTIMIZERS`.
-        optimizer_config: arguments for it by name, as in `mlx.optimizers`.
-        clip_norm: largest norm of all gradients together; None for no limit.
-        seed: of every random choice.
-        fine_tune_type: "lora", "dora" or "full".
-        num_layers: layers to adapt, from the last; -1 for all.
-        lora_parameters: of the adapters.
-        mask_prompt: leave the prompt out of the encoder's loss.
-        encoder_loss_weight: of the encoder's next-token loss; 0 saves its computation.
-        self_conditioning: share of the examples whose decoder sees its own first guess.
-        span_fraction: share of the examples that are corrupted in one contiguous span.
+        optimizer_config: arguments for the optimizer by name, as in `mlx.optimizers`.
+        lora_parameters: shape of the adapters.
         compile: fuse the operations of a step (on a CPU with g++, a minute the first time, then
             a tenth to a fifth faster); None for on a GPU only.
-        min_noise: smallest share t of corrupted tokens; t ~ U(min_noise, 1).
     """
 
-    batch_size: int = 4
-    iters: int = 1000
-    val_batches: int = 25
-    learning_rate: float = 1e-4
-    lr_schedule: str = "cosine"
+    batch_size: Annotated[
+        int, Setting("Examples of one forward and backward pass.", panel=_STEPS)
+    ] = 4
+    iters: Annotated[int, Setting("Optimizer steps of the run.", panel=_STEPS)] = 1000
+    val_batches: Annotated[
+        int, Setting("Batches of held-out examples in an evaluation; -1 takes all.", panel=_REPORTS)
+    ] = 25
+    learning_rate: Annotated[float, Setting("Peak learning rate.", panel=_STEPS)] = 1e-4
+    lr_schedule: Annotated[
+        str,
+        Setting(
+            f"Schedule of the learning rate after the warm-up: {', '.join(SCHEDULES)}.",
+            panel=_STEPS,
+        ),
+    ] = "cosine"
     decay: float = 1.0
-    warmup: int = 0
-    final_learning_rate: float = 0.0
-    steps_per_report: int = 10
-    steps_per_eval: int = 200
-    save_every: int = 100
+    warmup: Annotated[
+        int, Setting("Steps over which the learning rate rises from 0 to its peak.", panel=_STEPS)
+    ] = 0
+    final_learning_rate: Annotated[
+        float, Setting("Learning rate of the last step, as a share of the peak.", panel=_STEPS)
+    ] = 0.0
+    steps_per_report: Annotated[
+        int, Setting("Steps from one line about the loss to the next; 0 for none.", panel=_REPORTS)
+    ] = 10
+    steps_per_eval: Annotated[
+        int, Setting("Steps from one evaluation to the next; 0 for none.", panel=_REPORTS)
+    ] = 200
+    save_every: Annotated[
+        int, Setting("Steps from one save to the next; 0 saves at the end alone.", panel=_REPORTS)
+    ] = 100
     sorted_batches: int = 8
-    max_seq_length: int = 2048
-    grad_checkpoint: bool = False
-    grad_accumulation_steps: int = 1
-    clear_cache_threshold: int = 0
-    optimizer: str = "adamw"
+    max_seq_length: Annotated[
+        int,
+        Setting("Most tokens of a prompt and response; longer examples are refused.", panel=_STEPS),
+    ] = 2048
+    grad_checkpoint: Annotated[
+        bool,
+        Setting(
+            "Less memory for a third more time: layers are computed again for the gradient.",
+            panel=_STEPS,
+        ),
+    ] = False
+    grad_accumulation_steps: Annotated[
+        int,
+        Setting(
+            "Batches whose gradients are averaged into one step; processes share them.",
+            panel=_STEPS,
+        ),
+    ] = 1
+    clear_cache_threshold: Annotated[
+        int,
+        Setting(
+            "Bytes of unused memory from which it is given back after a step; 0 keeps it.",
+            panel=_STEPS,
+        ),
+    ] = 0
+    optimizer: Annotated[str, Setting(f"Optimizer: {', '.join(OPTIMIZERS)}.", panel=_STEPS)] = (
+        "adamw"
+    )
     optimizer_config: Mapping[str, Any] = field(default_factory=dict)
-    clip_norm: float | None = 1.0
-    seed: int = 0
-    fine_tune_type: str = "lora"
-    num_layers: int = -1
+    clip_norm: Annotated[
+        float | None, Setting("Largest norm of all gradients together.", panel=_STEPS)
+    ] = 1.0
+    seed: Annotated[int, Setting("Number that every random choice follows from.", panel="Run")] = 0
+    fine_tune_type: Annotated[
+        str, Setting(f"Kind of fine-tuning: {', '.join(KINDS)}.", panel=_ADAPTERS)
+    ] = "lora"
+    num_layers: Annotated[
+        int, Setting("Layers to adapt, counted from the last; -1 for all.", panel=_ADAPTERS)
+    ] = -1
     lora_parameters: LoraParameters = field(default_factory=LoraParameters)
-    mask_prompt: bool = True
-    encoder_loss_weight: float = 1.0
-    self_conditioning: float = 0.5
-    span_fraction: float = 0.0
-    min_noise: float = 1e-4
+    mask_prompt: Annotated[
+        bool, Setting("No loss of the encoder on the prompt.", panel=_OBJECTIVE)
+    ] = True
+    encoder_loss_weight: Annotated[
+        float,
+        Setting(
+            "Weight of the encoder's next-token loss; 0 saves its computation.", panel=_OBJECTIVE
+        ),
+    ] = 1.0
+    self_conditioning: Annotated[
+        float,
+        Setting("Share of the examples whose decoder sees its own first guess.", panel=_OBJECTIVE),
+    ] = 0.5
+    span_fraction: Annotated[
+        float,
+        Setting(
+            "Share of the examples that are corrupted in one contiguous span.", panel=_OBJECTIVE
+        ),
+    ] = 0.0
+    min_noise: Annotated[
+        float,
+        Setting("Smallest share t of corrupted tokens; t ~ U(min_noise, 1).", panel=_OBJECTIVE),
+    ] = 1e-4
     compile: bool | None = None
 
     def __post_init__(self) -> None:

@@ -77,6 +77,9 @@ class Script:
             raise _error(*self.load_error)
         return self.model, FakeTokenizer()
 
+    def diffusion_config(self, model: FakeModel, profile: str, **changes: Any) -> dict[str, Any]:
+        return {"profile": profile, **changes}
+
     def stream_generate(
         self, model: FakeModel, tokenizer: FakeTokenizer, prompt: Any, **options: Any
     ) -> Iterator[Any]:
@@ -261,6 +264,7 @@ def main() -> None:
     script = Script(**json.loads(sys.argv[1]))
     generation = types.ModuleType("mlx_diffgemma.generation")
     generation.load, generation.stream_generate = script.load, script.stream_generate
+    generation.diffusion_config = script.diffusion_config
     generation.GenerationResponse = types.SimpleNamespace
     detokenize = types.ModuleType("mlx_diffgemma.text.detokenize")
     detokenize.token_strings = characters

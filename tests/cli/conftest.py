@@ -33,7 +33,7 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Program:
     def late(name: str) -> Callable[..., Any]:
         return lambda *args, **kwargs: getattr(program.script, name)(*args, **kwargs)
 
-    monkeypatch.setattr(generation, "load", late("load"))
-    monkeypatch.setattr(generation, "stream_generate", late("stream_generate"))
+    for name in ("load", "stream_generate", "diffusion_config"):
+        monkeypatch.setattr(generation, name, late(name))
     monkeypatch.setattr(detokenize, "token_strings", characters)
     return program

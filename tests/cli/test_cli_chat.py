@@ -42,7 +42,8 @@ def test_piped_lines_are_turns_over_one_cache(program):
 def test_settings_arrive(program):
     program("chat", "--seed", "4", "--steps", "2", "--thinking", input="hi")
     call = program.script.calls[0]
-    assert (call["seed"], call["max_denoising_steps"], call["thinking"]) == (4, 2, True)
+    assert (call["seed"], call["thinking"]) == (4, True)
+    assert call["config"] == {"profile": "balanced", "max_denoising_steps": 2}
 
 
 def test_reset_forgets_and_keeps_the_system_prompt(program):
@@ -106,9 +107,10 @@ def test_an_empty_answer_is_no_turn(program):
 def test_what_was_encoded_outlives_a_turn_that_broke_off(program, monkeypatch, error):
     """At a terminal, where one goes on; the run that broke off gives the cache free."""
     from mlx_diffgemma.cli.chat import Chat
+    from mlx_diffgemma.cli.settings import Showing
 
     opened = SimpleNamespace(model=program.script.model, tokenizer=FakeTokenizer())
-    chat, runs = Chat(opened, {}, watch=False), []
+    chat, runs = Chat(opened, showing=Showing(watch=False)), []
     generate = program.script.stream_generate
 
     def noted(*args, **options):

@@ -7,7 +7,7 @@ import json
 import pytest
 from cli_fakes import EOS
 
-from mlx_diffgemma.cli.options import DEFAULT_MODEL
+from mlx_diffgemma.cli.settings import DEFAULT_MODEL
 
 
 def test_stdout_carries_the_answer_alone(program):
@@ -65,7 +65,7 @@ def test_every_option_arrives(program):
         "--seed 3 --steps 4 --canvas-length 32 --t-min 0.1 --t-max 0.2 --entropy-bound 0.3 "
         "--stability-threshold 2 --confidence-threshold 0.01 --sampler ddim "
         "--accept-threshold 0.5 --profile fast --no-stop-at-eos --shrink-canvas --soft-cutoff 8 "
-        "--eos-certainty 0.2 --confident-after 6 --settled-after 2 --no-watch"
+        "--eos-certainty 0.2 --confident-after 6 --settled-after 2 --no-watch --stop END"
     )
     assert program(*arguments.split()).exit_code == 0
     assert program.script.loads == [
@@ -86,25 +86,28 @@ def test_every_option_arrives(program):
         "thinking": False,
         "raw": False,
         "draft": False,
+        "stop": ("END",),
         "prefill_step_size": 64,
-        "max_tokens": 9,
         "seed": 3,
-        "max_denoising_steps": 4,
-        "canvas_length": 32,
-        "t_min": 0.1,
-        "t_max": 0.2,
-        "entropy_bound": 0.3,
-        "stability_threshold": 2,
-        "confidence_threshold": 0.01,
-        "sampler": "ddim",
-        "accept_threshold": 0.5,
-        "profile": "fast",
-        "stop_at_eos": False,
-        "eos_certainty": 0.2,
-        "shrink_canvas": True,
-        "soft_cutoff": 8.0,
-        "confident_after": 6,
-        "settled_after": 2,
+        "config": {
+            "profile": "fast",
+            "max_tokens": 9,
+            "max_denoising_steps": 4,
+            "canvas_length": 32,
+            "t_min": 0.1,
+            "t_max": 0.2,
+            "entropy_bound": 0.3,
+            "stability_threshold": 2,
+            "confidence_threshold": 0.01,
+            "sampler": "ddim",
+            "accept_threshold": 0.5,
+            "stop_at_eos": False,
+            "eos_certainty": 0.2,
+            "shrink_canvas": True,
+            "soft_cutoff": 8.0,
+            "confident_after": 6,
+            "settled_after": 2,
+        },
     }
 
 
@@ -112,7 +115,10 @@ def test_settings_left_out_stay_the_checkpoint_s(program):
     program("generate", "-p", "hi")
     assert program.script.loads[0]["path"] == DEFAULT_MODEL
     call = program.script.calls[0]
-    assert set(call) == {"prompt", "system_prompt", "thinking", "raw", "draft", "on_prefill"}
+    assert call["config"] == {"profile": "balanced"}
+    left_out = ("seed", "system_prompt", "thinking", "prefill_step_size")
+    assert all(call[name] is None for name in left_out)
+    assert (call["raw"], call["stop"]) == (False, ())
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_stop_strings_arrive(program, name):
     given = ["--stop", "END", "--stop", "\n\n"]
     arguments = [name, "-p", "hi", *given] if name == "generate" else [name, *given]
     assert program(*arguments, input="hi").exit_code == 0
-    assert program.script.calls[0]["stop"] == ["END", "\n\n"]
+    assert program.script.calls[0]["stop"] == ("END", "\n\n")
 
 
 @pytest.mark.parametrize(

@@ -309,8 +309,8 @@ def test_the_plan_of_the_release():
     ],
 )
 def test_a_plan_counts_what_would_be_trained(arguments):
-    from mlx_diffgemma.cli.training import gather
     from mlx_diffgemma.train.adapt import prepare, trainable_count
+    from mlx_diffgemma.train.config import LoraParameters, TrainConfig
 
     result = run("--model", "demo", "--plan", "--json", *arguments)
     assert result.exit_code == 0, result.output
@@ -318,9 +318,10 @@ def test_a_plan_counts_what_would_be_trained(arguments):
     names = [name.removeprefix("--").replace("-", "_") for name in arguments[::2]]
     given = {n: int(v) if v.isdigit() else v for n, v in zip(names, arguments[1::2], strict=True)}
     if "target" in given:
-        given["target"] = arguments[3::2]
+        given = {"rank": given["rank"], "keys": tuple(arguments[3::2])}
+    lora = {name: given.pop(name) for name in ("rank", "keys") if name in given}
     model, _ = load_model("demo")
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    prepare(model, gather(given).config)
+    prepare(model, TrainConfig(**given, lora_parameters=LoraParameters(**lora)))
     assert plan["trained_parameters"] == trainable_count(model)
     assert plan["bytes"]["weights"] == weights

@@ -1,0 +1,159 @@
+"""What commands share of their settings, a frozen dataclass a concern: every field is an option.
+
+`mlx_diffgemma.cli.command` makes the options; `--help` shows the sentence of each field.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+from mlx_diffgemma.cli.command import Changes, Of
+from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
+from mlx_diffgemma.diffusion.profiles import PROFILES, profile_settings
+from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.settings import Setting
+
+if TYPE_CHECKING:
+    from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+
+DEFAULT_MODEL = "mlx-community/diffusiongemma-26B-A4B-it-4bit"
+
+_MODEL, _PROMPT, _DENOISING, _OUTPUT = "Model", "Prompt", "Denoising", "Output"
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Which model is loaded, and how."""
+
+    model: Annotated[
+        str | None,
+        Setting(
+            "Path or Hugging Face repository, or 'demo' for the small model that ships with the "
+            "program.",
+            panel=_MODEL,
+            default=DEFAULT_MODEL,
+        ),
+    ] = None
+    revision: Annotated[str | None, Setting("Branch, tag or commit.", panel=_MODEL)] = None
+    adapter_path: Annotated[
+        str | None,
+        Setting("Folder of adapters; without --model, their base is loaded.", panel=_MODEL),
+    ] = None
+    chat_template: Annotated[
+        str | None,
+        Setting("Jinja template, or a file with one, instead of the checkpoint's.", panel=_PROMPT),
+    ] = None
+    trust_remote_code: Annotated[
+        bool, Setting("Permission to run tokenizer code of the repository.", panel=_MODEL)
+    ] = False
+    check: Annotated[
+        bool, Setting("Search for NaN and infinity in all weights before use.", panel=_MODEL)
+    ] = False
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a prompt becomes token ids.
+
+    Raises:
+        UsageError: options contradict each other.
+    """
+
+    system_prompt: Annotated[
+        str | None, Setting("Instructions that stand before the prompt.", panel=_PROMPT)
+    ] = None
+    thinking: Annotated[
+        bool | None, Setting("Thinking before the answer, if the template knows it.", panel=_PROMPT)
+    ] = None
+    raw: Annotated[bool, Setting("No chat template around the prompt.", panel=_PROMPT)] = False
+    prefill_step_size: Annotated[
+        int | None, Setting("Prompt tokens encoded at a time.", panel=_PROMPT)
+    ] = None
+    stop: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Text before which the answer ends; it may be given several times. Thoughts are not "
+            "searched for it.",
+            panel=_DENOISING,
+        ),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        if self.raw and (self.system_prompt is not None or self.thinking is not None):
+            given = "--thinking/--no-thinking" if self.system_prompt is None else "--system-prompt"
+            raise UsageError(f"{given} needs a chat template, and --raw uses none: drop one.")
+        if self.prefill_step_size is not None and self.prefill_step_size < 1:
+            raise UsageError(
+                f"--prefill-step-size must be at least 1, not {self.prefill_step_size}."
+            )
+        if not all(self.stop):
+            raise UsageError("--stop must be a text of at least one character.")
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """How a canvas is denoised; what is left out is the checkpoint's own.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    profile: Annotated[
+        str | None,
+        Setting(
+            f"Trade of fidelity for speed: {', '.join(PROFILES)}. 'exact' is the reference.",
+            panel=_DENOISING,
+            default=DEFAULT_PROFILE,
+        ),
+    ] = None
+    seed: Annotated[
+        int | None,
+        Setting(
+            "Number that makes a run repeatable on one machine; drawn afresh if left out.",
+            panel=_DENOISING,
+        ),
+    ] = None
+    changes: Annotated[Changes, Of(DiffusionConfig)] = field(default_factory=Changes)
+
+    def __post_init__(self) -> None:
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise UsageError(f"--seed must be between 0 and 2^64 - 1, not {self.seed}.")
+        given: dict[str, object] = profile_settings(self.profile or DEFAULT_PROFILE)
+        given |= self.changes
+        # The other end of the temperature is the checkpoint's, which is not known yet.
+        if isinstance(t_min := given.get("t_min"), float):
+            given.setdefault("t_max", max(t_min, 1.0))
+        elif "t_max" in given:
+            given["t_min"] = 0.0
+        DiffusionConfig().override(**given)
+
+    def config(self, model: DiffusionGemma) -> DiffusionConfig:
+        """The settings of the model's checkpoint with the user's put over them."""
+        from mlx_diffgemma.generation import diffusion_config
+
+        return diffusion_config(model, self.profile or DEFAULT_PROFILE, **self.changes)
+
+
+@dataclass(frozen=True)
+class Showing:
+    """What becomes of an answer.
+
+    Raises:
+        UsageError: options contradict each other.
+    """
+
+    watch: Annotated[
+        bool, Setting("Drawing of the canvas while it forms, on a terminal.", panel=_OUTPUT)
+    ] = True
+    show_thought: Annotated[
+        bool,
+        Setting("Whole thoughts on a terminal, which shows one line of them else.", panel=_OUTPUT),
+    ] = False
+    hide_thought: Annotated[bool, Setting("No thoughts on stderr.", panel=_OUTPUT)] = False
+    json: Annotated[bool, Setting("One JSON object instead of the text.", panel=_OUTPUT)] = False
+
+    def __post_init__(self) -> None:
+        if self.show_thought and self.hide_thought:
+            raise UsageError("--show-thought and --hide-thought contradict each other: drop one.")
