@@ -107,7 +107,11 @@ class Measuring:
         profile_settings(self.profile)
 
 
-@command
+@command(
+    "mlx-diffgemma bench --model demo",
+    "mlx-diffgemma bench --random --like small-262k --bits 4",
+    "mlx-diffgemma bench --random --layers 2 --bits 4 --profile exact --json",
+)
 def bench(
     *,
     twin: Annotated[

@@ -28,7 +28,11 @@ Ctrl-C          stop the answer; at the prompt, end
 A line that ends in a backslash goes on in the next one."""
 
 
-@command
+@command(
+    "mlx-diffgemma chat",
+    "mlx-diffgemma chat --model demo --seed 7",
+    "mlx-diffgemma chat --thinking --system-prompt 'Answer in one sentence.'",
+)
 def chat(
     *,
     asking: Annotated[Asking, Without("raw")],

@@ -12,7 +12,11 @@ from mlx_diffgemma.cli.settings import Denoising, Loading, Showing
 from mlx_diffgemma.settings import Setting
 
 
-@command
+@command(
+    "mlx-diffgemma choose --question 'Is a whale a fish?' --choices yes no unsure",
+    "mlx-diffgemma choose -q 'Is it late?' -q 'Is it dark?' yes no --draws 4",
+    "mlx-diffgemma choose -q 'Is it late?' --frame 'It is {}.' late early --json",
+)
 def choose(
     *,
     choices: Annotated[list[str], typer.Argument(help="Answers to choose among.")],
@@ -49,8 +53,6 @@ def choose(
     showing: Annotated[Showing, Only("json")],
 ) -> None:
     """Say how probable the model finds each choice as the answer, in one look.
-
-    Example: mlx-diffgemma choose --question 'Is a whale a fish?' --choices yes no unsure
 
     The probabilities sum to 1; nothing is claimed about their calibration.
     """

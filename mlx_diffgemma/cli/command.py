@@ -53,13 +53,17 @@ class Only:
         object.__setattr__(self, "names", frozenset(names))
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a function a command of typer's.
+def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """What makes a function a command of typer's, its help beginning with these examples.
 
     A parameter annotated with a dataclass stands for all its fields that carry a `Setting`; one
     annotated `Annotated[type, Setting(...)]` for one option; others are typer's own. What the
     function raises becomes an exit code and one line on stderr; `--debug` is added.
     """
+    return lambda function: _command(function, examples)
+
+
+def _command(function: Callable[..., None], examples: tuple[str, ...]) -> Callable[..., None]:
     hints = get_type_hints(function, include_extras=True)
     given = inspect.signature(function).parameters.values()
     takes = [_Taken(p.name, hints[p.name], p.default) for p in given]
@@ -81,6 +85,12 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     ]
     run.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
     run.__annotations__ = {option.name: option.annotation for option in signature}
+    summary, _, rest = inspect.cleandoc(function.__doc__ or "").partition("\n\n")
+    shown = "\n".join(
+        ["\b", "Examples:", *(f"  {example}" for example in examples)]
+    )  # \b: as it is
+    run.__doc__ = "\n\n".join(filter(None, [summary, shown if examples else "", rest]))
+    run.examples = examples  # type: ignore[attr-defined]
     return run
 
 

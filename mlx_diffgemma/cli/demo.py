@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 SECONDS_PER_STEP = 0.5  # for the eye: the model itself takes a few hundredths
 
 
-@command
+@command(
+    "mlx-diffgemma demo",
+    "mlx-diffgemma demo --seed 7",
+    "mlx-diffgemma demo --no-watch",
+)
 def demo(
     *,
     loading: Annotated[Loading, Only("adapter_path")],

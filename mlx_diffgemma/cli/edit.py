@@ -15,7 +15,11 @@ from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
 
 
-@command
+@command(
+    "mlx-diffgemma edit app.py --range 10:20 --instruction 'handle an empty list'",
+    "mlx-diffgemma edit app.py --range 7 -i 'name the constant' --write",
+    "mlx-diffgemma edit app.py --range 7 -i 'say it shorter' --strength 0.5 --seed 7",
+)
 def edit(
     *,
     file: Annotated[str, typer.Argument(help="File to edit.")],
@@ -47,10 +51,7 @@ def edit(
     denoising: editing.Denoised,
     showing: editing.Shown,
 ) -> None:
-    """Rewrite some lines of a file and print the change as a unified diff.
-
-    Example: mlx-diffgemma edit app.py --range 10:20 --instruction 'handle an empty list' --write
-    """
+    """Rewrite some lines of a file and print the change as a unified diff."""
     span = _range(lines)
     candidates = editing.read_lengths(lengths)
     from mlx_diffgemma.cli import output, session

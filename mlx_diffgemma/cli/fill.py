@@ -12,7 +12,11 @@ from mlx_diffgemma.cli.settings import Loading
 from mlx_diffgemma.settings import Setting
 
 
-@command
+@command(
+    "mlx-diffgemma fill 'Dear {name:word}, you are {state:late|on time}.'",
+    "mlx-diffgemma fill 'Order {id:/[A-Z]{2}-[0-9]+/}' --seed 7",
+    "mlx-diffgemma fill --template form.txt --json",
+)
 def fill(
     *,
     text: Annotated[str | None, typer.Argument(help="Template itself.")] = None,
@@ -25,8 +29,6 @@ def fill(
     showing: editing.Shown,
 ) -> None:
     """Fill a template's slots: {name}, {name:word}, {name:one|other}, {name:/regex/}.
-
-    Example: mlx-diffgemma fill 'Order {id:/[A-Z]{2}-[0-9]+/} is {state:late|on time}, {name:word}.'
 
     Kinds are line (the default), text, word and digits. Braces are written {{ and }}.
     """

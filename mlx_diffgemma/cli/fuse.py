@@ -19,7 +19,11 @@ _FILE_BYTES = 1 << 30  # of fused weights that wait in memory
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
-@command
+@command(
+    "mlx-diffgemma fuse --model demo --adapter-path adapters",
+    "mlx-diffgemma fuse --adapter-path adapters --save-path my-model",
+    "mlx-diffgemma fuse --adapter-path adapters --dequantize --dtype bfloat16",
+)
 def fuse(
     *,
     model: Annotated[

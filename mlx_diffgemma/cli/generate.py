@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 GO_ON = "--max-tokens {} leaves room to go on."
 
 
-@command
+@command(
+    "mlx-diffgemma generate --prompt 'Why is the sky blue?'",
+    "cat notes.txt | mlx-diffgemma generate --max-tokens 1024 --seed 7",
+    "mlx-diffgemma generate -p 'Is it late?' --choices yes no unsure",
+)
 def generate(
     *,
     choices: Annotated[

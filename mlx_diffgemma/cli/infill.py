@@ -12,7 +12,11 @@ from mlx_diffgemma.cli.settings import Loading
 from mlx_diffgemma.settings import Setting
 
 
-@command
+@command(
+    "mlx-diffgemma infill --text 'def add(a, b): return [[?]]'",
+    "mlx-diffgemma infill letter.txt --hole ___ --lengths 2,4,8",
+    "cat letter.txt | mlx-diffgemma infill --hole ___ --json",
+)
 def infill(
     *,
     file: Annotated[
@@ -28,8 +32,6 @@ def infill(
     showing: editing.Shown,
 ) -> None:
     """Fill the holes of a text; all around them stays byte for byte.
-
-    Example: mlx-diffgemma infill --text 'def add(a, b): return [[?]]'
 
     --lengths once is for every hole; given as often as there are holes, it is for each in turn.
     """

@@ -11,7 +11,11 @@ from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
 
 
-@command
+@command(
+    "mlx-diffgemma train --model demo --data my-data --iters 500",
+    "mlx-diffgemma train --model demo --data my-data --plan",
+    "mlx-diffgemma train --model demo --data my-data --config lora.yaml --rank 8",
+)
 def train(
     *,
     loading: Annotated[Loading, Only("model", "revision", "chat_template", "trust_remote_code")],
@@ -25,8 +29,6 @@ def train(
 
     Data are JSON lines as mlx-lm's: {"messages": [...]}, {"prompt": ..., "completion": ...} or
     {"text": ...}. A quantized base stays as it is (QLoRA).
-
-    Example: mlx-diffgemma train --data my-data --iters 500
     """
     if json and not plan:
         raise UsageError("--json is about the plan; add --plan.")

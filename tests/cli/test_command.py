@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from typing import Annotated
 
-import click
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -46,7 +46,7 @@ def run(annotation, *arguments):
     bake.__annotations__["baking"] = annotation
     bake.__annotations__["count"] = Annotated[int, Setting("Loaves.")]
     program = typer.Typer()
-    program.command()(command(bake))
+    program.command()(command("bake --loud", "bake --heat 1")(bake))
     return CliRunner().invoke(program, list(arguments)), taken
 
 
@@ -86,6 +86,26 @@ def test_help_shows_sentences_and_the_library_s_defaults():
     assert "--light" in output and "--no-light" in output and "--no-loud" not in output
 
 
+def test_help_begins_with_the_examples():
+    output = run(Baking, "--help")[0].output
+    assert output.index("Examples:") < output.index("bake --heat 1") < output.index("Options")
+
+
+def test_every_example_is_read_as_a_command():
+    """Three a command; what they run is tested where the command is."""
+    program = typer.main.get_command(app)
+    for each in app.registered_commands:
+        if each.callback.__name__ == "convert":  # the converter's own program
+            continue
+        examples = each.callback.examples
+        assert len(examples) == 3
+        for example in examples:
+            words = shlex.split(example)
+            words = words[words.index("mlx-diffgemma") :]
+            assert words[1] == each.callback.__name__
+            program.commands[words[1]].make_context(words[1], words[2:])
+
+
 def test_every_setting_of_the_library_reaches_its_command():
     commands = typer.main.get_command(app).commands
     denoising = {parameter.name for parameter in commands["generate"].params}
@@ -99,7 +119,5 @@ def test_every_help_text_is_a_sentence():
     program = typer.main.get_command(app)
     for name, each in program.commands.items():
         for parameter in each.params:
-            if not isinstance(parameter, click.Option) and getattr(parameter, "help", None) is None:
-                continue
-            said = parameter.help or ""
+            said = getattr(parameter, "help", None) or ""
             assert said[:1].isupper() and said.endswith("."), f"{name} {parameter.name}: {said!r}"
