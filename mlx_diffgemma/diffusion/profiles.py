@@ -6,16 +6,14 @@ command that measures it.
 
 from __future__ import annotations
 
-from typing import Any
-
 from mlx_diffgemma.errors import UsageError
 
-EXACT: dict[str, Any] = {}
-BALANCED: dict[str, Any] = {**EXACT, "stop_at_eos": True, "soft_cutoff": 10.0}
-FAST: dict[str, Any] = {**BALANCED, "max_denoising_steps": 24, "confident_after": 12}
-TURBO: dict[str, Any] = {**FAST, "settled_after": 3}  # an experiment
+EXACT: dict[str, object] = {}
+BALANCED: dict[str, object] = {**EXACT, "stop_at_eos": True, "soft_cutoff": 10.0}
+FAST: dict[str, object] = {**BALANCED, "max_denoising_steps": 24, "confident_after": 12}
+TURBO: dict[str, object] = {**FAST, "settled_after": 3}  # an experiment
 
-PROFILES: dict[str, dict[str, Any]] = {
+PROFILES: dict[str, dict[str, object]] = {
     "exact": EXACT,
     "balanced": BALANCED,
     "fast": FAST,
@@ -24,7 +22,7 @@ PROFILES: dict[str, dict[str, Any]] = {
 DEFAULT = "balanced"
 
 
-def profile_settings(name: str) -> dict[str, Any]:
+def profile_settings(name: str) -> dict[str, object]:
     """The settings of a profile.
 
     Raises:
