@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +18,43 @@ from mlx_diffgemma_convert.hub import HubSource, open_source
 from mlx_diffgemma_convert.job import Progress, check_target, convert
 from mlx_diffgemma_convert.journal import Journal
 from mlx_diffgemma_convert.plan import Plan, make_plan
+from mlx_diffgemma_convert.settings import Conversion
 from mlx_diffgemma_convert.source import FolderSource, Source
 from mlx_diffgemma_convert.table import print_plan, size_text, summary
 from mlx_diffgemma_convert.upload import prepare, upload
 
-Settings = Mapping[str, Any]
 
-
-def run_convert(settings: Settings) -> None:
+def run_convert(conversion: Conversion, *, as_json: bool = False) -> None:
     """Plan, and unless only that is wanted, convert and upload."""
-    if settings["recipe"] == "list":
+    if conversion.recipe == "list":
         print_recipes()
         return
-    target: Path = settings["mlx_path"].expanduser()
-    recipe, rules = chosen_recipe(settings)
-    repository = settings["upload_repo"]
-    if settings["dry_run"] and not repository:
+    target: Path = conversion.mlx_path.expanduser()
+    recipe, rules = chosen_recipe(conversion)
+    repository = conversion.upload_repo
+    if conversion.dry_run and not repository:
         raise UsageError("--dry-run is about uploading; name the repository with --upload-repo.")
     journal = Journal(target)
-    downloads = journal.downloads if settings["delete_source_shards"] else None
-    source = open_source(settings["model"], settings["revision"], downloads, settings["retries"])
-    plan = _plan(source, recipe, rules, settings)
-    if plan.in_float16 and not settings["quiet"]:
+    downloads = journal.downloads if conversion.delete_source_shards else None
+    assert conversion.model is not None
+    source = open_source(conversion.model, conversion.revision, downloads, conversion.retries)
+    plan = _plan(source, recipe, rules, conversion)
+    if plan.in_float16 and not conversion.quiet:
         _say(
             "warning: float16 overflows on activations of this model, which then answers NaN; "
             "bf16 does not."
         )
-    if settings["plan"]:
-        print(json.dumps(summary(plan), indent=2)) if settings["json"] else print_plan(plan)
+    if conversion.plan:
+        print(json.dumps(summary(plan), indent=2)) if as_json else print_plan(plan)
         return
-    if repository and not settings["dry_run"]:
+    if repository and not conversion.dry_run:
         prepare(repository)
     with journal:
         if not journal.published(plan):
             check_target(target, source.folder if isinstance(source, FolderSource) else None)
         started = time.monotonic()
-        with progress_bar(plan, settings["quiet"]) as progress:
-            outcome = convert(plan, journal, restart=settings["restart"], progress=progress)
+        with progress_bar(plan, conversion.quiet) as progress:
+            outcome = convert(plan, journal, restart=conversion.restart, progress=progress)
         seconds = time.monotonic() - started
     found = {
         **summary(plan),
@@ -62,10 +63,10 @@ def run_convert(settings: Settings) -> None:
         "seconds": round(seconds, 2),
     }
     if repository:
-        found["upload"] = upload(target, repository, dry_run=settings["dry_run"])
-    if settings["json"]:
+        found["upload"] = upload(target, repository, dry_run=conversion.dry_run)
+    if as_json:
         print(json.dumps(found, indent=2))
-    elif not settings["quiet"]:
+    elif not conversion.quiet:
         _say(
             f"{target}: {size_text(plan.stored_bytes())} in {len(plan.shards)} file(s), "
             f"{recipe.name}, verified; {seconds:.1f} s."
@@ -74,29 +75,29 @@ def run_convert(settings: Settings) -> None:
             _say(_upload_text(found["upload"]))
 
 
-def chosen_recipe(settings: Settings) -> tuple[Recipe, list[Rule]]:
+def chosen_recipe(conversion: Conversion) -> tuple[Recipe, list[Rule]]:
     """The recipe that the options ask for, and the overrides on top of it.
 
     Raises:
         UsageError: options contradict each other or name something unknown.
     """
-    plain = {k: settings[k] for k in ("q_bits", "q_mode", "q_group_size")}
+    plain = {name: getattr(conversion, name) for name in ("q_bits", "q_mode", "q_group_size")}
     given = [f"--{k.replace('_', '-')}" for k, v in plain.items() if v is not None]
-    name = settings["recipe"]
-    rules = [Rule.parse(text) for text in settings["override"] or []]
-    if settings["dequantize"] or settings["to_hf"]:
-        if settings["quantize"] or given or name or rules:
-            way = "--dequantize" if settings["dequantize"] else "--to-hf"
+    name = conversion.recipe
+    rules = [Rule.parse(text) for text in conversion.override]
+    if conversion.dequantize or conversion.to_hf:
+        if conversion.quantize or given or name or rules:
+            way = "--dequantize" if conversion.dequantize else "--to-hf"
             raise UsageError(f"{way} takes no recipe and no quantization; leave one of them out.")
-        return Recipe("dequantized" if settings["dequantize"] else "plain", ()), []
+        return Recipe("dequantized" if conversion.dequantize else "plain", ()), []
     if name is not None and given:
         raise UsageError(f"{given[0]} and --recipe exclude each other; use --set to override.")
     if name is not None:
         return named_recipe(name), rules
     if given:
-        fmt = Format.make(plain["q_mode"] or "affine", plain["q_bits"], plain["q_group_size"])
+        fmt = Format.make(conversion.q_mode or "affine", conversion.q_bits, conversion.q_group_size)
         return Recipe(f"all {fmt.name}", (Rule("all", fmt),)), rules
-    if settings["quantize"]:
+    if conversion.quantize:
         return RECIPES["4bit"], rules
     return Recipe("plain", ()), rules
 
@@ -117,26 +118,28 @@ def named_recipe(name: str) -> Recipe:
     raise UsageError(f"recipe '{name}' is unknown; known are {', '.join(RECIPES)}.")
 
 
-def _plan(source: Source, recipe: Recipe, rules: list[Rule], settings: Settings) -> Plan:
+def _plan(source: Source, recipe: Recipe, rules: list[Rule], conversion: Conversion) -> Plan:
     known = {long: short for short, long in FLOATS.items()} | {short: short for short in FLOATS}
-    dtype = settings["dtype"]
+    dtype = conversion.dtype
     if dtype is not None and dtype not in known:
         raise UsageError(f"--dtype {dtype} is unknown; known are {', '.join(FLOATS.values())}.")
-    options = {
-        "dtype": known[dtype] if dtype else None,
-        "dequantize": settings["dequantize"],
-        "hugging_face": settings["to_hf"],
-        "shard_size": settings["max_shard_size"],
-    }
+    plan = partial(
+        make_plan,
+        source,
+        dtype=known[dtype] if dtype else None,
+        dequantize=conversion.dequantize,
+        hugging_face=conversion.to_hf,
+        shard_size=conversion.max_shard_size,
+    )
     if rules:
-        draft = make_plan(source, Recipe("draft", ()), **options)
+        draft = plan(Recipe("draft", ()))
         paths = [module_path(t.name) for t in draft.targets if is_quantizable(t.name, len(t.shape))]
         recipe, matched = recipe.with_rules(rules, paths, draft.config.text.num_hidden_layers)
         for rule, found in matched:
             some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-            if not settings["quiet"]:
+            if not conversion.quiet:
                 _say(f"--set '{rule}': {len(found)} module(s): {some}")
-    return make_plan(source, recipe, **options)
+    return plan(recipe)
 
 
 def print_recipes() -> None:

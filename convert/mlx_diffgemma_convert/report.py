@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_diffgemma.checkpoint.quantization import Format
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma_convert.plot import Point, write_plot
+from mlx_diffgemma_convert.settings import Measurement
 from mlx_diffgemma_convert.table import size_text
 from mlx_diffgemma_convert.tasks import Task, read_tasks
 
@@ -21,43 +22,44 @@ if TYPE_CHECKING:
 _UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
-def run_measure(settings: Mapping[str, Any]) -> None:
+def run_measure(
+    source: str, converted: Sequence[str], measurement: Measurement, *, as_json: bool = False
+) -> None:
     """Measure what was named; find a mixed recipe if a budget is given."""
-    converted = settings["converted"] or []
-    if not converted and settings["budget"] is None:
+    if not converted and measurement.budget is None:
         raise UsageError("name converted models to compare with the source, or give --budget.")
-    if settings["plot"] and not converted:
+    if measurement.plot and not converted:
         raise UsageError("--plot draws converted models; name some.")
-    if settings["save"] and settings["budget"] is None:
+    if measurement.save and measurement.budget is None:
         raise UsageError("--save is about the recipe that --budget finds; give --budget.")
-    budget = None if settings["budget"] is None else parse_size(settings["budget"])
-    seed, count = settings["seed"], settings["count"]
-    most = max(count, settings["generate"])
-    tasks = read_tasks(settings["prompts"], most)
+    budget = None if measurement.budget is None else parse_size(measurement.budget)
+    seed, count = measurement.seed, measurement.count
+    most = max(count, measurement.generate)
+    tasks = read_tasks(measurement.prompts, most)
     report: dict[str, Any] = {}
     if converted:
         from mlx_diffgemma_convert.measure import measure
 
         lines = []
-        to_generate = tasks[: settings["generate"]]
-        for line in measure(settings["source"], converted, tasks[:count], to_generate, seed):
+        to_generate = tasks[: measurement.generate]
+        for line in measure(source, converted, tasks[:count], to_generate, seed):
             _say(f"measured {line.name}")
             lines.append(line)
         report["models"] = [line.as_dict() for line in lines]
-        if settings["plot"]:
-            _plot(settings["plot"], lines)
+        if measurement.plot:
+            _plot(measurement.plot, lines)
     if budget is not None:
-        choice, rules = find_recipe(settings["source"], tasks[:count], budget, seed)
-        name = f"mixed-{settings['budget']}"
-        if settings["save"]:
+        choice, rules = find_recipe(source, tasks[:count], budget, seed)
+        name = f"mixed-{measurement.budget}"
+        if measurement.save:
             from mlx_diffgemma_convert.budget import save_recipe
 
-            save_recipe(settings["save"], name, rules)
+            save_recipe(measurement.save, name, rules)
         report["recipe"] = {
             "name": name, "rules": rules, "bytes": choice.nbytes,
             "expected_kl": choice.expected_kl,
         }  # fmt: skip
-    if settings["json"]:
+    if as_json:
         print(json.dumps(report, indent=2))
         return
     if converted:

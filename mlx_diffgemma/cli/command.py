@@ -57,8 +57,9 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
     """What makes a function a command of typer's, its help beginning with these examples.
 
     A parameter annotated with a dataclass stands for all its fields that carry a `Setting`; one
-    annotated `Annotated[type, Setting(...)]` for one option; others are typer's own. What the
-    function raises becomes an exit code and one line on stderr; `--debug` is added.
+    annotated `Annotated[type, Setting(...)]` for one option; one of type `typer.Context` is the
+    context; others are typer's own. What the function raises becomes an exit code and one line on
+    stderr; `--debug` is added.
     """
     return lambda function: _command(function, examples)
 
@@ -66,12 +67,18 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
 def _command(function: Callable[..., None], examples: tuple[str, ...]) -> Callable[..., None]:
     hints = get_type_hints(function, include_extras=True)
     given = inspect.signature(function).parameters.values()
-    takes = [_Taken(p.name, hints[p.name], p.default) for p in given]
+    takes = [
+        _Taken(p.name, hints[p.name], p.default)
+        for p in given
+        if hints[p.name] is not typer.Context
+    ]
+    asks = [p.name for p in given if hints[p.name] is typer.Context]
 
     @functools.wraps(function)
     def run(ctx: typer.Context, debug: bool = False, **values: Any) -> None:
         def body() -> None:
-            function(**{taken.name: taken.assembled(values) for taken in takes})
+            context = dict.fromkeys(asks, ctx)
+            function(**context, **{taken.name: taken.assembled(values) for taken in takes})
 
         errors.run(body, debug=debug or errors.debugging(ctx))
 

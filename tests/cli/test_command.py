@@ -15,6 +15,7 @@ from mlx_diffgemma.cli.main import app
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.settings import Setting, settings_of
 from mlx_diffgemma.train.config import TrainConfig
+from mlx_diffgemma_convert.cli import app as converter
 
 
 @dataclass(frozen=True)
@@ -91,19 +92,29 @@ def test_help_begins_with_the_examples():
     assert output.index("Examples:") < output.index("bake --heat 1") < output.index("Options")
 
 
-def test_every_example_is_read_as_a_command():
+def commands():
+    """Every command: the words that call it, how it is written, and what typer made of it."""
+    for program, prefix in ((app, []), (converter, ["convert"])):
+        made = typer.main.get_command(program)
+        for each in program.registered_commands:
+            name = each.callback.__name__
+            if name != "convert":  # the converter, a program of its own
+                yield [*prefix, name], each.callback, made.commands[name]
+    yield ["convert"], converter.registered_callback.callback, typer.main.get_command(converter)
+
+
+@pytest.mark.parametrize(
+    ("words", "callback", "made"),
+    [pytest.param(*each, id=" ".join(each[0])) for each in commands()],
+)
+def test_every_example_is_read_as_a_command(words, callback, made):
     """Three a command; what they run is tested where the command is."""
-    program = typer.main.get_command(app)
-    for each in app.registered_commands:
-        if each.callback.__name__ == "convert":  # the converter's own program
-            continue
-        examples = each.callback.examples
-        assert len(examples) == 3
-        for example in examples:
-            words = shlex.split(example)
-            words = words[words.index("mlx-diffgemma") :]
-            assert words[1] == each.callback.__name__
-            program.commands[words[1]].make_context(words[1], words[2:])
+    assert len(callback.examples) == 3
+    for example in callback.examples:
+        said = shlex.split(example)
+        said = said[said.index("mlx-diffgemma") + 1 :]
+        assert said[: len(words)] == words
+        made.make_context(words[-1], said[len(words) :])
 
 
 def test_every_setting_of_the_library_reaches_its_command():
@@ -116,8 +127,7 @@ def test_every_setting_of_the_library_reaches_its_command():
 
 
 def test_every_help_text_is_a_sentence():
-    program = typer.main.get_command(app)
-    for name, each in program.commands.items():
-        for parameter in each.params:
+    for words, _, made in commands():
+        for parameter in made.params:
             said = getattr(parameter, "help", None) or ""
-            assert said[:1].isupper() and said.endswith("."), f"{name} {parameter.name}: {said!r}"
+            assert said[:1].isupper() and said.endswith("."), f"{words} {parameter.name}: {said!r}"
