@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from mlx_diffgemma.cli import errors, options, structured
+from mlx_diffgemma.cli import editing, errors, options, structured
 from mlx_diffgemma.errors import UsageError
 
 GO_ON = "--max-tokens {} leaves room to go on."
@@ -132,7 +132,8 @@ def generate(
             hide_thought,
         )
         if constraint:
-            structured.answer(request, constraint)
+            shared = editing.Request(model, loading, settings, watch, json)
+            structured.answer(shared, request.prompt, constraint)
         else:
             _answer(request)
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from mlx_diffgemma.cli import editing
 from mlx_diffgemma.errors import UsageError
-
-if TYPE_CHECKING:
-    from mlx_diffgemma.cli.generate import Request
 
 _PANEL = "Always valid"
 
@@ -70,21 +67,18 @@ def constraint(
     return given
 
 
-def answer(request: Request, constraint: dict[str, Any]) -> None:
+def answer(request: editing.Request, prompt: str, constraint: dict[str, Any]) -> None:
     """Write an answer that satisfies the constraint."""
     from mlx_diffgemma.cli import output, session
     from mlx_diffgemma.editing.structured import UnmetConstraintError, generate_structured
 
     opened = session.open_model(request.model, **request.loading)
-    shared = editing.Request(
-        request.model, request.loading, request.settings, request.watch, request.json
-    )
     try:
-        with editing.drawn(opened, shared) as on_step:
+        with editing.drawn(opened, request) as on_step:
             done = generate_structured(
                 opened.model,
                 opened.tokenizer,
-                request.prompt,
+                prompt,
                 on_step=on_step,
                 **constraint,
                 **request.settings,

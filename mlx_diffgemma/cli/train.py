@@ -198,14 +198,14 @@ def train(
     given = {name: value for name, value in ctx.params.items() if value not in (None, [], ())}
 
     def body() -> None:
-        from mlx_diffgemma.cli.training import gather, run, show_plan
+        from mlx_diffgemma.cli import training, training_plan
 
         if json and not plan:
             raise UsageError("--json is about the plan; add --plan.")
-        request = gather(given)
+        request = training.gather(given)
         if plan:
-            show_plan(request, as_json=json)
+            training_plan.show(request, as_json=json)
         else:
-            run(request)
+            training.run(request)
 
     errors.run(body, debug=errors.debugging(ctx))

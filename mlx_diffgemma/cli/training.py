@@ -282,13 +282,6 @@ def _stopped(folder: Path, saved: int, resumed: bool) -> str:
     )
 
 
-def show_plan(request: Request, *, as_json: bool) -> None:
-    """Print what memory training takes."""
-    from mlx_diffgemma.cli.training_plan import show
-
-    show(request, as_json=as_json)
-
-
 def say(text: str) -> None:
     """One line on stderr, from the first of the processes that train."""
     from mlx_diffgemma.train import processes
