@@ -42,7 +42,7 @@ class Ledger:
     """The marks of every batch, in a file that a later run reads again."""
 
     def __init__(self, path: Path) -> None:
-        from mlx_diffgemma.bench.exam import Marks
+        from exercises.exam import Marks
 
         self.path = path
         self.batches: dict[str, Marks] = {}
@@ -143,8 +143,8 @@ def main() -> None:
     if args.openblas:
         load_openblas(args.openblas)
 
+    from exercises import exam
     from mlx_diffgemma import load
-    from mlx_diffgemma.bench import exam
     from mlx_diffgemma.generation import diffusion_config
 
     args.out.mkdir(parents=True, exist_ok=True)

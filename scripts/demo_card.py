@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from train_demo import Recipe
-
-    from mlx_diffgemma.bench.exam import Marks
+    from demo_recipe import Recipe
+    from exercises.exam import Marks
 
 _FRONT = """---
 library_name: mlx
@@ -28,7 +27,7 @@ mlx-diffgemma. It proves the machinery (training, conversion, generation, editin
 It says nothing about the quality of the released 26B model, with which it shares the architecture
 and no weight.
 
-**Data.** Fresh exercises from the generators of `mlx_diffgemma/demo/tasks.py`, one token a
+**Data.** Fresh exercises from the generators of `scripts/exercises/tasks.py`, one token a
 character. Seen: {seen:,} examples; the mix of the last sitting was {shares}.
 
 **Recipe** of the last sitting.

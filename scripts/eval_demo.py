@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mlx_diffgemma.bench import exam
-from mlx_diffgemma.demo.tasks import TASKS
+from exercises import exam
+from exercises.tasks import TASKS
 
 Answers = list[exam.Answer]
 

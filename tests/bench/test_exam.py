@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_diffgemma.bench.exam import Answer, Marks, make_tasks, mark
+from exercises.exam import Answer, Marks, make_tasks, mark
+from exercises.tasks import TASKS
 from mlx_diffgemma.demo import sudoku
-from mlx_diffgemma.demo.tasks import TASKS
 from mlx_diffgemma.errors import UsageError
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_profiles.py"

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from mlx_diffgemma.demo import puzzles, sudoku
-from mlx_diffgemma.demo.tasks import TASKS, Curriculum
+from exercises import puzzles
+from exercises.tasks import TASKS, Curriculum
+from mlx_diffgemma.demo import sudoku
 from mlx_diffgemma.errors import UsageError
 
 TOKENIZER = Path(__file__).parents[1] / "fixtures" / "demo-hf-tokenizer"

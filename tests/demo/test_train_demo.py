@@ -11,8 +11,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from exercises.exam import Marks
 from mlx_diffgemma import load
-from mlx_diffgemma.bench.exam import Marks
 from mlx_diffgemma.train.config import TrainConfig
 from mlx_diffgemma.train.gradients import learning_rate
 from mlx_diffgemma_convert.verify import verify

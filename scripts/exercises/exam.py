@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from exercises.exercise import Exercise
+from exercises.tasks import TASKS
 from mlx_diffgemma.demo import sudoku
-from mlx_diffgemma.demo.exercises import Exercise
-from mlx_diffgemma.demo.tasks import TASKS
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.events import Finished
 from mlx_diffgemma.diffusion.generate import generate_canvases

@@ -17,7 +17,7 @@ import json
 
 import numpy as np
 
-from mlx_diffgemma.demo.exercises import Exercise
+from exercises.exercise import Exercise
 
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 _FIELDS = ("name", "age", "city", "pet", "job", "id")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_diffgemma.demo import sudoku, text_tasks
-from mlx_diffgemma.demo.exercises import Exercise, FreeGrid, Maker
-from mlx_diffgemma.demo.puzzles import NINE, SIX, Board, make_puzzle
+from exercises import text_tasks
+from exercises.exercise import Exercise, FreeGrid, Maker
+from exercises.puzzles import NINE, SIX, Board, make_puzzle
+from mlx_diffgemma.demo import sudoku
 from mlx_diffgemma.errors import UsageError
 
 _EASIER = 0.2

@@ -1,0 +1,1 @@
+"""The exercises that teach and examine the demo's model."""

@@ -1,0 +1,68 @@
+"""No module of the program or of its scripts imports itself by way of others, not for types either.
+
+The contracts of `pyproject.toml` say which rooms may know which; this is about files.
+"""
+
+from __future__ import annotations
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("mlx_diffgemma", "convert/mlx_diffgemma_convert", "scripts")
+
+
+def modules() -> dict[str, Path]:
+    """Every file by its import name; a script is imported by its bare name."""
+    named = {}
+    for source in SOURCES:
+        base = ROOT / source if source == "scripts" else (ROOT / source).parent
+        for path in (ROOT / source).rglob("*.py"):
+            parts = path.relative_to(base).with_suffix("").parts
+            named[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return named
+
+
+def imports(tree: ast.AST, known: set[str]) -> set[str]:
+    """The known modules that a file names, wherever in it."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner if inner <= known else {node.module, *inner}
+    return found & known
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_imports_in_circles():
+    named = modules()
+    assert {"mlx_diffgemma.cli.main", "mlx_diffgemma_convert.cli", "train_demo"} <= set(named)
+    graph = {
+        name: imports(ast.parse(path.read_text()), set(named)) - {"mlx_diffgemma"}
+        for name, path in named.items()
+    }
+    assert "mlx_diffgemma.cli.editing" in graph["mlx_diffgemma.cli.structured"]
+    assert circle(graph) == []
+
+
+@pytest.mark.parametrize("indent", ["", "if TYPE_CHECKING:\n    ", "def f():\n    "])
+def test_a_circle_is_found(indent):
+    known = {"a", "b.c"}
+    graph = {
+        "a": imports(ast.parse(f"{indent}from b import c"), known),
+        "b.c": imports(ast.parse("import a"), known),
+    }
+    assert set(circle(graph)) == known
