@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_diffgemma.bench import openblas as openblas_room
+from mlx_diffgemma.checkpoint.locate import RELEASE
 from mlx_diffgemma.cli import errors, options
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.diffusion.profiles import profile_settings
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from mlx_diffgemma.bench.report import BenchReport
     from mlx_diffgemma.bench.run import Plan
 
-RELEASE = "google/diffusiongemma-26B-A4B-it"
 RIVAL, TWIN = "mlx-vlm", "mlx-lm"
 
 _MODEL, _WHAT, _BESIDE = "Random weights", "What to measure", "Beside others"
