@@ -16,9 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mlx_diffgemma import disk
 from mlx_diffgemma.errors import CheckpointError, UsageError
 from mlx_diffgemma_convert.plan import Plan
-from mlx_diffgemma_convert.shard_file import sync_folder, write_atomically
 from mlx_diffgemma_convert.source import ShardReader
 from mlx_diffgemma_convert.stream import Written, source_digest
 
@@ -168,13 +168,13 @@ class Journal:
 
     def _save(self) -> None:
         state = {**self._state, "done": self.done, "current": self.current}
-        write_atomically(self._file, json.dumps(state).encode())
+        disk.write_atomically(self._file, json.dumps(state).encode())
 
     def publish(self) -> None:
         """Give the result its name; from here on the conversion is done."""
-        sync_folder(self.result)
+        disk.sync(self.result)
         self.result.rename(self.target)
-        sync_folder(self.target.parent)
+        disk.sync(self.target.parent)
         self.discard()
 
     def discard(self) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_diffgemma import __version__
+from mlx_diffgemma.disk import write_atomically
 from mlx_diffgemma.errors import CheckpointError
 from mlx_diffgemma_convert.plan import Plan
 from mlx_diffgemma_convert.repository import json_bytes
-from mlx_diffgemma_convert.shard_file import write_atomically
 
 RECORD = "conversion.json"
 

@@ -11,8 +11,8 @@ from typing import Any
 from mlx_diffgemma.checkpoint.names import is_quantizable, is_vision, module_path
 from mlx_diffgemma.checkpoint.quantization import FLOATS, quantization_entry
 from mlx_diffgemma.config import both_spellings
+from mlx_diffgemma.disk import write_atomically
 from mlx_diffgemma_convert.plan import FLOAT_DTYPES, Plan
-from mlx_diffgemma_convert.shard_file import write_atomically
 
 INDEX = "model.safetensors.index.json"
 

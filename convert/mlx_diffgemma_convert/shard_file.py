@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_diffgemma import disk
 from mlx_diffgemma_convert.plan import Stored
 
 
@@ -73,28 +74,8 @@ class ShardFile:
         self.sync()
         self._file.close()
         self._partial.replace(self._path)
-        sync_folder(self._path.parent)
+        disk.sync(self._path.parent)
         return self._hash.hexdigest()
 
     def close(self) -> None:
         self._file.close()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file so that it is either the old or the new one, whatever happens."""
-    partial = path.with_name(f"{path.name}.part")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames within a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_diffgemma.checkpoint.locate import RELEASE
 from mlx_diffgemma.checkpoint.shards import read_json
 from mlx_diffgemma.config import FULL, SLIDING
 from mlx_diffgemma.errors import UsageError
 
-RELEASE = "google/diffusiongemma-26B-A4B-it"
 SMALL = "small-262k"
 
 _COMMON: dict[str, Any] = {

@@ -8,6 +8,7 @@ from pathlib import Path
 from mlx_diffgemma.errors import CheckpointError
 
 DEMO = "demo"
+RELEASE = "google/diffusiongemma-26B-A4B-it"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 

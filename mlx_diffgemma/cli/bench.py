@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_diffgemma.bench import openblas as openblas_room
+from mlx_diffgemma.checkpoint.locate import RELEASE
 from mlx_diffgemma.cli.command import Only, command
 from mlx_diffgemma.cli.settings import Loading
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from mlx_diffgemma.bench.report import BenchReport
     from mlx_diffgemma.bench.run import Plan
 
-RELEASE = "google/diffusiongemma-26B-A4B-it"
 RIVAL, TWIN = "mlx-vlm", "mlx-lm"
 
 _MODEL, _WHAT, _BESIDE = "Random weights", "What to measure", "Beside others"

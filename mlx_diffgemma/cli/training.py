@@ -232,8 +232,12 @@ def _check_memory(job: TrainingJob, path: Path, shapes: ModelConfig, splits: Spl
 def _train(job: TrainingJob, model: DiffusionGemma, splits: Splits) -> None:
     from mlx_diffgemma.checkpoint.adapters import fingerprint
     from mlx_diffgemma.train import processes
-    from mlx_diffgemma.train.adapt import prepare, trainable_count
-    from mlx_diffgemma.train.adapters import adapter_config, write_adapter_config
+    from mlx_diffgemma.train.adapt import (
+        adapter_config,
+        prepare,
+        trainable_count,
+        write_adapter_config,
+    )
     from mlx_diffgemma.train.events import Saved
     from mlx_diffgemma.train.loop import train
     from mlx_diffgemma.train.progress import History, Reporter, line_of

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_diffgemma.checkpoint.locate import RELEASE
 from mlx_diffgemma.cli.settings import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from mlx_diffgemma.config import ModelConfig
     from mlx_diffgemma.train.plan import TrainingMemory
 
-RELEASE = "google/diffusiongemma-26B-A4B-it"
 BATCHES, LENGTHS = (1, 2, 4, 8), (512, 1024, 2048, 4096)
 MACS = (32, 64, 128)
 

@@ -7,6 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from mlx_diffgemma import disk
 from mlx_diffgemma.errors import DiffGemmaError, UsageError
 
 _NO_NEWLINE = "\\ No newline at end of file\n"
@@ -51,7 +52,7 @@ def replace_text(path: str | Path, text: str) -> None:
             os.fsync(file.fileno())
         Path(temporary).replace(target)
         temporary = None
-        _sync_folder(target.parent)
+        disk.sync(target.parent)
     except OSError as error:
         raise FileError(f"{path} cannot be written: {error.strerror}; it is as it was.") from None
     finally:
@@ -69,11 +70,3 @@ def split_lines(text: str) -> list[str]:
     """The lines of a text with their ends; only "\\n" and "\\r\\n" end a line, as in editors."""
     lines = text.split("\n")
     return [f"{line}\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,11 +14,13 @@ from mlx.utils import tree_flatten
 
 from mlx_diffgemma.checkpoint.adapters import (
     ADAPTABLE,
+    CONFIG,
     add_adapters,
     modules_of_keys,
 )
 from mlx_diffgemma.checkpoint.names import module_class
 from mlx_diffgemma.checkpoint.quantization import selects
+from mlx_diffgemma.disk import write_atomically
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.train.config import TrainConfig
@@ -146,3 +152,28 @@ def _unfreeze(model: DiffusionGemma, num_layers: int, keys: Sequence[str] | None
             layer.unfreeze()
     for layer in model.layers:
         layer.router.freeze()
+
+
+def adapter_config(
+    config: TrainConfig, *, model: str, data: str, keys: Sequence[str], fingerprint: str
+) -> dict[str, Any]:
+    """The content of `adapter_config.json`: every setting of the run under mlx-lm's name, and what
+    tells the base from others."""
+    settings = asdict(config)
+    lora = dict(settings.pop("lora_parameters"))
+    lora["keys"] = list(keys)
+    return {
+        **settings,
+        "optimizer_config": dict(config.optimizer_config),
+        "lora_parameters": None if config.fine_tune_type == "full" else lora,
+        "model": model,
+        "data": data,
+        "fingerprint": fingerprint,
+    }
+
+
+def write_adapter_config(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write `adapter_config.json`, which mlx-lm reads too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dict(sorted(content.items())), indent=2) + "\n"
+    write_atomically(folder / CONFIG, text.encode())

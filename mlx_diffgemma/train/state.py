@@ -9,7 +9,6 @@ moment. What data and random numbers come next follows from the step and the set
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_diffgemma import disk
 from mlx_diffgemma.errors import CheckpointError, UsageError
 from mlx_diffgemma.train.config import TrainConfig
 
@@ -104,14 +104,9 @@ def _replace(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) 
     """Write a file so that `path` is either the old or the new one, whatever happens."""
     partial = path.with_name(f".{path.stem}.part.safetensors")
     mx.save_safetensors(str(partial), arrays, metadata)
-    for entry in (partial, path.parent):
-        if entry == path.parent:
-            partial.replace(path)
-        descriptor = os.open(entry, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    disk.sync(partial)
+    partial.replace(path)
+    disk.sync(path.parent)
 
 
 def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:

@@ -12,8 +12,6 @@ from typer.testing import CliRunner
 
 from mlx_diffgemma.bench.device import Device
 from mlx_diffgemma.bench.openblas import load_openblas
-from mlx_diffgemma.bench.presets import RELEASE
-from mlx_diffgemma.cli import bench
 from mlx_diffgemma.cli.main import app
 from mlx_diffgemma.errors import UsageError
 
@@ -93,10 +91,6 @@ def test_a_checkpoint_answers_under_each_profile(monkeypatch):
     (speed,) = json.loads(result.stdout)["speeds"]
     assert speed["profile"] == "fast" and 0 < speed["steps"] <= 24
     assert 0 < speed["tokens"] <= 8 and speed["tokens_per_second"] > 0
-
-
-def test_the_default_shapes_are_the_release_s():
-    assert bench.RELEASE == RELEASE
 
 
 def test_help_is_quick_and_names_the_options():

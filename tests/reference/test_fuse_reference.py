@@ -15,8 +15,7 @@ from mlx_diffgemma.checkpoint.adapters import fingerprint
 from mlx_diffgemma.checkpoint.locate import locate
 from mlx_diffgemma.cli.main import app
 from mlx_diffgemma.model.diffusion_gemma import CanvasView
-from mlx_diffgemma.train.adapt import prepare
-from mlx_diffgemma.train.adapters import adapter_config, write_adapter_config
+from mlx_diffgemma.train.adapt import adapter_config, prepare, write_adapter_config
 from mlx_diffgemma.train.config import TrainConfig
 from mlx_diffgemma_convert.cli import app as converter
 

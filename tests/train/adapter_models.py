@@ -74,7 +74,7 @@ def logits(model: DiffusionGemma) -> np.ndarray:
 
 def save(model: DiffusionGemma, folder, config: TrainConfig, keys, fingerprint: str) -> None:
     """What the training command writes."""
-    from mlx_diffgemma.train.adapters import adapter_config, write_adapter_config
+    from mlx_diffgemma.train.adapt import adapter_config, write_adapter_config
 
     content = adapter_config(config, model="base", data="data", keys=keys, fingerprint=fingerprint)
     write_adapter_config(folder, content)
