@@ -99,7 +99,7 @@ def measure(
     as_json: Json = False,
 ) -> None:
     """Compare converted models with their source: divergence, flipped tokens, denoising steps."""
-    from mlx_diffgemma_convert.report import run_measure
+    from mlx_diffgemma_convert.measuring import run_measure
 
     run_measure(source, converted or [], measurement, as_json=as_json)
 

@@ -12,7 +12,7 @@ from mlx_diffgemma.bench.counting import Weights
 from mlx_diffgemma.bench.device import measure_device
 from mlx_diffgemma.bench.prefill import measure_prefill
 from mlx_diffgemma.bench.random_model import formats_of, weight_bytes
-from mlx_diffgemma.bench.report import BenchReport, ModelReport
+from mlx_diffgemma.bench.results import BenchReport, ModelReport
 from mlx_diffgemma.bench.rival import (
     DEFAULT_SAMPLER,
     OUR_SAMPLER,

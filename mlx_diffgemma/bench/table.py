@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mlx_diffgemma.bench.report import BenchReport
+from mlx_diffgemma.bench.results import BenchReport
 
 
 def as_tables(report: BenchReport) -> Group:

@@ -49,7 +49,7 @@ def load_adapters(
     if config.get("fine_tune_type", "lora") != "full":
         _add_layers(model, config, folder)
     weights = _read_weights(folder / WEIGHTS)
-    _compare(model, weights, config, folder)
+    _require_slots(model, weights, config, folder)
     model.load_weights(list(weights.items()), strict=False)
     model.adapted = True
     model.eval()
@@ -216,7 +216,7 @@ def _read_weights(path: Path) -> dict[str, mx.array]:
         raise CheckpointError(f"{path} is damaged ({reason}); copy it again.") from None
 
 
-def _compare(
+def _require_slots(
     model: nn.Module, weights: Mapping[str, mx.array], config: Mapping[str, Any], folder: Path
 ) -> None:
     """Every adapter must be stored, in its shape, and nothing else.

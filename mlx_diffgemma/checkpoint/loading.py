@@ -74,7 +74,7 @@ def load_model(
 
     model = DiffusionGemma(config)
     _quantize_modules(model, config, stored)
-    _compare(model, stored)
+    _require_shapes(model, stored)
     if cpu.is_device():
         cpu.use(model)
     else:
@@ -151,7 +151,7 @@ def _quantize_modules(
     nn.quantize(model, class_predicate=parameters)
 
 
-def _compare(model: DiffusionGemma, stored: Mapping[str, StoredTensor]) -> None:
+def _require_shapes(model: DiffusionGemma, stored: Mapping[str, StoredTensor]) -> None:
     """Every parameter must be stored, in its shape and a type that it can take; nothing else may.
 
     Raises:

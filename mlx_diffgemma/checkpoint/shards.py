@@ -66,7 +66,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                 )
             tensors[tensor.name] = tensor
     if weight_map is not None:
-        _compare(weight_map, tensors, index)
+        _require_listed(weight_map, tensors, index)
     return tensors
 
 
@@ -94,7 +94,7 @@ def _header(shard: Path) -> list[StoredTensor]:
         ) from None
 
 
-def _compare(
+def _require_listed(
     weight_map: Mapping[str, str], tensors: Mapping[str, StoredTensor], index: Path
 ) -> None:
     for name, shard in weight_map.items():

@@ -20,7 +20,7 @@ from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
 
 if TYPE_CHECKING:
-    from mlx_diffgemma.bench.report import BenchReport
+    from mlx_diffgemma.bench.results import BenchReport
     from mlx_diffgemma.bench.run import Plan
 
 RIVAL, TWIN = "mlx-vlm", "mlx-lm"
