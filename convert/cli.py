@@ -10,11 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_diffgemma.cli import errors
+from mlx_diffgemma.cli import errors, streams
 from mlx_diffgemma.errors import UsageError
 
 app = typer.Typer(
     name="mlx-diffgemma-convert",
+    cls=errors.Program,
     help="Turn Hugging Face weights of DiffusionGemma into verified MLX form, shard by shard.",
     pretty_exceptions_enable=False,
 )
@@ -182,6 +183,7 @@ def measure(
 def main() -> None:
     """Entry point of the console script."""
     try:
+        streams.prepare()
         app(prog_name=Path(sys.argv[0]).name)
     except SystemExit as end:
         if end.code and threading.active_count() > 1:

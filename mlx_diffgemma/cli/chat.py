@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from mlx_diffgemma.cli import errors, options
-from mlx_diffgemma.errors import DiffGemmaError, PromptError
+from mlx_diffgemma.errors import DiffGemmaError, PromptError, UsageError
 
 if TYPE_CHECKING:
     from mlx_diffgemma.cli.session import Opened, Outcome
 
 GO_ON = "ask to go on, or start the chat with --max-tokens {}."
-PROMPT, CONTINUED = "> ", ". "
+MAKE_ROOM = "/reset forgets the conversation and makes room."
+COMMANDS = ("/help", "/reset", "/system", "/quit")
 HELP = """\
 /help           this list
 /reset          forget the conversation, keep the system prompt
 /system TEXT    set the system prompt; 'off' for none; without TEXT, show it
 /quit           end (so does Ctrl-D)
-Ctrl-C          stop the answer; at the prompt, end
-A line that ends in a backslash goes on in the next one."""
+//...           ask a question that begins with a slash
+Ctrl-C          stop the answer; at the prompt, clear the line, or twice: end
+A line that ends in a backslash goes on in the next one. A paste is one question.
+Keys typed while an answer forms are dropped."""
 
 
 def chat(
@@ -96,9 +97,11 @@ def chat(
             "trust_remote_code": trust_remote_code,
             "check": check,
         }
+        from mlx_diffgemma.cli.keys import Guard
         from mlx_diffgemma.cli.session import open_model
 
-        opened = open_model(model, **loading)
+        with Guard():
+            opened = open_model(model, **loading)
         settings["thinking"] = thinking
         Chat(
             opened,
@@ -139,28 +142,34 @@ class Chat:
         """Take turns until the input ends or the user quits.
 
         Raises:
-            DiffGemmaError: a turn failed and nobody is there to mend it.
-            KeyboardInterrupt: Ctrl-C at the prompt, or where nobody is at the prompt.
+            DiffGemmaError: a turn failed, or a command is unknown, and nobody is there to mend it.
+            KeyboardInterrupt: Ctrl-C twice at the prompt, or where nobody is at the prompt.
         """
+        from mlx_diffgemma.cli import keys
+        from mlx_diffgemma.cli.ask import questions
+
         interactive = sys.stdin.isatty()
         if interactive:
             _say("/help lists the commands, Ctrl-D ends.")
-        for line in _questions(interactive):
-            if line.startswith("/"):
-                if line.split()[0] == "/quit":
-                    return
-                self._command(line)
-            elif line.strip():
-                self._turn(line, interactive)
+            keys.drop()
+        for line in questions(interactive):
+            name = line.split(maxsplit=1)[0] if line.strip() else ""
+            if line.startswith("/") and name == "/quit":
+                return
+            if line.startswith("/") and _is_command(line, name):
+                self._command(line, interactive)
+            elif name:
+                single = line.startswith("//") and "\n" not in line
+                self._turn(line[1:] if single else line, interactive)
 
     def messages(self, question: str) -> list[dict[str, str]]:
         """The conversation with a question at its end."""
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         return [*system, *self.turns, {"role": "user", "content": question}]
 
-    def _command(self, line: str) -> None:
-        name, _, text = line.partition(" ")
-        text = text.strip()
+    def _command(self, line: str, interactive: bool) -> None:
+        name, *rest = line.split(maxsplit=1)
+        text = "".join(rest).strip()
         if name == "/help":
             _say(HELP)
         elif name == "/reset":
@@ -173,7 +182,10 @@ class Chat:
         elif name == "/system":
             _say(self.system_prompt or "no system prompt.")
         else:
-            _say(f"{name} is not a command; /help lists them. A space before it sends it as text.")
+            unknown = f"{name} is not a command; /help lists them. // in place of / asks it."
+            if not interactive:
+                raise UsageError(unknown)
+            _say(unknown)
 
     def _turn(self, question: str, interactive: bool) -> None:
         from mlx_diffgemma.cli import report
@@ -193,7 +205,7 @@ class Chat:
                 raise
             errors.complain(str(error))
         else:
-            for remark in report.remarks(outcome, GO_ON):
+            for remark in report.remarks(outcome, GO_ON, MAKE_ROOM):
                 _say(remark)
             if not outcome.text.strip():
                 return
@@ -203,7 +215,7 @@ class Chat:
             _say(report.summary(outcome))
 
     def _answer(self, question: str, outcome: Outcome) -> None:
-        from mlx_diffgemma.cli import output
+        from mlx_diffgemma.cli import keys, output
         from mlx_diffgemma.cli.session import pieces_of
         from mlx_diffgemma.generation import stream_generate
 
@@ -224,49 +236,23 @@ class Chat:
                 return runs.enter_context(closing(responses))
 
             thoughts = output.thoughts(self.show_thought, self.hide_thought)
-            if output.can_draw(self.watch):
-                output.draw(start, pieces_of(tokenizer), outcome, thoughts)
-            else:
-                output.stream(start, outcome, thoughts)
+            try:
+                if output.can_draw(self.watch):
+                    output.draw(start, pieces_of(tokenizer), outcome, thoughts)
+                else:
+                    output.stream(start, outcome, thoughts)
+            finally:
+                if sys.stdin.isatty():
+                    keys.drop()
 
     def _forget(self) -> None:
         self._cache = self.opened.model.make_cache()
 
 
-def _questions(interactive: bool) -> Iterator[str]:
-    """The user's lines, those joined that end in a backslash."""
-    from mlx_diffgemma.cli.session import read_text
-
-    if interactive:
-        with suppress(ImportError):  # not in every build of Python; gives editing and history
-            import readline  # noqa: F401
-    pending = ""
-    while line := read_text(partial(_ask, CONTINUED if pending else PROMPT, interactive)):
-        line = line.removesuffix("\n").removesuffix("\r")
-        if line.endswith("\\"):
-            pending += line[:-1] + "\n"
-            continue
-        yield pending + line
-        pending = ""
-    if pending:
-        yield pending
-
-
-def _ask(prompt: str, interactive: bool) -> str:
-    """A line with its newline, or "" at the end. stdout is not for the prompt where it is not
-    the terminal."""
-    if not interactive:
-        return sys.stdin.readline()
-    try:
-        if sys.stdout.isatty():
-            return input(prompt) + "\n"
-        print(prompt, end="", file=sys.stderr, flush=True)
-        return sys.stdin.readline()
-    except (EOFError, KeyboardInterrupt) as end:
-        print(file=sys.stderr)  # leave the line of the prompt
-        if isinstance(end, KeyboardInterrupt):
-            raise
-        return ""
+def _is_command(line: str, name: str) -> bool:
+    """Whether a line that begins with a slash is meant as a command: one that is known, or a
+    single line that does not begin with two. Texts of several lines may begin with a comment."""
+    return name in COMMANDS or ("\n" not in line and not line.startswith("//"))
 
 
 def _say(text: str) -> None:

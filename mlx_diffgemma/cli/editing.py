@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_diffgemma.cli import options
+from mlx_diffgemma.cli import options, streams
 from mlx_diffgemma.errors import UsageError
 
 if TYPE_CHECKING:
@@ -182,7 +181,7 @@ def write_exactly(text: str) -> None:
 
 def write_json(**fields: Any) -> None:
     """Write one JSON object on one line."""
-    print(json.dumps(fields, ensure_ascii=False), flush=True)
+    print(streams.as_line(fields), flush=True)
 
 
 def filled_as_json(filled: Filled) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from mlx_diffgemma.cli import errors, options, structured
 from mlx_diffgemma.errors import UsageError
 
 GO_ON = "--max-tokens {} leaves room to go on."
+MAKE_ROOM = "a shorter prompt leaves more of it."
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,6 @@ def _answer(request: Request) -> None:
         output.draw(start, session.pieces_of(opened.tokenizer), outcome, thoughts)
     else:
         output.stream(start, outcome, thoughts)
-    for remark in report.remarks(outcome, GO_ON):
+    for remark in report.remarks(outcome, GO_ON, MAKE_ROOM):
         output.note(remark)
     output.note(report.statistics(outcome))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated
 
 import typer
 
 from mlx_diffgemma import __version__
-from mlx_diffgemma.cli import options
+from mlx_diffgemma.__main__ import leave
+from mlx_diffgemma.cli import errors, options, streams
 from mlx_diffgemma.cli.bench import bench
 from mlx_diffgemma.cli.chat import chat
 from mlx_diffgemma.cli.choose import choose
@@ -23,6 +25,7 @@ from mlx_diffgemma.cli.train import train
 
 app = typer.Typer(
     name="mlx-diffgemma",
+    cls=errors.Program,
     help="DiffusionGemma on Apple Silicon: whole blocks of text, drafted and refined in front of "
     "you.",
     no_args_is_help=True,
@@ -64,11 +67,19 @@ def _program(
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # an answer may hold what the terminal cannot show
-            stream.reconfigure(errors="backslashreplace")
-    app()
+    """Run the program and exit. Ctrl-C is a `KeyboardInterrupt` while a command runs, and ends at
+    once before and after."""
+    interruptible = callable(signal.getsignal(signal.SIGINT))  # a shell ignores it behind `&`
+    try:
+        if interruptible:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        streams.prepare()
+        app(prog_name="mlx-diffgemma")
+    except KeyboardInterrupt:
+        sys.exit(errors.INTERRUPTED)
+    finally:
+        if interruptible:
+            signal.signal(signal.SIGINT, leave)
 
 
 if __name__ == "__main__":
