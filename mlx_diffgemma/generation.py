@@ -27,7 +27,7 @@ from mlx_diffgemma.errors import PromptError, UsageError
 from mlx_diffgemma.model.cache import MARK_BYTES, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.text.answer import Answer, stop_strings
-from mlx_diffgemma.text.parts import EndReason
+from mlx_diffgemma.text.parts import EndReason, Parts
 from mlx_diffgemma.text.prompt import Prompt, encode_prompt
 from mlx_diffgemma.text.tool_calls import ToolCall
 
@@ -75,6 +75,10 @@ class GenerationResponse:
         stop_token: the eos that ended the answer, on the last response; None where none did.
         stop_string: the stop string that ended the answer, on the last response, or None.
         converged: whether every canvas committed so far was done before its steps were used up.
+        context_full: whether the answer was cut because the model's context ends there, and not by
+            `max_tokens`; on the last response.
+        parts: the parts of the answer before this canvas; `parts.pieces(canvas)` says what each
+            token of the draft is part of.
         seed: the seed of every random draw of this run.
     """
 
@@ -101,6 +105,8 @@ class GenerationResponse:
     stop_token: int | None = None
     stop_string: str | None = None
     converged: bool = True
+    context_full: bool = False
+    parts: Parts | None = field(default=None, repr=False, compare=False)
     seed: int = 0
 
 
@@ -242,6 +248,7 @@ def stream_generate(
         check_integer("prefill_step_size", prefill_step_size, 1)
     seed, stops = checked_seed(seed), stop_strings(stop)
     ids = encode_prompt(tokenizer, prompt, raw=raw, system_prompt=system_prompt, thinking=thinking)
+    wanted = config.max_tokens
     (config,) = fit_to_context(model, [ids], config, step_size=prefill_step_size)
     return _stream(
         model,
@@ -253,6 +260,7 @@ def stream_generate(
         cache=model.make_cache() if prefix_cache is None else prefix_cache,
         step_size=prefill_step_size,
         draft=draft,
+        fills_context=config.max_tokens < wanted,
         on_prefill=on_prefill or (lambda done, total: None),
     )
 
@@ -335,6 +343,7 @@ def _stream(
     cache: PrefixCache,
     step_size: int | None,
     draft: bool,
+    fills_context: bool,
     on_prefill: Callable[[int, int], None],
 ) -> Iterator[GenerationResponse]:
     clock = _Clock(prompt_tokens=len(ids), seed=seed)
@@ -356,6 +365,7 @@ def _stream(
         steps: list[int] = []
         committed: list[int] = []
         kept = 0  # how many of them are part of the answer
+        parts = answer.parts()
         for event in events:
             if isinstance(event, PrefillProgress):
                 on_prefill(event.done, event.total)
@@ -381,11 +391,13 @@ def _stream(
                     entropy=entropy,
                     step=canvas.passes,
                     canvas_index=canvas.index,
+                    parts=parts,
                 )
             elif isinstance(event, CanvasCommitted):
                 committed += event.tokens
                 said = answer.add(event.tokens, event.finish_reason, event.stop_token)
-                kept = said.tokens
+                kept, parts = said.tokens, answer.parts()
+                ended = said.end.reason if said.end else None
                 clock.converged &= event.converged
                 yield clock.response(
                     committed[:kept],
@@ -394,7 +406,9 @@ def _stream(
                     thought=said.thought,
                     tool_calls=said.tool_calls,
                     failed_calls=said.failed_calls,
-                    finish_reason=said.end.reason if said.end else None,
+                    finish_reason=ended,
+                    context_full=fills_context and ended == "length",
+                    parts=parts,
                     stop_token=said.end.token if said.end else None,
                     stop_string=said.stop_string,
                     canvas_index=event.canvas_index,

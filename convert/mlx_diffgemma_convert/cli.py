@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from mlx_diffgemma.cli import errors, streams
 from mlx_diffgemma.cli.command import command
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
@@ -17,6 +18,7 @@ from mlx_diffgemma_convert.settings import Conversion, Measurement
 
 app = typer.Typer(
     name="mlx-diffgemma-convert",
+    cls=errors.Program,
     pretty_exceptions_enable=False,
 )
 
@@ -107,6 +109,7 @@ def measure(
 def main() -> None:
     """Entry point of the console script."""
     try:
+        streams.prepare()
         app(prog_name=Path(sys.argv[0]).name)
     except SystemExit as end:
         if end.code and threading.active_count() > 1:

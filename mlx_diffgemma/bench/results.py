@@ -57,4 +57,4 @@ class BenchReport:
 
     def as_json(self) -> str:
         """One JSON object on one line."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        return json.dumps(asdict(self))

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mlx_diffgemma.cli import errors
 from mlx_diffgemma.cli.command import Without, command
 from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Showing
-from mlx_diffgemma.errors import DiffGemmaError, PromptError
+from mlx_diffgemma.errors import DiffGemmaError, PromptError, UsageError
 
 if TYPE_CHECKING:
     from mlx_diffgemma.cli.session import Opened, Outcome
 
 GO_ON = "ask to go on, or start the chat with --max-tokens {}."
-PROMPT, CONTINUED = "> ", ". "
+MAKE_ROOM = "/reset forgets the conversation and makes room."
+COMMANDS = ("/help", "/reset", "/system", "/quit")
 HELP = """\
 /help           this list
 /reset          forget the conversation, keep the system prompt
 /system TEXT    set the system prompt; 'off' for none; without TEXT, show it
 /quit           end (so does Ctrl-D)
-Ctrl-C          stop the answer; at the prompt, end
-A line that ends in a backslash goes on in the next one."""
+//...           ask a question that begins with a slash
+Ctrl-C          stop the answer; at the prompt, clear the line, or twice: end
+A line that ends in a backslash goes on in the next one. A paste is one question.
+Keys typed while an answer forms are dropped."""
 
 
 @command(
@@ -41,9 +42,12 @@ def chat(
     showing: Annotated[Showing, Without("json")],
 ) -> None:
     """Talk in turns; what was said is not encoded again. /help lists the commands."""
+    from mlx_diffgemma.cli.keys import Guard
     from mlx_diffgemma.cli.session import open_model
 
-    Chat(open_model(loading), asking, denoising, showing, asking.system_prompt).run()
+    with Guard():
+        opened = open_model(loading)
+    Chat(opened, asking, denoising, showing, asking.system_prompt).run()
 
 
 @dataclass
@@ -71,28 +75,34 @@ class Chat:
         """Take turns until the input ends or the user quits.
 
         Raises:
-            DiffGemmaError: a turn failed and nobody is there to mend it.
-            KeyboardInterrupt: Ctrl-C at the prompt, or where nobody is at the prompt.
+            DiffGemmaError: a turn failed, or a command is unknown, and nobody is there to mend it.
+            KeyboardInterrupt: Ctrl-C twice at the prompt, or where nobody is at the prompt.
         """
+        from mlx_diffgemma.cli import keys
+        from mlx_diffgemma.cli.ask import questions
+
         interactive = sys.stdin.isatty()
         if interactive:
             _say("/help lists the commands, Ctrl-D ends.")
-        for line in _questions(interactive):
-            if line.startswith("/"):
-                if line.split()[0] == "/quit":
-                    return
-                self._command(line)
-            elif line.strip():
-                self._turn(line, interactive)
+            keys.drop()
+        for line in questions(interactive):
+            name = line.split(maxsplit=1)[0] if line.strip() else ""
+            if line.startswith("/") and name == "/quit":
+                return
+            if line.startswith("/") and _is_command(line, name):
+                self._command(line, interactive)
+            elif name:
+                single = line.startswith("//") and "\n" not in line
+                self._turn(line[1:] if single else line, interactive)
 
     def messages(self, question: str) -> list[dict[str, str]]:
         """The conversation with a question at its end."""
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         return [*system, *self.turns, {"role": "user", "content": question}]
 
-    def _command(self, line: str) -> None:
-        name, _, text = line.partition(" ")
-        text = text.strip()
+    def _command(self, line: str, interactive: bool) -> None:
+        name, *rest = line.split(maxsplit=1)
+        text = "".join(rest).strip()
         if name == "/help":
             _say(HELP)
         elif name == "/reset":
@@ -105,7 +115,10 @@ class Chat:
         elif name == "/system":
             _say(self.system_prompt or "no system prompt.")
         else:
-            _say(f"{name} is not a command; /help lists them. A space before it sends it as text.")
+            unknown = f"{name} is not a command; /help lists them. // in place of / asks it."
+            if not interactive:
+                raise UsageError(unknown)
+            _say(unknown)
 
     def _turn(self, question: str, interactive: bool) -> None:
         from mlx_diffgemma.cli import report
@@ -125,7 +138,7 @@ class Chat:
                 raise
             errors.complain(str(error))
         else:
-            for remark in report.remarks(outcome, GO_ON):
+            for remark in report.remarks(outcome, GO_ON, MAKE_ROOM):
                 _say(remark)
             if not outcome.text.strip():
                 return
@@ -135,7 +148,7 @@ class Chat:
             _say(report.summary(outcome))
 
     def _answer(self, question: str, outcome: Outcome) -> None:
-        from mlx_diffgemma.cli import output
+        from mlx_diffgemma.cli import keys, output
         from mlx_diffgemma.cli.session import pieces_of
         from mlx_diffgemma.generation import stream_generate
 
@@ -160,49 +173,23 @@ class Chat:
                 return runs.enter_context(closing(responses))
 
             thoughts = output.thoughts(self.showing.show_thought, self.showing.hide_thought)
-            if output.can_draw(self.showing.watch):
-                output.draw(start, pieces_of(tokenizer), outcome, thoughts)
-            else:
-                output.stream(start, outcome, thoughts)
+            try:
+                if output.can_draw(self.showing.watch):
+                    output.draw(start, pieces_of(tokenizer), outcome, thoughts)
+                else:
+                    output.stream(start, outcome, thoughts)
+            finally:
+                if sys.stdin.isatty():
+                    keys.drop()
 
     def _forget(self) -> None:
         self._cache = self.opened.model.make_cache()
 
 
-def _questions(interactive: bool) -> Iterator[str]:
-    """The user's lines, those joined that end in a backslash."""
-    from mlx_diffgemma.cli.session import read_text
-
-    if interactive:
-        with suppress(ImportError):  # not in every build of Python; gives editing and history
-            import readline  # noqa: F401
-    pending = ""
-    while line := read_text(partial(_ask, CONTINUED if pending else PROMPT, interactive)):
-        line = line.removesuffix("\n").removesuffix("\r")
-        if line.endswith("\\"):
-            pending += line[:-1] + "\n"
-            continue
-        yield pending + line
-        pending = ""
-    if pending:
-        yield pending
-
-
-def _ask(prompt: str, interactive: bool) -> str:
-    """A line with its newline, or "" at the end. stdout is not for the prompt where it is not
-    the terminal."""
-    if not interactive:
-        return sys.stdin.readline()
-    try:
-        if sys.stdout.isatty():
-            return input(prompt) + "\n"
-        print(prompt, end="", file=sys.stderr, flush=True)
-        return sys.stdin.readline()
-    except (EOFError, KeyboardInterrupt) as end:
-        print(file=sys.stderr)  # leave the line of the prompt
-        if isinstance(end, KeyboardInterrupt):
-            raise
-        return ""
+def _is_command(line: str, name: str) -> bool:
+    """Whether a line that begins with a slash is meant as a command: one that is known, or a
+    single line that does not begin with two. Texts of several lines may begin with a comment."""
+    return name in COMMANDS or ("\n" not in line and not line.startswith("//"))
 
 
 def _say(text: str) -> None:

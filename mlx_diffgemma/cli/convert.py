@@ -23,3 +23,9 @@ def convert(ctx: typer.Context) -> None:
         main()
 
     errors.run(body, debug=debug)
+
+
+convert.parsing = {  # type: ignore[attr-defined]  # the converter reads its own options
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+    "add_help_option": False,
+}

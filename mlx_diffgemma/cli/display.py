@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
+from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
+from rich.segment import Segment
 from rich.text import Text
+
+from mlx_diffgemma.cli.keys import Guard
 
 if TYPE_CHECKING:
     from mlx_diffgemma.generation import GenerationResponse
 
-Pieces = Callable[["GenerationResponse"], list[str]]
-"""The text of each token of a response's draft."""
+Pieces = Callable[["GenerationResponse"], list[tuple[str, str]]]
+"""A response's draft, each piece with what it is part of: "text", "thought" or "call". The first
+one is what is not decided yet of canvases before, the others are the tokens of the canvas."""
+
+
+class Thoughts(Enum):
+    """What becomes of what the model thinks."""
+
+    FOLDED = auto()
+    SHOWN = auto()
+    HIDDEN = auto()
+
 
 LEVELS = (
     (0.05, "", "settled"),
@@ -28,7 +42,7 @@ LEVELS = (
 """How a draft token is tinted: (entropy in nats below which, style, meaning). exp(-entropy) is
 about the probability of the best token, so the bounds lie near 0.95, 0.7, 0.37 and 0.14."""
 
-_SHORTEST_FRAME = 1 / 20  # seconds; steps that come faster are not all drawn
+SHORTEST_FRAME = 1 / 20  # seconds; steps that come faster are not all drawn
 
 
 def tint(entropy: float) -> str:
@@ -57,11 +71,13 @@ _PICTURES |= {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
 _PICTURES |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 
 
-def draft_text(committed: str, pieces: Sequence[str], entropy: Sequence[float]) -> Text:
-    """Committed text plain, then each piece of the draft in its tint."""
+def draft_text(committed: str, pieces: Sequence[tuple[str, str]], entropy: Sequence[float]) -> Text:
+    """Committed text plain, then each piece of the draft in its tint, calls of tools dim; thoughts
+    are left out."""
     text = Text(printable(committed))
-    for piece, nats in zip(pieces, entropy, strict=True):
-        text.append(printable(piece), tint(nats))
+    for (kind, piece), nats in zip(pieces, (0.0, *entropy), strict=True):
+        if kind != "thought":
+            text.append(printable(piece), "dim" if kind == "call" else tint(nats))
     return text
 
 
@@ -83,6 +99,7 @@ class CanvasView:
     Args:
         pieces: gives the text of each token of a draft.
         frame: dresses the text up before it is drawn.
+        thoughts: whether thoughts are drawn whole, in one line, or not at all.
 
     Attributes:
         committed: the text of the canvases that are done.
@@ -91,13 +108,20 @@ class CanvasView:
         prefill: (done, total) prompt tokens encoded.
     """
 
-    def __init__(self, pieces: Pieces, *, frame: Callable[[Text], Text] | None = None) -> None:
+    def __init__(
+        self,
+        pieces: Pieces,
+        *,
+        frame: Callable[[Text], Text] | None = None,
+        thoughts: Thoughts = Thoughts.FOLDED,
+    ) -> None:
         self.committed = ""
         self.thought = ""
         self.response: GenerationResponse | None = None
         self.prefill = (0, 0)
         self._pieces = pieces
         self._frame = frame
+        self._thoughts = thoughts
         self._rows = 0
 
     def add(self, response: GenerationResponse) -> None:
@@ -115,13 +139,18 @@ class CanvasView:
             committed = "\n".join(committed.rsplit("\n", height)[-height:])
         response = self.response
         if response is None:
-            text = draft_text(committed, (), ())
-        else:
-            text = draft_text(committed, self._pieces(response), response.entropy)
-        if self.thought and self._frame is None:
-            last = self.thought.rstrip().rpartition("\n")[2]
-            text = Text(f"thought: {printable(last)}\n", "dim").append_text(text)
-        return self._frame(text) if self._frame else text
+            return Text(printable(committed))
+        pieces = self._pieces(response)
+        text = draft_text(committed, pieces, response.entropy)
+        if self._frame is not None:
+            return self._frame(text)
+        thought = self.thought + "".join(piece for kind, piece in pieces if kind == "thought")
+        if thought.strip() and self._thoughts is not Thoughts.HIDDEN:
+            thought = thought.strip()
+            if self._thoughts is Thoughts.FOLDED:
+                thought = thought.rpartition("\n")[2]
+            text = Text(f"thought: {printable(thought)}\n", "dim").append_text(text)
+        return text
 
     def status(self) -> Text:
         """One line: where the generation stands."""
@@ -149,6 +178,88 @@ class CanvasView:
         yield status
 
 
+class Frames(Live):
+    """A part of the terminal that is drawn again and again, in the main thread. It leaves nothing
+    behind: neither when it is closed, nor when the window becomes narrower, nor when the program is
+    stopped or ended."""
+
+    def __init__(self, console: Console, shown: RenderableType) -> None:
+        self._shown = _Measured(shown)
+        super().__init__(
+            self._shown,
+            console=console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=sys.stderr.isatty(),  # warnings go above the frame, not into it
+        )
+        self._guard = Guard(self.stop, self._start_again)
+        self._open = False
+        self._width = 0
+
+    def __enter__(self) -> Frames:
+        self._guard.__enter__()
+        self._open = True
+        self.start(refresh=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open = False
+        try:
+            with self._guard.undisturbed():
+                self.stop()
+        finally:
+            self._guard.__exit__()
+
+    def show(self, shown: RenderableType) -> None:
+        """Draw something else from now on."""
+        self._shown.content = shown
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Draw the next frame in the place of the one before."""
+        with self._guard.undisturbed():
+            width = self.console.size.width
+            if self._live_render.last_render_height and width != self._width and _rewraps():
+                rows = sum(max(1, -(-cells // width)) for cells in self._shown.widths)
+                self._live_render._shape = (width, rows)
+            self._width = width
+            super().refresh()
+
+    def _start_again(self) -> None:
+        if self._open:
+            self._live_render._shape = None  # what was drawn has gone
+            self.vertical_overflow = "ellipsis"
+            self.start(refresh=True)
+
+
+class _Measured:
+    """Passes on what is drawn, and keeps how many columns each of its lines takes."""
+
+    def __init__(self, content: RenderableType) -> None:
+        self.content = content
+        self.widths: list[int] = []
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self.content, options, pad=False)
+        self.widths = [Segment.get_line_length(line) for line in lines]
+        for line in lines:
+            yield from line
+            yield Segment.line()
+
+
+_REWRAPPING = (
+    "TERM_PROGRAM", "VTE_VERSION", "KITTY_WINDOW_ID", "ALACRITTY_WINDOW_ID", "KONSOLE_VERSION",
+    "WT_SESSION", "TMUX",
+)  # fmt: skip
+
+
+def _rewraps() -> bool:
+    """Whether this terminal is known to wrap lines anew that have become too long for it. Others,
+    such as xterm, cut them."""
+    return any(name in os.environ for name in _REWRAPPING)
+
+
 class CanvasDisplay:
     """Redraws the canvas in place while it is open; closing it leaves nothing behind.
 
@@ -164,26 +275,14 @@ class CanvasDisplay:
         self.view = view
         self._pause = seconds_per_step
         self._drawn = 0.0
-        self._live = Live(
-            self.view,
-            console=console,
-            auto_refresh=False,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=sys.stderr.isatty(),  # warnings go above the canvas, not into it
-        )
+        self._frames = Frames(console, view)
 
     def __enter__(self) -> CanvasDisplay:
-        self._live.start(refresh=True)
+        self._frames.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._live.stop()
+    def __exit__(self, *error: object) -> None:
+        self._frames.__exit__(*error)
 
     def prefill(self, done: int, total: int) -> None:
         """Show how much of the prompt has been read."""
@@ -199,8 +298,8 @@ class CanvasDisplay:
 
     def _draw(self, *, always: bool = False) -> None:
         now = time.monotonic()
-        if always or now - self._drawn >= _SHORTEST_FRAME:
-            self._live.refresh()
+        if always or now - self._drawn >= SHORTEST_FRAME:
+            self._frames.refresh()
             self._drawn = now
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mlx_diffgemma.cli import streams
 from mlx_diffgemma.cli.command import Only, Without
 from mlx_diffgemma.cli.settings import Asking, Denoising, Showing
 from mlx_diffgemma.errors import UsageError
@@ -139,7 +139,7 @@ def write_exactly(text: str) -> None:
 
 def write_json(**fields: Any) -> None:
     """Write one JSON object on one line."""
-    print(json.dumps(fields, ensure_ascii=False), flush=True)
+    print(streams.as_line(fields), flush=True)
 
 
 def filled_as_json(filled: Filled) -> dict[str, Any]:

@@ -2,16 +2,55 @@
 
 from __future__ import annotations
 
-import os
+import errno
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
+from mlx_diffgemma.cli import streams
 from mlx_diffgemma.errors import DiffGemmaError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 PIPE_CLOSED = 141  # 128 + SIGPIPE
+
+_Refused: Any = typer.BadParameter.__mro__[1]  # the parser's UsageError, which typer does not name
+
+
+class Program(TyperGroup):
+    """The commands of a program. What is wrong with its arguments is one line on stderr."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run the command that the arguments name, and exit with its code."""
+        alone = extra.pop("standalone_mode", True)
+        extra["standalone_mode"] = False
+        if not alone:
+            return super().main(*args, **extra)
+        try:
+            code = super().main(*args, **extra)
+            sys.stdout.flush()  # what is buffered of a help text
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except BrokenPipeError:
+            streams.discard()
+            code = PIPE_CLOSED
+        except _Refused as error:
+            code = _refuse(error)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse(error: Any) -> int:
+    """Say what the parser found wrong; the exit code."""
+    message = error.format_message().rstrip(".")
+    if error.ctx is None or "\n" in message:  # the help, where no command was given
+        print(error.format_message(), file=sys.stderr)
+    else:
+        if message[1:2].islower():
+            message = message[0].lower() + message[1:]
+        complain(f"{message}; see {error.ctx.command_path} --help.")
+    return int(error.exit_code)
 
 
 def run(command: Callable[[], None], *, debug: bool = False) -> None:
@@ -30,7 +69,7 @@ def run(command: Callable[[], None], *, debug: bool = False) -> None:
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
-        _discard_stdout()
+        streams.discard()
         raise typer.Exit(PIPE_CLOSED) from None
     except DiffGemmaError as error:
         if debug:
@@ -42,6 +81,12 @@ def run(command: Callable[[], None], *, debug: bool = False) -> None:
     except Exception as error:  # the boundary to the user: nothing may end in a traceback
         if debug:
             raise
+        wrong: BaseException | None = streams.discard()
+        if wrong is None and isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            wrong = error  # of a stdout without a buffer, or of a file
+        if isinstance(wrong, OSError):
+            complain(f"the output cannot be written ({wrong.strerror}); make room and run again.")
+            raise typer.Exit(1) from None
         message = next(iter(str(error).splitlines()), "")
         named = f"{type(error).__name__}: {message}" if message else type(error).__name__
         complain(f"{named} (unexpected; --debug shows where it comes from)")
@@ -56,14 +101,3 @@ def complain(message: str) -> None:
 def debugging(ctx: typer.Context) -> bool:
     """Whether `--debug` was given, before the name of the command or after it."""
     return any(context.params.get("debug", False) for context in (ctx, ctx.find_root()))
-
-
-def _discard_stdout() -> None:
-    """Send what is still buffered nowhere: the reader has gone, and Python flushes at exit."""
-    try:
-        descriptor = sys.stdout.fileno()
-    except (OSError, ValueError):  # not a real file, so nothing is flushed into a pipe
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlx_diffgemma.generation import GenerationResponse
 
 GO_ON = "--max-tokens {} leaves room to go on."
+MAKE_ROOM = "a shorter prompt leaves more of it."
 
 
 @command(
@@ -95,6 +96,6 @@ def _answer(
         output.draw(start, session.pieces_of(opened.tokenizer), outcome, thoughts)
     else:
         output.stream(start, outcome, thoughts)
-    for remark in report.remarks(outcome, GO_ON):
+    for remark in report.remarks(outcome, GO_ON, MAKE_ROOM):
         output.note(remark)
     output.note(report.statistics(outcome))

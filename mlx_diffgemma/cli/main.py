@@ -2,46 +2,49 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
 
 from mlx_diffgemma import __version__
-from mlx_diffgemma.cli.bench import bench
-from mlx_diffgemma.cli.chat import chat
-from mlx_diffgemma.cli.choose import choose
+from mlx_diffgemma.cli import errors, streams
 from mlx_diffgemma.cli.command import Debug
-from mlx_diffgemma.cli.convert import convert
-from mlx_diffgemma.cli.demo import demo
-from mlx_diffgemma.cli.edit import edit
-from mlx_diffgemma.cli.fill import fill
-from mlx_diffgemma.cli.fuse import fuse
-from mlx_diffgemma.cli.generate import generate
-from mlx_diffgemma.cli.infill import infill
-from mlx_diffgemma.cli.train import train
+
+COMMANDS = (
+    "generate", "chat", "infill", "edit", "fill", "choose", "demo", "train", "fuse", "bench",
+    "convert",
+)  # fmt: skip
+"""Each is the function of this name in the module of this name."""
+
+
+class Program(errors.Program):
+    """The commands by name; one is imported and made when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        if cmd_name not in self.commands:
+            function = getattr(import_module(f"mlx_diffgemma.cli.{cmd_name}"), cmd_name)
+            alone = typer.Typer(add_completion=False)
+            alone.command(cmd_name, **getattr(function, "parsing", {}))(function)
+            self.commands[cmd_name] = typer.main.get_command(alone)
+        return self.commands[cmd_name]
+
 
 app = typer.Typer(
     name="mlx-diffgemma",
+    cls=Program,
     help="DiffusionGemma on Apple Silicon: whole blocks of text, drafted and refined in front of "
     "you.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command()(generate)
-app.command()(chat)
-app.command()(infill)
-app.command()(edit)
-app.command()(fill)
-app.command()(choose)
-app.command()(demo)
-app.command()(train)
-app.command()(fuse)
-app.command()(bench)
-app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
-)(convert)
 
 
 def _print_version(wanted: bool) -> None:
@@ -64,11 +67,14 @@ def _program(
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # an answer may hold what the terminal cannot show
-            stream.reconfigure(errors="backslashreplace")
-    app()
+    """Run the program and exit. Ctrl-C is a `KeyboardInterrupt` while a command runs."""
+    try:
+        if callable(signal.getsignal(signal.SIGINT)):  # a shell ignores it behind `&`
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        streams.prepare()
+        app(prog_name="mlx-diffgemma")
+    except KeyboardInterrupt:
+        sys.exit(errors.INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable
-from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.live import Live
 from rich.text import Text
 
-from mlx_diffgemma.cli.display import CanvasDisplay, CanvasView, Pieces, printable
+from mlx_diffgemma.cli.display import (
+    SHORTEST_FRAME,
+    CanvasDisplay,
+    CanvasView,
+    Frames,
+    Pieces,
+    Thoughts,
+    printable,
+)
+from mlx_diffgemma.cli.keys import Guard
 from mlx_diffgemma.cli.session import Outcome
 
 if TYPE_CHECKING:
@@ -20,14 +28,6 @@ if TYPE_CHECKING:
 OnPrefill = Callable[[int, int], None]
 Start = Callable[[OnPrefill], Iterable[Any]]
 """Begins a generation that reports its prefill to the given function."""
-
-
-class Thoughts(Enum):
-    """What becomes of what the model thinks."""
-
-    FOLDED = auto()
-    SHOWN = auto()
-    HIDDEN = auto()
 
 
 def thoughts(show: bool, hide: bool) -> Thoughts:
@@ -50,7 +50,7 @@ def draw(start: Start, pieces: Pieces, outcome: Outcome, keep: Thoughts = Though
     """Draw the canvas as it forms, then leave what was committed standing plainly; so too when
     the run is interrupted."""
     try:
-        animate(start, CanvasDisplay(terminal(), CanvasView(pieces)), outcome)
+        animate(start, CanvasDisplay(terminal(), CanvasView(pieces, thoughts=keep)), outcome)
     finally:
         note_thought(outcome.thought, keep)
         write_line(printable(outcome.text))
@@ -70,9 +70,9 @@ def stream(start: Start, outcome: Outcome, keep: Thoughts = Thoughts.FOLDED) -> 
     show = printable if sys.stdout.isatty() else str
     noted = 0  # characters of thought
 
-    def note_new_thought() -> None:
+    def note_new_thought(console: Console | None = None) -> None:
         nonlocal noted
-        note_thought(outcome.thought[noted:].lstrip("\n"), keep)
+        note_thought(outcome.thought[noted:].lstrip("\n"), keep, console)
         noted = len(outcome.thought)
 
     try:
@@ -80,7 +80,7 @@ def stream(start: Start, outcome: Outcome, keep: Thoughts = Thoughts.FOLDED) -> 
             for response in start(progress.prefill):
                 outcome.add(response)
                 if response.text or response.finish_reason:
-                    note_new_thought()
+                    note_new_thought(progress.console)
                 if response.text:
                     print(show(response.text), end="", flush=True)
                 progress.show(response)
@@ -106,55 +106,50 @@ def write_line(text: str) -> None:
 
 def note(text: str) -> None:
     """Say something beside the answer, on stderr; dim, where that is a terminal."""
-    console = Console(stderr=True, markup=False, emoji=False, highlight=False)
     if sys.stderr.isatty():
-        console.print(Text(text, "dim"), soft_wrap=True)
+        _stderr().print(Text(text, "dim"), soft_wrap=True)
     else:
         print(text, file=sys.stderr)
 
 
-def note_thought(thought: str, keep: Thoughts) -> None:
+def note_thought(thought: str, keep: Thoughts, console: Console | None = None) -> None:
     """Write what was thought to stderr: dim on a terminal, and in one line there if it is to be
-    folded."""
+    folded. `console` is that of a frame that is drawn there meanwhile."""
     if not thought or keep is Thoughts.HIDDEN:
         return
     if not sys.stderr.isatty():
         print(thought, file=sys.stderr, flush=True)
         return
+    console = console or _stderr()
     text = Text(f"thought: {printable(thought)}", "dim")
     if keep is Thoughts.FOLDED:
         text = Text(" ".join(text.plain.split()), "dim")
-        text.truncate(Console(stderr=True).width - 1, overflow="ellipsis")
-    Console(stderr=True, markup=False, emoji=False, highlight=False).print(text, soft_wrap=True)
+        text.truncate(console.width - 1, overflow="ellipsis")
+    console.print(text, soft_wrap=True)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
 class _Progress:
     """One line on stderr that says how far a run is, where the answer goes elsewhere than to the
-    same terminal."""
+    same terminal; typed keys stay off the screen in any case."""
 
     def __init__(self) -> None:
-        console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+        console = _stderr()
         wanted = sys.stderr.isatty() and not sys.stdout.isatty() and not console.is_dumb_terminal
-        self._live = (
-            Live(
-                console=console,
-                transient=True,
-                refresh_per_second=10,
-                redirect_stdout=False,
-                redirect_stderr=True,
-            )
-            if wanted
-            else None
-        )
+        self._frames = Frames(console, Text()) if wanted else None
+        self.console = console if wanted else None
+        self._open: Frames | Guard = self._frames or Guard()
+        self._drawn = 0.0
 
     def __enter__(self) -> _Progress:
-        if self._live is not None:
-            self._live.start()
+        self._open.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
+    def __exit__(self, *error: object) -> None:
+        self._open.__exit__(*error)
 
     def prefill(self, done: int, total: int) -> None:
         self._say(f"reading the prompt {done}/{total} tokens")
@@ -167,5 +162,7 @@ class _Progress:
             )
 
     def _say(self, text: str) -> None:
-        if self._live is not None:
-            self._live.update(Text(text, "dim", no_wrap=True))
+        now = time.monotonic()
+        if self._frames is not None and now - self._drawn >= SHORTEST_FRAME:
+            self._frames.show(Text(text, "dim", no_wrap=True))
+            self._drawn = now

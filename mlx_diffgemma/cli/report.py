@@ -6,18 +6,25 @@ import json
 
 from mlx_diffgemma.cli.display import printable
 from mlx_diffgemma.cli.session import Opened, Outcome
+from mlx_diffgemma.cli.streams import as_line
 from mlx_diffgemma.text.tool_calls import ToolCall
 
 EMPTY_ANSWER = (
     "the answer is empty: the model ended it on the first canvas. Try another --seed, or say more."
 )
 BLANK_ANSWER = "the answer is empty: it is white space alone. Try another --seed, or say more."
+UNSETTLED = "not every canvas settled within its steps; --steps N allows more."
 THOUGHT_ALONE = "the answer is empty: the model thought and then said nothing."
 
 
-def remarks(outcome: Outcome, go_on: str) -> list[str]:
-    """What a user should know of an answer beside its text, a line each. `go_on` says how to go on
-    with an answer that was cut; `{}` in it stands for a larger number of tokens."""
+def remarks(outcome: Outcome, go_on: str, make_room: str) -> list[str]:
+    """What a user should know of an answer beside its text, a line each.
+
+    Args:
+        go_on: how to go on with an answer that `--max-tokens` cut; `{}` in it stands for a larger
+            number of tokens.
+        make_room: what to do about a context that is full.
+    """
     lines = [f"tool call: {_call(call)}" for call in outcome.tool_calls]
     lines += [f"{call.error}: {_one_line(call.raw)}" for call in outcome.failed_calls]
     if outcome.empty and outcome.thought:
@@ -28,7 +35,13 @@ def remarks(outcome: Outcome, go_on: str) -> list[str]:
     if last is not None and last.finish_reason == "length":
         tokens = last.generation_tokens
         what = "thought" if outcome.empty and outcome.thought else "answer"
-        lines.append(f"the {what} was cut at {_count(tokens, 'token')}; {go_on.format(2 * tokens)}")
+        cut = f"the {what} was cut at {_count(tokens, 'token')}"
+        if last.context_full:
+            lines.append(f"{cut}, where the model's context ends; {make_room}")
+        else:
+            lines.append(f"{cut}; {go_on.format(2 * tokens)}")
+    if last is not None and not last.converged:
+        lines.append(UNSETTLED)
     return lines
 
 
@@ -78,7 +91,7 @@ def as_json(outcome: Outcome, opened: Opened) -> str:
     """One JSON object on one line; times in seconds, peak memory in GB (1e9 bytes)."""
     last = outcome.last
     assert last is not None, "a generation ends with a response"
-    return json.dumps(
+    return as_line(
         {
             "text": outcome.text,
             "thought": outcome.thought,
@@ -92,6 +105,8 @@ def as_json(outcome: Outcome, opened: Opened) -> str:
             "empty": outcome.empty,
             "tokens": list(last.tokens),
             "finish_reason": last.finish_reason,
+            "context_full": last.context_full,
+            "converged": last.converged,
             "stop_token": last.stop_token,
             "stop_string": last.stop_string,
             "prompt_tokens": last.prompt_tokens,
@@ -109,8 +124,7 @@ def as_json(outcome: Outcome, opened: Opened) -> str:
             "peak_memory": last.peak_memory,
             "seed": last.seed,
             "model": opened.name,
-        },
-        ensure_ascii=False,
+        }
     )
 
 

@@ -78,17 +78,23 @@ def _base_of(adapters: Path) -> str | None:
         return None
 
 
-def pieces_of(tokenizer: Any) -> Callable[[GenerationResponse], list[str]]:
-    """What gives the text of each token of a response's draft: "" from the first eos on, as
-    nothing from there is part of the answer."""
+def pieces_of(tokenizer: Any) -> Callable[[GenerationResponse], list[tuple[str, str]]]:
+    """What gives a response's draft in pieces, each with what it is part of ("text", "thought" or
+    "call"): what canvases before it have not decided yet, then each token. A token has "" from the
+    first eos on, as nothing from there is part of the answer."""
     from mlx_diffgemma.text.detokenize import token_strings
 
-    def pieces(response: GenerationResponse) -> list[str]:
+    def pieces(response: GenerationResponse) -> list[tuple[str, str]]:
         ids = response.canvas
         ends = (place for place, token in enumerate(ids) if token in tokenizer.eos_token_ids)
         end = next(ends, len(ids))
-        before = response.tokens[-_CONTEXT:]
-        return token_strings(tokenizer, ids[:end], before) + [""] * (len(ids) - end)
+        found: list[tuple[str, str]]
+        if response.parts is not None:
+            found = [*response.parts.pieces(ids[:end])]
+        else:
+            texts = token_strings(tokenizer, ids[:end], response.tokens[-_CONTEXT:])
+            found = [("text", text) for text in ("", *texts)]
+        return found + [("text", "")] * (len(ids) - end)
 
     return pieces
 
@@ -103,7 +109,7 @@ def read_prompt(given: str | None, *, raw: bool = False) -> str:
     if given is None and sys.stdin.isatty():
         raise UsageError("no prompt: give one with --prompt, or pipe it in.")
     if given is None or given == "-":
-        prompt = read_text(sys.stdin.read)
+        prompt = read_text(sys.stdin.read).removeprefix("\ufeff")  # says how it is encoded
         if not raw:
             prompt = prompt.removesuffix("\n").removesuffix("\r")
     else:

@@ -92,6 +92,10 @@ class Answer:
         """Whether committing `tokens` would complete a stop string."""
         return bool(self._stops) and self._fork().add(tokens).stop_string is not None
 
+    def parts(self) -> Parts:
+        """The parts committed so far, to read drafts by."""
+        return self._parts.fork()
+
     def _fork(self) -> Answer:
         other = copy(self)
         other._parts = self._parts.fork()

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from copy import copy
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from mlx_diffgemma.text.tokenizer import hf_tokenizer
 
@@ -29,22 +30,24 @@ class StreamingText:
         self._tokenizer = hf_tokenizer(tokenizer)
         self._special = _skipped_ids(self._tokenizer)
         self._context: list[int] = []  # the last shown token: some decoders trim the first one
+        self._context_text = ""
         self._held: list[int] = []
 
     def add(self, tokens: Sequence[int]) -> str:
         """Commit `tokens`; the text that became certain. A character comes whole or not yet."""
         pending = self._held + self._visible(tokens)
-        ready = self._certain(pending)
-        text = self._decode(pending[:ready])
+        ready, text = self._certain(pending)
         if ready:
-            self._context = pending[ready - 1 : ready]
+            self._go_on_behind(pending[ready - 1 : ready])
         self._held = pending[ready:]
         return text
 
     def finish(self) -> str:
         """The text held back, incomplete characters as U+FFFD."""
         text = self._decode(self._held)
-        self._context, self._held = self._held[-1:] or self._context, []
+        if self._held:
+            self._go_on_behind(self._held[-1:])
+        self._held = []
         return text
 
     def peek(self, tokens: Sequence[int]) -> str:
@@ -89,8 +92,10 @@ class StreamingText:
         """The text that `tokens` add behind the context."""
         if not tokens:
             return ""
-        text = self._plain_decode(self._context + tokens)
-        return text[len(self._plain_decode(self._context)) :] if self._context else text
+        return self._plain_decode(self._context + tokens)[len(self._context_text) :]
+
+    def _go_on_behind(self, context: list[int]) -> None:
+        self._context, self._context_text = context, self._plain_decode(context)
 
     def _plain_decode(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode(
@@ -98,8 +103,9 @@ class StreamingText:
         )
         return text
 
-    def _certain(self, pending: list[int]) -> int:
-        """How many of the `pending` tokens have a text that later ones cannot change.
+    def _certain(self, pending: list[int]) -> tuple[int, str]:
+        """How many of the `pending` tokens have a text that later ones cannot change, and that
+        text.
 
         Byte tokens (`<0xF0>`) are decoded a run at a time: one byte too many makes the whole run
         U+FFFD. In other vocabularies a token may end within a character, which also shows as
@@ -108,9 +114,10 @@ class StreamingText:
         for ready in range(len(pending), 0, -1):
             if _BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(pending[ready - 1]) or ""):
                 continue
-            if not self._decode(pending[:ready]).endswith(_INCOMPLETE):
-                return ready
-        return 0
+            text = self._decode(pending[:ready])
+            if not text.endswith(_INCOMPLETE):
+                return ready, text
+        return 0, ""
 
 
 def token_strings(tokenizer: Any, tokens: Sequence[int], before: Sequence[int] = ()) -> list[str]:
@@ -120,9 +127,17 @@ def token_strings(tokenizer: Any, tokens: Sequence[int], before: Sequence[int] =
     return committed.token_strings(tokens)
 
 
+_SKIPPED: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
+
+
 def _skipped_ids(tokenizer: Any) -> frozenset[int]:
-    """The ids that the tokenizer leaves out of a text."""
-    if not tokenizer.is_fast:
-        return frozenset(tokenizer.all_special_ids)
-    added = tokenizer.added_tokens_decoder
-    return frozenset(token for token, entry in added.items() if entry.special)
+    """The ids that the tokenizer leaves out of a text, looked up once: there are thousands."""
+    known = _SKIPPED.get(tokenizer)
+    if known is None:
+        if tokenizer.is_fast:
+            added = tokenizer.added_tokens_decoder
+            known = frozenset(token for token, entry in added.items() if entry.special)
+        else:
+            known = frozenset(tokenizer.all_special_ids)
+        _SKIPPED[tokenizer] = known
+    return known

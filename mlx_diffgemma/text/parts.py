@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 from mlx_diffgemma.text.detokenize import StreamingText
@@ -61,6 +61,13 @@ class End:
 
 
 Part: TypeAlias = "Text | Thought | ToolCall | End"
+
+
+class Piece(NamedTuple):
+    """The characters of one token of a draft, and what they are part of."""
+
+    kind: Literal["text", "thought", "call"]
+    text: str
 
 
 @dataclass(frozen=True)
@@ -232,6 +239,27 @@ class Parts:
         parts = draft.add(tokens)
         return _joined(parts + draft.finish("length")[:-1])
 
+    def pieces(self, tokens: Sequence[int]) -> list[Piece]:
+        """What was held back so far, then what each of `tokens` adds if the answer ends behind
+        them, [tokens + 1]; nothing is committed. Characters of several tokens belong to the last of
+        them; markers and the name of a channel have ""."""
+        whole = self.fork()
+        whole.add(tokens)
+        whole.finish("length")
+        draft = self.fork()
+        draft.decide_like(whole)
+        pieces = [_piece(draft._taken())]
+        for token in tokens:
+            called = draft._within is _Within.CALL
+            piece = _piece(draft.add([token]))
+            if called and draft._within is _Within.CALL:
+                piece = Piece("call", draft._blank.peek([token]))
+            pieces.append(piece)
+        rest = _piece(draft.finish("length"))
+        if rest.text:
+            pieces[-1] = Piece(rest.kind, pieces[-1].text + rest.text)
+        return pieces
+
     def fork(self) -> Parts:
         """The same answer, to go on by itself."""
         other = copy(self)
@@ -360,6 +388,13 @@ class Parts:
             return text
 
         return decode([*before, *tokens])[len(decode(before)) :]
+
+
+def _piece(parts: Sequence[Part]) -> Piece:
+    """The characters of some parts, and what the last of them is."""
+    said = [part for part in parts if isinstance(part, (Text, Thought)) and part.text]
+    thought = bool(said) and isinstance(said[-1], Thought)
+    return Piece("thought" if thought else "text", "".join(part.text for part in said))
 
 
 def _joined(parts: Sequence[Part]) -> list[Part]:

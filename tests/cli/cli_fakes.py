@@ -6,14 +6,17 @@ Run as a program, this is `mlx-diffgemma` with that model, for tests that need a
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 import types
 from collections.abc import Iterator
@@ -53,6 +56,7 @@ class Script:
         thoughts: what is thought on each canvas, before its text.
         tool_calls: fields of the `ToolCall`s that the last canvas completes.
         finish: the finish_reason.
+        echo: whether the model says what was last asked, as JSON, in place of its canvases.
         endless: whether it never gets to the end of the last canvas.
         load_error, run_error: (class in mlx_diffgemma.errors or builtins, message) to raise.
         loads, calls: what load and stream_generate were called with.
@@ -64,6 +68,7 @@ class Script:
     thoughts: list[str] = field(default_factory=list)
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     finish: str = "stop"
+    echo: bool = False
     endless: bool = False
     load_error: tuple[str, str] | None = None
     run_error: tuple[str, str] | None = None
@@ -84,6 +89,8 @@ class Script:
         self, model: FakeModel, tokenizer: FakeTokenizer, prompt: Any, **options: Any
     ) -> Iterator[Any]:
         self.calls.append({"prompt": prompt, **options})
+        if self.echo:
+            self.canvases = [json.dumps(prompt[-1]["content"])]
         on_prefill = options["on_prefill"]
         on_prefill(0, 7)
         on_prefill(7, 7)
@@ -98,7 +105,7 @@ class Script:
         shared = {"prompt_tokens": 7, "prompt_tps": 70.0, "generation_tps": 5.0, "seed": seed}
         nothing = {
             "thought": "", "tool_calls": (), "failed_calls": (), "stop_token": None,
-            "stop_string": None,
+            "stop_string": None, "parts": None, "context_full": False, "converged": True,
         }  # fmt: skip
         for index, text in enumerate(self.canvases):
             ids = [ord(character) for character in text]
@@ -161,25 +168,22 @@ class Terminal:
     Attributes:
         written: all of it, escape sequences included.
         code: the exit status, after `finish`.
+        modes_left: the modes of the terminal then.
     """
 
-    columns, rows, patience = 80, 24, 30.0
+    columns, rows, patience = 80, 24, 15.0
 
     def __init__(self, *arguments: str, **streams: Any) -> None:
-        import fcntl
-        import struct
-        import termios
-
         self._ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", self.rows, self.columns, 0, 0))
+        _set_size(theirs, self.rows, self.columns)
         environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
         self.process = subprocess.Popen(
             arguments,
             **{"stdin": theirs, "stdout": theirs, "stderr": theirs, **streams},
             env=environment | {"TERM": TERM, "PYTHONUTF8": "1"},
-            start_new_session=True,
+            preexec_fn=os.setpgrp,  # a job of its own, which can be stopped
         )
-        os.close(theirs)
+        self._theirs = theirs  # to look at the modes once the process has ended
         self.written = ""
         self._seen = 0
         self._bytes = b""
@@ -200,33 +204,57 @@ class Terminal:
         """What Ctrl-C does to the process in the foreground."""
         self.process.send_signal(signal.SIGINT)
 
+    def stop(self) -> None:
+        """What Ctrl-Z does, and wait until the process has stopped."""
+        self.process.send_signal(signal.SIGTSTP)
+        _, status = os.waitpid(self.process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), status
+        while select.select([self._ours], [], [], 0)[0]:
+            self._read()
+
+    def resize(self, columns: int) -> None:
+        """Make the window narrower or wider, which the process is told."""
+        _set_size(self._ours, self.rows, columns)
+        self.process.send_signal(signal.SIGWINCH)
+
+    @property
+    def modes(self) -> list[Any]:
+        """Whether keys are echoed, read by the line, and the like."""
+        return termios.tcgetattr(self._ours)[:4]
+
     def finish(self) -> None:
         """Read to the end."""
         while self._read():
             pass
-        self.code = self.process.wait(timeout=30)
+        self.code, self.modes_left = self.process.wait(timeout=30), self.modes
         os.close(self._ours)
+        os.close(self._theirs)
 
     def screen(self) -> list[str]:
         """What is seen in the end: lines, without the blank ones at the bottom."""
         return rendered(self.written)
 
     def _read(self) -> bool:
-        if not select.select([self._ours], [], [], self.patience)[0]:
-            self.process.kill()
-            raise AssertionError(f"nothing more came after {self.written!r}")
-        try:
-            chunk = os.read(self._ours, 65536)
-        except OSError:  # Linux reports the end of the other side so
-            return False
-        self._bytes += chunk
+        """Read some; False where the process has ended and there is nothing more."""
+        end = time.monotonic() + self.patience
+        while not select.select([self._ours], [], [], 0.02)[0]:
+            if self.process.poll() is not None and not select.select([self._ours], [], [], 0)[0]:
+                return False
+            if time.monotonic() > end:
+                self.process.kill()
+                raise AssertionError(f"nothing more came after {self.written!r}")
+        self._bytes += os.read(self._ours, 65536)
         self.written = self._bytes.decode(errors="ignore")
-        return bool(chunk)
+        return True
+
+
+def _set_size(descriptor: int, rows: int, columns: int) -> None:
+    fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
 
 def rendered(written: str) -> list[str]:
     """Play what a program wrote on an endless paper: text, line ends, and the cursor movements
-    that rich uses. Anything else fails."""
+    that the program uses. Anything else fails."""
     lines: list[list[str]] = [[]]
     row = column = 0
     for match in re.finditer(r"\x1b\[(\??\d*(?:;\d+)*)([A-Za-z])|([^\x1b])|(\x1b)", written):
@@ -234,22 +262,27 @@ def rendered(written: str) -> list[str]:
         assert stray is None, (
             f"an escape sequence other than CSI: {written[match.start() :][:20]!r}"
         )
+        while len(lines) <= row:
+            lines.append([])
         if character == "\r":
             column = 0
+        elif character == "\b":
+            column -= 1
         elif character == "\n":  # with the return to the left that a terminal's driver adds
             row, column = row + 1, 0
         elif character is not None:
-            while len(lines) <= row:
-                lines.append([])
             lines[row] += [" "] * (column + 1 - len(lines[row]))
             lines[row][column] = character
             column += 1
         elif order == "A":
             row -= int(parameter or 1)
+        elif order in ("C", "D"):
+            column += int(parameter or 1) * (1 if order == "C" else -1)
+        elif order in ("J", "K") and parameter in ("", "0"):
+            lines[row:] = [lines[row][:column], *lines[row + 1 :]][: None if order == "K" else 1]
         elif order == "K":
             assert parameter == "2"
-            if row < len(lines):
-                lines[row] = []
+            lines[row] = []
         else:
             assert order in "mhl", f"an unknown order: {match.group()!r}"
     text = ["".join(line).rstrip() for line in lines]

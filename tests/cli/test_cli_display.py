@@ -19,7 +19,11 @@ def responses(*canvases: str, steps: int = 2):
 
 
 def pieces(response):
-    return ["" if id == EOS else chr(id) for id in response.canvas]
+    return text_pieces("" if id == EOS else chr(id) for id in response.canvas)
+
+
+def text_pieces(texts):
+    return [("text", text) for text in ("", *texts)]
 
 
 def drawn(view, width=40, height=12) -> list[str]:
@@ -39,7 +43,7 @@ def test_the_scale(entropy, style):
 
 
 def test_the_draft_is_tinted_and_the_committed_text_is_not():
-    text = display.draft_text("sure ", ["a", "b"], [0.0, 3.0])
+    text = display.draft_text("sure ", text_pieces("ab"), [0.0, 3.0])
     assert text.plain == "sure ab"
     assert [(span.start, span.end, span.style) for span in text.spans] == [(6, 7, "dim red")]
 
@@ -78,7 +82,7 @@ def test_wide_characters_take_two_columns():
 
 def test_a_canvas_keeps_its_height():
     texts = {1: "a\nb\nc", 2: "abc__", 0: ""}
-    view = display.CanvasView(lambda response: list(texts[response.step]))
+    view = display.CanvasView(lambda response: text_pieces(texts[response.step]))
     tall, flat, committed = responses("1234", steps=2)
     view.add(tall)
     assert drawn(view)[:3] == ["a", "b", "c"]
@@ -134,4 +138,4 @@ def test_nothing_is_shown_from_the_eos_on(monkeypatch):
     monkeypatch.setattr(detokenize, "token_strings", characters)
     response = responses("ab")[0]
     object.__setattr__(response, "canvas", [97, EOS, 98, 99])
-    assert session.pieces_of(FakeTokenizer())(response) == ["a", "", "", ""]
+    assert session.pieces_of(FakeTokenizer())(response) == text_pieces(["a", "", "", ""])

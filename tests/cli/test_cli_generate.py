@@ -38,6 +38,8 @@ def test_json_is_one_object(program):
         "tool_calls": [],
         "failed_calls": [],
         "empty": False,
+        "context_full": False,
+        "converged": True,
         "stop_token": EOS,
         "stop_string": None,
         "tokens": [97, 98, 231],

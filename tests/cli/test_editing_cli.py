@@ -186,8 +186,3 @@ def test_a_missing_file_and_a_damaged_schema(tmp_path):
     schema.write_text("{")
     result = run("generate", "-p", "x", "--json-schema", str(schema), code=2)
     assert result.stderr.startswith(f"error: {schema} is not JSON: line 1, column 2: ")
-
-
-@pytest.mark.parametrize("command", ["infill", "edit", "fill", "choose"])
-def test_help_shows_an_example(command):
-    assert f"Example: mlx-diffgemma {command} " in run(command, "--help").stdout

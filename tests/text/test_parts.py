@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from release_like import cases, ends, ids
 from text_strategies import spelling_texts
 
-from mlx_diffgemma.text.detokenize import StreamingText
+from mlx_diffgemma.text.detokenize import StreamingText, token_strings
 from mlx_diffgemma.text.parts import End, Part, Parts, Text, Thought, ToolCall, markers_of
 from mlx_diffgemma.text.parts import _joined as joined
 
@@ -265,3 +265,68 @@ def test_markers_are_looked_up_once(monkeypatch):
     monkeypatch.setattr(tokenizer, "convert_tokens_to_ids", None)
     assert markers_of(tokenizer) is first
     assert None not in (first.opened, first.closed, first.call, first.called, first.quote)
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("cut", range(7))
+def test_the_pieces_of_a_draft_are_its_parts(thinking, cut):
+    """The name of a channel and the markers are never shown, whatever is committed already."""
+    text = "<|channel>thought\nplan b<channel|>Yes.<|tool_call>call:f{a:1}<tool_call|>"
+    tokens = ids(TOKENIZER, text)
+    parts = Parts(TOKENIZER, thinking=thinking)
+    before = parts.add(tokens[:cut])
+    pieces = parts.pieces(tokens[cut:])
+    assert len(pieces) == len(tokens) - cut + 1
+    said = {"text": "", "thought": "", "call": ""}
+    for part in before:
+        said["thought" if isinstance(part, Thought) else "text"] += part.text
+    for kind, piece in pieces:
+        said[kind] += piece
+    assert (said["text"], said["thought"]) == ("Yes.", "plan b")
+    assert said["call"] == "call:f{a:1}"
+    assert parts.pieces(tokens[cut:]) == pieces, "a draft commits nothing"
+
+
+def test_a_direct_answer_is_in_the_draft_though_a_thought_was_asked_for():
+    tokens = ids(TOKENIZER, "Paris is it.")
+    parts = Parts(TOKENIZER, thinking=True)
+    assert parts.add(tokens[:2]) == []
+    assert "".join(piece.text for piece in parts.pieces(tokens[2:])) == "Paris is it."
+    assert {piece.kind for piece in parts.pieces(tokens[2:])} == {"text"}
+
+
+def test_a_drawn_frame_asks_nothing_of_the_tokenizer_that_belongs_to_it(monkeypatch):
+    tokenizer = release_like.build()
+    asked = []
+    kind = type(tokenizer)
+    for name in ("added_tokens_decoder", "all_special_ids", "all_special_tokens"):
+        made = getattr(kind, name, None)
+        if isinstance(made, property):
+            counted = property(lambda self, n=name, f=made.fget: (asked.append(n), f(self))[1])
+            monkeypatch.setattr(kind, name, counted)
+    for name in ("get_vocab", "get_added_vocab"):
+        real = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda self, n=name, f=real: (asked.append(n), f(self))[1])
+    tokens = ids(tokenizer, "Paris is it.")
+    parts = Parts(tokenizer)
+    token_strings(tokenizer, tokens)
+    first = len(asked)
+    assert first, "nothing was counted"
+    for _ in range(5):
+        Parts(tokenizer).pieces(tokens)
+        parts.fork().pieces(tokens)
+        token_strings(tokenizer, tokens, tokens)
+    assert len(asked) == first
+
+
+def test_a_piece_of_a_draft_takes_two_decodings(monkeypatch):
+    decoded = []
+    real = type(TOKENIZER).decode
+    monkeypatch.setattr(
+        type(TOKENIZER), "decode", lambda self, *a, **k: (decoded.append(1), real(self, *a, **k))[1]
+    )
+    tokens = ids(TOKENIZER, "one two three four five six seven")
+    Parts(TOKENIZER).pieces(tokens)
+    # Two a token for its text and for what the next one follows, and as many to see how the whole
+    # draft reads.
+    assert 0 < len(decoded) <= 2 * len(tokens) + 6
