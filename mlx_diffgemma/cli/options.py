@@ -85,7 +85,8 @@ Thinking = Annotated[
     bool | None,
     typer.Option(
         "--thinking/--no-thinking",
-        help="Ask for thinking, where the template knows it.",
+        help="Ask for thinking, where the template knows it. A constraint binds what follows the "
+        "thought.",
         rich_help_panel=_PROMPT,
     ),
 ]
@@ -203,6 +204,15 @@ ShrinkCanvas = Annotated[
     typer.Option(
         "--shrink-canvas/--no-shrink-canvas",
         help="Draft no more than --max-tokens leaves.",
+        rich_help_panel=_SPEED,
+    ),
+]
+ForbidEmpty = Annotated[
+    bool | None,
+    typer.Option(
+        "--forbid-empty/--allow-empty",
+        help="No eos as the first token, so that an answer which is right to be empty is never "
+        "given; all profiles but 'exact' forbid it.",
         rich_help_panel=_SPEED,
     ),
 ]

@@ -35,6 +35,8 @@ class DiffusionConfig:
         eos_certainty: nats of entropy below which an eos is certain.
         confident_after: step from which confidence alone ends a canvas; None for never.
         shrink_canvas: draft no more tokens than `max_tokens` leaves.
+        forbid_empty: forbid an answer to begin with an eos. It has no effect where a constraint
+            says what an answer may be.
         soft_cutoff: leave tokens out of the self-conditioning that are e^-soft_cutoff times less
             likely than the likeliest; None for none.
         settled_after: steps after which a position that stays certain and the same is computed
@@ -57,6 +59,7 @@ class DiffusionConfig:
     eos_certainty: float = 0.1
     confident_after: int | None = None
     shrink_canvas: bool = False
+    forbid_empty: bool = False
     soft_cutoff: float | None = None
     settled_after: int | None = None
 

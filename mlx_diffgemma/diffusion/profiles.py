@@ -11,7 +11,12 @@ from typing import Any
 from mlx_diffgemma.errors import UsageError
 
 EXACT: dict[str, Any] = {}
-BALANCED: dict[str, Any] = {**EXACT, "stop_at_eos": True, "soft_cutoff": 10.0}
+BALANCED: dict[str, Any] = {
+    **EXACT,
+    "stop_at_eos": True,
+    "soft_cutoff": 10.0,
+    "forbid_empty": True,
+}
 FAST: dict[str, Any] = {**BALANCED, "max_denoising_steps": 24, "confident_after": 12}
 TURBO: dict[str, Any] = {**FAST, "settled_after": 3}  # an experiment
 
