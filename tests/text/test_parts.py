@@ -265,3 +265,18 @@ def test_markers_are_looked_up_once(monkeypatch):
     monkeypatch.setattr(tokenizer, "convert_tokens_to_ids", None)
     assert markers_of(tokenizer) is first
     assert None not in (first.opened, first.closed, first.call, first.called, first.quote)
+
+
+def test_marks_of_several_tokens_are_not_read():
+    """mlx-lm's pair of this kind: its words are text, and nothing is lost but special tokens."""
+    tokenizer = gemma_like.build(
+        controls=[*gemma_like.CONTROLS, "<|open|>", "<|sep|>", "<|close|>"], unflagged=[]
+    )
+    assert markers_of(tokenizer).closed is None
+    written = "<|open|>think<|sep|>plan<|close|>think<|sep|>A."
+    tokens = ids(tokenizer, written)
+    for thinking in (False, True):
+        assert run(tokens, [2, 5], tokenizer, thinking=thinking) == [
+            Text("thinkplanthinkA."),
+            End("length"),
+        ]
