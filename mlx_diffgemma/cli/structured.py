@@ -95,16 +95,18 @@ def answer(request: Request, constraint: dict[str, Any]) -> None:
     if request.json:
         editing.write_json(
             text=done.text,
+            thought=done.thought,
             tokens=list(done.tokens),
             entropy=list(done.entropy),
             finish_reason="stop",
-            generation_tokens=len(done.tokens),
+            generation_tokens=len(done.thought_tokens) + len(done.tokens),
             denoising_steps=list(done.denoising_steps),
             passes=done.passes,
             seed=done.seed,
             model=opened.name,
         )
         return
+    output.note_thought(done.thought, output.thoughts(request.show_thought, request.hide_thought))
     output.write_line(done.text)
     editing.note_effort(done.passes, done.seed)
 
