@@ -82,11 +82,11 @@ def table_in_bits(bits: int) -> EmbeddingTable:
     return EmbeddingTable(packed[0], mx.bfloat16, *packed[1:], group_size=64, bits=bits)
 
 
-def some_allowed() -> np.ndarray:
-    """Masks [CANVAS, words of 32 bits] of a tenth of the tokens; the first allows one alone."""
+def some_allowed() -> dict[int, np.ndarray]:
+    """Masks, one a position, of a tenth of the tokens; the first allows one alone."""
     allowed = np.random.default_rng(0).random((CANVAS, WORDS)) < 0.1
     allowed[0] = np.arange(WORDS) == WORDS - 1
-    return np.array(pack_allowed(mx.array(allowed)))
+    return dict(enumerate(np.array(pack_allowed(mx.array(allowed)))))
 
 
 def asked(soft: str, masked: bool) -> list[Row]:
@@ -98,7 +98,7 @@ def asked(soft: str, masked: bool) -> list[Row]:
     }[soft]
     fixed = np.where(np.arange(CANVAS) % 5 == 0, 17, -1).astype(np.int32)
     return [
-        Row(CANVAS, 0.8, mx.random.key(1), allowed=some_allowed() if masked else None, **how),
+        Row(CANVAS, 0.8, mx.random.key(1), allowed=some_allowed() if masked else {}, **how),
         Row(CANVAS, 0.4, mx.random.key(2), fixed=fixed if masked else None, **how),
     ]
 

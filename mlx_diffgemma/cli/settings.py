@@ -65,7 +65,11 @@ class Asking:
         str | None, Setting("Instructions that stand before the prompt.", panel=_PROMPT)
     ] = None
     thinking: Annotated[
-        bool | None, Setting("Thinking before the answer, if the template knows it.", panel=_PROMPT)
+        bool | None,
+        Setting(
+            "Thinking before the answer, if the template knows it; a constraint binds what follows.",
+            panel=_PROMPT,
+        ),
     ] = None
     raw: Annotated[bool, Setting("No chat template around the prompt.", panel=_PROMPT)] = False
     prefill_step_size: Annotated[

@@ -101,16 +101,19 @@ def answer(
     if showing.json:
         editing.write_json(
             text=done.text,
+            thought=done.thought,
             tokens=list(done.tokens),
             entropy=list(done.entropy),
             finish_reason="stop",
-            generation_tokens=len(done.tokens),
+            generation_tokens=len(done.thought_tokens) + len(done.tokens),
             denoising_steps=list(done.denoising_steps),
             passes=done.passes,
             seed=done.seed,
             model=opened.name,
         )
         return
+    thoughts = output.thoughts(showing.show_thought, showing.hide_thought)
+    output.note_thought(done.thought, thoughts)
     output.write_line(done.text)
     editing.note_effort(done.passes, done.seed)
 

@@ -186,7 +186,7 @@ def _logits(positions: Positions, cap: float, vocab: int) -> _Logits:
     scale: float | mx.array = cap / float(positions.temperatures[0])
     if (positions.temperatures != positions.temperatures[0]).any():
         scale = mx.array(cap / positions.temperatures)[:, None]
-    return _Logits(cap, scale, vocab, *(positions.allowed(vocab) or (None, None)))
+    return _Logits(cap, scale, vocab, *(positions.allowed() or (None, None)))
 
 
 def _sums(

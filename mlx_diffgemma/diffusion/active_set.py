@@ -22,7 +22,9 @@ _BUCKETS = 8  # sizes of an active set, so that few shapes occur
 def active_places(canvas: Canvas, least: int) -> np.ndarray | None:
     """The positions [A] that the next pass computes, `least` at the least; None for all."""
     known, after = canvas.settled, canvas.settings.settled_after
-    if known is None or after is None or canvas.layout is not None or canvas.is_last_step:
+    if known is None or after is None or canvas.is_last_step:
+        return None
+    if canvas.layout is not None and canvas.layout.pins:
         return None
     if not known.passed.whole and has_converged(canvas):
         return None

@@ -84,6 +84,16 @@ class DiffusionConfig:
     shrink_canvas: Annotated[
         bool, Setting("Draft no more tokens than --max-tokens leaves.", panel=_SPEED)
     ] = False
+    forbid_empty: Annotated[
+        bool,
+        Setting(
+            "No end-of-text token as the first one, so that an answer which is right to be empty is "
+            "never given; all profiles but 'exact' forbid it, and it has no effect where a "
+            "constraint says what an answer may be.",
+            ("--forbid-empty/--allow-empty",),
+            _SPEED,
+        ),
+    ] = False
     soft_cutoff: Annotated[
         float | None,
         Setting(

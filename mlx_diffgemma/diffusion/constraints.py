@@ -40,20 +40,15 @@ class Layout:
         """[C] which positions are not fixed."""
         return self.fixed == FREE
 
-    def words(self, vocab: int) -> np.ndarray | None:
-        """[C, W] uint32, bit v of a position is set where token v is allowed; None where every free
-        position may hold anything. Made once, for all the steps of a canvas."""
-        if not self.allowed:
-            return None
-        if vocab not in self._words:
-            words = np.tile(every_token(vocab), (len(self.tokens), 1))
-            for place, mask in self.allowed.items():
-                words[place] = mask
-            self._words[vocab] = words
-        return self._words[vocab]
+    @cached_property
+    def pins(self) -> bool:
+        """Whether any position is fixed."""
+        return not bool(self.open.all())
 
     def pin(self, tokens: mx.array) -> mx.array:
         """Tokens [C] with every fixed position set."""
+        if not self.pins:
+            return tokens
         return mx.where(mx.array(self.open), tokens, mx.array(self.fixed))
 
     def check(self, length: int, vocab: int) -> None:
@@ -72,9 +67,11 @@ class Layout:
             if self.fixed[place] == FREE and not mask.any():
                 raise UsageError(f"position {place} allows no token at all.")
 
-    @cached_property
-    def _words(self) -> dict[int, np.ndarray]:
-        return {}
+
+def not_at_first(tokens: Iterable[int], length: int, vocab: int) -> Layout:
+    """The layout of a canvas that may begin with any but some tokens."""
+    mask = every_token(vocab) & ~token_mask(tokens, vocab)
+    return Layout((FREE,) * length, {0: mask})
 
 
 def token_mask(tokens: Iterable[int], vocab: int) -> np.ndarray:

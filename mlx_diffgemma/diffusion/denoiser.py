@@ -88,12 +88,12 @@ class Denoiser:
     def look(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> list[Look]:
         """What the model believes at the sight of canvases as they stand, at temperature 1."""
         looks: list[Look] = []
-        for views, rows, layouts in self._few_at_a_time(canvases, prefixes):
+        for views, rows, allowed in self._few_at_a_time(canvases, prefixes):
             hidden = self.model.decode(views)
             standing = mx.concatenate([view.tokens for view in views])
             asked = [
-                Row(length=length, temperature=1.0, allowed=words, need_soft=False)
-                for length, words in zip(rows, layouts, strict=True)
+                Row(length=length, temperature=1.0, allowed=masks, need_soft=False)
+                for length, masks in zip(rows, allowed, strict=True)
             ]
             seen = self.model.predict(hidden, asked, standing)
             assert seen.standing_log_probability is not None
@@ -137,7 +137,7 @@ class Denoiser:
 
     def _few_at_a_time(
         self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]
-    ) -> Iterator[tuple[list[CanvasView], list[int], list[np.ndarray | None]]]:
+    ) -> Iterator[tuple[list[CanvasView], list[int], list[Mapping[int, np.ndarray]]]]:
         """As many canvases at a time as fit in a fixed budget: views, lengths, allowed tokens."""
         text = self.model.config.text
         widest = text.top_k_experts * (3 * text.moe_intermediate_size + 2 * text.hidden_size)
@@ -154,7 +154,7 @@ class Denoiser:
             yield (
                 [CanvasView(c.tokens, p) for c, p in zip(some, prefixes[start:stop], strict=True)],
                 [len(canvas) for canvas in some],
-                [None if c.layout is None else c.layout.words(c.vocab) for c in some],
+                [{} if c.layout is None else c.layout.allowed for c in some],
             )
             start = stop
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.config import DiffusionConfig
-from mlx_diffgemma.diffusion.constraints import Layout
+from mlx_diffgemma.diffusion.constraints import Layout, not_at_first
 from mlx_diffgemma.diffusion.denoiser import Denoiser, InFlight, denoise
 from mlx_diffgemma.diffusion.encode import encode
 from mlx_diffgemma.diffusion.events import (
@@ -120,13 +120,17 @@ def generate_canvases(
         """The next canvas of a sequence, behind what its cache holds."""
         row, settings = sequence.row, sequence.config
         first = initial_canvas[row] if initial_canvas is not None and index == 0 else None
+        length, vocab = canvas_length(model, settings, sequence.room), model.config.text.vocab_size
+        layout = None if constrain is None else constrain(row, index)
+        if settings.forbid_empty and constrain is None and index == 0:
+            layout = not_at_first(settings.eos_token_ids, length, vocab)
         started = Canvas.start(
             settings,
             noise(row),
             index,
-            canvas_length(model, settings, sequence.room),
-            model.config.text.vocab_size,
-            layout=None if constrain is None else constrain(row, index),
+            length,
+            vocab,
+            layout=layout,
             initial=first,
         )
         return InFlight(started, sequence.cache.prefix)

@@ -207,11 +207,13 @@ def generate_matching(
     matcher: Matcher,
     closer: Closer,
     settings: MatchingSettings,
+    first_index: int = 0,
 ) -> Generator[DenoisingStep | CanvasCommitted, None, list[int]]:
     """Continue the prefix in `cache` with tokens that `matcher` takes to a complete end, at most
     `config.max_tokens` of them; returns the tokens.
 
-    `closer` knows how to end from any state, so that the end always stays within reach.
+    `closer` knows how to end from any state, so that the end always stays within reach. The
+    canvases are numbered from `first_index` on.
 
     Raises:
         ClosingError: no output that short is known to match.
@@ -220,7 +222,7 @@ def generate_matching(
     closer.require(matcher, config.max_tokens)
     match = _Match(model, cache, config, noise, matcher, closer, settings)
     try:
-        first = match.next_canvas(0)
+        first = match.next_canvas(first_index)
         steps = denoise(denoiser, {} if first is None else {0: first}, match.following)
         del first  # a prefix that is to grow is copied where it is still held
         while match.committed:

@@ -91,12 +91,17 @@ def _row(canvas: Canvas, places: np.ndarray) -> Row:
     """What is asked of the vocabulary for a canvas of which the positions `places` are computed. No
     step follows the last one, so it needs no soft embeddings."""
     layout, settings = canvas.layout, canvas.settings
+    allowed = {} if layout is None else layout.allowed
+    if len(places) < len(canvas):
+        allowed = {
+            at: allowed[place] for at, place in enumerate(places.tolist()) if place in allowed
+        }
     return Row(
         length=len(places),
         temperature=canvas.temperature,
         key=canvas.noise.draw_key(canvas.index, canvas.step),
-        fixed=None if layout is None else layout.fixed,
-        allowed=None if layout is None else layout.words(canvas.vocab),
+        fixed=layout.fixed if layout is not None and layout.pins else None,
+        allowed=allowed,
         need_soft=not canvas.is_last_step,
         soft_cutoff=settings.soft_cutoff,
         likely=canvas.few_suffice[places],

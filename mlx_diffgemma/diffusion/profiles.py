@@ -9,7 +9,12 @@ from __future__ import annotations
 from mlx_diffgemma.errors import UsageError
 
 EXACT: dict[str, object] = {}
-BALANCED: dict[str, object] = {**EXACT, "stop_at_eos": True, "soft_cutoff": 10.0}
+BALANCED: dict[str, object] = {
+    **EXACT,
+    "stop_at_eos": True,
+    "soft_cutoff": 10.0,
+    "forbid_empty": True,
+}
 FAST: dict[str, object] = {**BALANCED, "max_denoising_steps": 24, "confident_after": 12}
 TURBO: dict[str, object] = {**FAST, "settled_after": 3}  # an experiment
 

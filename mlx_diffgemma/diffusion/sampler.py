@@ -40,7 +40,7 @@ def propose(prediction: Prediction, canvas: Canvas) -> Proposal:
     by confidence, it takes no share of what is accepted either.
     """
     sampler, layout = SAMPLERS[canvas.settings.sampler], canvas.layout
-    if layout is None:
+    if layout is None or not layout.pins:
         return sampler(prediction, canvas)
     is_open = mx.array(layout.open)
     confidence = mx.where(is_open, prediction.confidence, 0.0)
@@ -76,7 +76,9 @@ def block_refinement(prediction: Prediction, canvas: Canvas) -> Proposal:
     at least the probability `accept_threshold` (as diffusers' `BlockRefinementScheduler` does in
     its uniform mode, without its editing)."""
     kept = mx.array(canvas.accepted)
-    if canvas.layout is not None:  # fixed positions are accepted too, but take no share
+    if (
+        canvas.layout is not None and canvas.layout.pins
+    ):  # fixed positions are accepted too, but take no share
         kept = kept & mx.array(canvas.layout.open)
     confidence = mx.where(kept, -1.0, prediction.confidence)
     rank = mx.argsort(mx.argsort(-confidence))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,9 @@ from mlx_diffgemma.editing.grammar import (
     regex_matcher,
 )
 from mlx_diffgemma.editing.session import OnStep, Session
-from mlx_diffgemma.editing.vocabulary import Vocabulary
+from mlx_diffgemma.editing.thinking import Thinking, think
 from mlx_diffgemma.errors import DiffGemmaError, UsageError
+from mlx_diffgemma.generation import fit_to_context
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.text.prompt import Prompt
 
@@ -43,9 +44,11 @@ class Structured:
         text: the answer.
         tokens: its tokens.
         entropy: nats of uncertainty of each token when it was decided; 0 where there was no choice.
-        denoising_steps: steps of each canvas.
+        denoising_steps: steps of each canvas, those of the thought first.
         passes: forward passes over a canvas, all in all.
         seed: the seed of every random draw.
+        thought: what was thought before the answer; "" for nothing.
+        thought_tokens: the tokens of the thought, its markers among them.
     """
 
     text: str
@@ -54,6 +57,8 @@ class Structured:
     denoising_steps: tuple[int, ...]
     passes: int
     seed: int
+    thought: str = ""
+    thought_tokens: tuple[int, ...] = ()
 
     @property
     def value(self) -> Any:
@@ -75,6 +80,7 @@ def generate_structured(
     system_prompt: str | None = None,
     raw: bool = False,
     config: DiffusionConfig | None = None,
+    thinking: bool | None = None,
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> Structured:
@@ -85,12 +91,14 @@ def generate_structured(
         regex: a regular expression in Rust's syntax that the whole answer matches.
         choices: the answers allowed.
         prompt, max_tokens, seed, system_prompt, raw, config, settings: as for `stream_generate`.
+        thinking: as for `stream_generate`. Where it is asked for and the model opens a thought,
+            that is written freely, and the constraint holds from its end on.
         on_step: called with the `DenoisingStep` after each step.
 
     Raises:
         UsageError: the constraint is malformed or impossible, or max_tokens is too small for it.
-        UnmetConstraintError: the constraint grew too complex on the way, or the model failed; it
-            keeps the partial answer.
+        UnmetConstraintError: the constraint grew too complex on the way, the thought took the
+            tokens that the answer needs, or the model failed; it keeps what was written.
     """
     given = [constraint for constraint in (json_schema, regex, choices) if constraint is not None]
     if len(given) != 1:
@@ -103,6 +111,7 @@ def generate_structured(
         system_prompt=system_prompt,
         raw=raw,
         config=config,
+        thinking=thinking,
         on_step=on_step,
         max_tokens=max_tokens,
         **settings,
@@ -114,25 +123,41 @@ def generate_structured(
         matcher = regex_matcher(vocabulary, regex)
     else:
         matcher = choices_matcher(vocabulary, choices or ())
-    return _run(session, vocabulary, matcher)
+    return _run(session, matcher, tokenizer if thinking else None)
 
 
-def _run(session: Session, vocabulary: Vocabulary, matcher: GrammarMatcher) -> Structured:
+def _run(session: Session, matcher: GrammarMatcher, thinks: Any) -> Structured:
+    """The answer; `thinks` is the tokenizer whose markers tell a thought, None for no thinking."""
+    vocabulary, ends = session.vocabulary, closer(session.vocabulary)
+    config, thought = session.fitted(), Thinking()
+    ends.require(matcher, config.max_tokens)
     end = MatchingSettings(vocabulary.eos, vocabulary.end, vocabulary.text)
     session.prefix()
+    if thinks is not None:
+        most = config.max_tokens
+        thought = think(session, thinks, most - ends.shortest(matcher, most))
+        if thought.cut:
+            raise UnmetConstraintError(
+                f"the thought took the {most} tokens of max_tokens and left too few for an answer "
+                "that matches; raise max_tokens.",
+                thought.text,
+            )
+        config = replace(config, max_tokens=most - len(thought.tokens))
+        (config,) = fit_to_context(session.model, [[*session.prompt, *thought.tokens]], config)
     events = generate_matching(
         session.model,
         session.denoiser,
         session.cache,
-        session.fitted(),
+        config,
         session.noise,
         matcher,
-        closer(vocabulary),
+        ends,
         end,
+        session.canvases,
     )
     tokens: list[int] = []
     entropy: list[float] = []
-    steps: list[int] = []
+    steps = list(thought.steps)
     latest = np.zeros(session.length)
     try:
         for event in events:
@@ -155,4 +180,6 @@ def _run(session: Session, vocabulary: Vocabulary, matcher: GrammarMatcher) -> S
         denoising_steps=tuple(steps),
         passes=session.passes,
         seed=session.seed,
+        thought=thought.text,
+        thought_tokens=thought.tokens,
     )

@@ -5,6 +5,8 @@ Letters: N positions, V vocabulary, W words of 32 tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import mlx.core as mx
 import numpy as np
 
@@ -29,6 +31,14 @@ def unpack_allowed(words: mx.array, count: int) -> mx.array:
 def forbid(logits: mx.array, words: mx.array) -> mx.array:
     """Logits [..., v] with those of tokens outside `words` [..., W] made impossible."""
     return mx.where(unpack_allowed(words, logits.shape[-1]), logits, FORBIDDEN)
+
+
+def words_of(allowed: Mapping[int, np.ndarray], length: int, vocab: int) -> np.ndarray:
+    """[length, W] uint32, the masks [W] of some positions at theirs, and every token elsewhere."""
+    words = np.tile(every_token(vocab), (length, 1))
+    for place, mask in allowed.items():
+        words[place] = mask
+    return words
 
 
 def every_token(vocab: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma.kernels.activation import softcap as soft_cap
-from mlx_diffgemma.kernels.allowed_tokens import FORBIDDEN, unpack_allowed
+from mlx_diffgemma.kernels.allowed_tokens import FORBIDDEN, unpack_allowed, words_of
 from mlx_diffgemma.kernels.dispatch import Implementation, Launcher
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
 from mlx_diffgemma.kernels.rows import Row, VocabularyResult, check
@@ -77,13 +77,13 @@ def _fixed(rows: Sequence[Row]) -> np.ndarray:
 
 def _kept(rows: Sequence[Row], vocab: int) -> mx.array | None:
     """[N, V] which tokens may stand where; None where nothing is asked."""
-    if all(row.fixed is None and row.allowed is None for row in rows):
+    if all(row.fixed is None and not row.allowed for row in rows):
         return None
     kept = []
     for row in rows:
         may = mx.ones((row.length, vocab), mx.bool_)
-        if row.allowed is not None:
-            may = unpack_allowed(mx.array(row.allowed), vocab)
+        if row.allowed:
+            may = unpack_allowed(mx.array(words_of(row.allowed, row.length, vocab)), vocab)
         if row.fixed is not None:
             fixed = mx.array(row.fixed)[:, None]
             may = mx.where(fixed < 0, may, fixed == mx.arange(vocab))

@@ -8,8 +8,8 @@ V vocabulary, W = ⌈V / 32⌉ words of a bit mask, K masks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
@@ -17,7 +17,6 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_diffgemma.kernels.allowed_tokens import every_token
 from mlx_diffgemma.kernels.dispatch import Implementation, Launcher
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
 
@@ -32,8 +31,8 @@ class Row:
         key: [2] uint32, from which alone the row draws; None draws nothing.
         fixed: [C] int32, the token that a position is bound to, or −1. What is bound has that
             token as argmax and draw, with entropy 0, and takes no part in the pass.
-        allowed: [C, W] uint32 bit masks of the tokens that a position may take (see
-            `pack_allowed`); None allows all.
+        allowed: the uint32 bit mask [W] of the tokens that a position may take (see
+            `pack_allowed`), for each of the C positions that may not take all.
         need_soft: whether soft embeddings are wanted, √D · (p @ table).
         soft_cutoff: tokens e^-soft_cutoff times less likely than the likeliest are left out of
             them; None leaves out none.
@@ -45,7 +44,7 @@ class Row:
     temperature: float
     key: mx.array | None = None
     fixed: np.ndarray | None = None
-    allowed: np.ndarray | None = None
+    allowed: Mapping[int, np.ndarray] = field(default_factory=dict)
     need_soft: bool = True
     soft_cutoff: float | None = None
     likely: bool | np.ndarray = False
@@ -174,21 +173,20 @@ class Positions:
         ]
         return np.concatenate(wanted)[self.places]
 
-    def allowed(self, vocab: int) -> tuple[np.ndarray, np.ndarray] | None:
+    def allowed(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Which mask each position has, [M] int32 with −1 where all tokens are allowed, and the
-        masks [K, W]; None where no position forbids any."""
-        everything = every_token(vocab)
-        which = np.full(len(self.places), -1, np.int32)
-        masks: list[np.ndarray] = []
+        masks [K, W], what several positions share once; None where no position has any."""
+        which = np.full(len(self.fixed), -1, np.int32)
+        masks: dict[int, tuple[int, np.ndarray]] = {}
         first = 0
-        for row, (start, stop) in zip(self.rows, self.spans, strict=True):
-            if row.allowed is not None:
-                at = self.places[start:stop] - first
-                lacking = (row.allowed[at] != everything).any(axis=-1)
-                which[start + np.flatnonzero(lacking)] = len(masks) + np.arange(lacking.sum())
-                masks.extend(row.allowed[at[lacking]])
+        for row in self.rows:
+            for place, mask in row.allowed.items():
+                if self.fixed[first + place] < 0:
+                    which[first + place] = masks.setdefault(id(mask), (len(masks), mask))[0]
             first += row.length
-        return (which, np.stack(masks).astype(np.uint32)) if masks else None
+        if not masks:
+            return None
+        return which[self.places], np.stack([mask for _, mask in masks.values()]).astype(np.uint32)
 
     def taken(self, values: mx.array, axis: int = 0) -> mx.array:
         """Of values for all N positions, along `axis`, those of the M."""

@@ -137,7 +137,7 @@ def _wanted(
 ) -> Wanted:
     slots = np.full(len(positions.places), -1, np.int32)
     slots[summed] = np.arange(len(summed))
-    masks = positions.allowed(vocab)
+    masks = positions.allowed()
     return Wanted(
         softcap=softcap,
         scale=mx.array(softcap / positions.temperatures),

@@ -74,6 +74,9 @@ class Piece(NamedTuple):
 class Markers:
     """The ids of the markers that a tokenizer knows; None for those that it lacks.
 
+    A marker is one token. A mark that takes several, such as the `<|open|>think<|sep|>` that mlx-lm
+    finds around the thoughts of one tokenizer, is not read, and the thought becomes text.
+
     Attributes:
         opened, closed: the markers around a channel or a thought.
         named: whether a channel begins with a line that names it.

@@ -67,7 +67,8 @@ def test_every_option_arrives(program):
         "--seed 3 --steps 4 --canvas-length 32 --t-min 0.1 --t-max 0.2 --entropy-bound 0.3 "
         "--stability-threshold 2 --confidence-threshold 0.01 --sampler ddim "
         "--accept-threshold 0.5 --profile fast --no-stop-at-eos --shrink-canvas --soft-cutoff 8 "
-        "--eos-certainty 0.2 --confident-after 6 --settled-after 2 --no-watch --stop END"
+        "--allow-empty --eos-certainty 0.2 --confident-after 6 --settled-after 2 --no-watch "
+        "--stop END"
     )
     assert program(*arguments.split()).exit_code == 0
     assert program.script.loads == [
@@ -106,6 +107,7 @@ def test_every_option_arrives(program):
             "stop_at_eos": False,
             "eos_certainty": 0.2,
             "shrink_canvas": True,
+            "forbid_empty": False,
             "soft_cutoff": 8.0,
             "confident_after": 6,
             "settled_after": 2,

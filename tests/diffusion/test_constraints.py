@@ -13,10 +13,12 @@ from mlx_diffgemma.diffusion.canvas import Canvas, Passed, Prediction
 from mlx_diffgemma.diffusion.config import SAMPLERS, DiffusionConfig
 from mlx_diffgemma.diffusion.constraints import FREE, Layout, token_mask
 from mlx_diffgemma.diffusion.denoiser import Denoiser
-from mlx_diffgemma.diffusion.noise import SeededNoise
+from mlx_diffgemma.diffusion.events import DenoisingStep
+from mlx_diffgemma.diffusion.generate import generate_canvases
+from mlx_diffgemma.diffusion.noise import SeededNoise, seeded
 from mlx_diffgemma.diffusion.profiles import PROFILES, profile_settings
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.kernels.allowed_tokens import every_token, unpack_allowed
+from mlx_diffgemma.kernels.allowed_tokens import every_token, unpack_allowed, words_of
 from mlx_diffgemma.kernels.vocabulary import Row
 
 VOCAB, LENGTH, PATTERNS = 41, 11, 40
@@ -55,9 +57,8 @@ class RandomPredict:
         """[R, C, V] what each position may hold, said in another way than the layouts do."""
         may = np.ones((len(canvases), len(canvases[0]), VOCAB), bool)
         for row, canvas in enumerate(canvases):
-            words = canvas.layout.words(VOCAB)
-            if words is not None:
-                may[row] = np.array(unpack_allowed(mx.array(words), VOCAB))
+            words = words_of(canvas.layout.allowed, len(canvas), VOCAB)
+            may[row] = np.array(unpack_allowed(mx.array(words), VOCAB))
             fixed = canvas.layout.fixed
             may[row, fixed != FREE] = np.eye(VOCAB, dtype=bool)[fixed[fixed != FREE]]
         return mx.array(may)
@@ -233,7 +234,7 @@ def test_a_pass_of_the_model_equals_a_loop_over_tokens(tiny_model):
     hidden = mx.random.normal((6 * 5, model.config.text.hidden_size), key=mx.random.key(0))
     logits = np.array(model.logits(hidden)).astype(np.float64).reshape(6, 5, 70)
     for token in range(70):
-        rows = [Row(5, 0.7, None, each.fixed, each.words(70), need_soft=False) for each in layouts]
+        rows = [Row(5, 0.7, None, each.fixed, each.allowed, need_soft=False) for each in layouts]
         seen = model.predict(hidden, rows, mx.full((30,), token, mx.int32))
         found = np.array(seen.standing_log_probability).reshape(6, 5)
         for row, place in np.ndindex(6, 5):
@@ -251,23 +252,13 @@ def test_a_pass_of_the_model_equals_a_loop_over_tokens(tiny_model):
 def test_words_of_a_layout():
     few = token_mask([2, 40], VOCAB)
     layout = Layout((FREE, FREE, 7), {1: few})
-    words = layout.words(VOCAB)
-    assert words is not None and words.shape == (3, 2)
+    words = words_of(layout.allowed, 3, VOCAB)
+    assert words.shape == (3, 2)
     assert (words[0] == every_token(VOCAB)).all()
     assert (words[0] == token_mask(range(VOCAB), VOCAB)).all()
     assert (words[1] == few).all()
-    assert layout.words(VOCAB) is words  # made once
-    assert Layout((FREE, 7)).words(VOCAB) is None
     assert layout.open.tolist() == [True, True, False]
     assert layout.pin(mx.array([5, 5, 5])).tolist() == [5, 5, 7]
-
-
-def test_a_layout_is_not_changed_by_a_larger_vocabulary():
-    layout = Layout((FREE, FREE), {0: token_mask([2], 96)})
-    for vocab in (96, 70, 96):
-        words = layout.words(vocab)
-        assert words is not None
-        assert (words[1] == every_token(vocab)).all()
 
 
 @pytest.mark.parametrize(
@@ -305,3 +296,43 @@ def test_errors_say_what_does_not_fit(layout, message):
 
 def test_a_fixed_position_may_have_an_empty_set():
     Layout((3, FREE, FREE), {0: np.zeros(2, np.uint32)}).check(3, VOCAB)
+
+
+def test_only_the_first_canvas_may_not_begin_with_an_end(tiny_model):
+    model = tiny_model(3, vocab_size=70)
+    ends = tuple(range(5, 70))
+    settings = DiffusionConfig(max_tokens=64, max_denoising_steps=2, eos_token_ids=ends)
+
+    def first_tokens(**how) -> list[tuple[int, int]]:
+        """The number of each canvas, and the token that its draft begins with."""
+        config = settings.override(**how)
+        found = []
+        for event in generate_canvases(model, [[7, 8, 9]] * 6, config, seeded(1)):
+            if isinstance(event, DenoisingStep) and event.canvas.done:
+                found.append((event.canvas.index, int(event.canvas.draft[0])))
+        return found
+
+    assert all(token in ends for _, token in first_tokens())
+    for sampler in SAMPLERS:
+        said = first_tokens(forbid_empty=True, sampler=sampler)
+        assert len(said) >= 6
+        assert all(token not in ends for index, token in said if index == 0)
+    later = first_tokens(forbid_empty=True, eos_token_ids=tuple(range(1, 70)), canvas_length=1)
+    assert {token for index, token in later if index == 0} == {0}
+    assert any(token in ends for index, token in later if index == 1)
+
+
+def test_a_constraint_alone_says_how_an_answer_begins():
+    """A fixed eos at the first position is an empty answer, and it is what was asked for."""
+    model = MockModel()
+    layout = Layout((1, *[FREE] * (LENGTH - 1)))
+    config = DiffusionConfig(
+        max_tokens=20, max_denoising_steps=3, canvas_length=LENGTH, eos_token_ids=(1,),
+        forbid_empty=True,
+    )  # fmt: skip
+    events = generate_canvases(
+        model, [[7]], config, seeded(0), denoiser=Denoiser(model, RandomPredict(0)),
+        constrain=lambda row, index: layout,
+    )  # fmt: skip
+    *_, finished = events
+    assert finished.tokens == ((),)

@@ -13,7 +13,7 @@ from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.constraints import FREE, Layout, token_mask
 from mlx_diffgemma.diffusion.noise import SeededNoise
 from mlx_diffgemma.diffusion.predict import Predictor, split
-from mlx_diffgemma.kernels.allowed_tokens import unpack_allowed
+from mlx_diffgemma.kernels.allowed_tokens import unpack_allowed, words_of
 from mlx_diffgemma.kernels.materialized import whole_pass
 from mlx_diffgemma.kernels.vocabulary import vocabulary_pass
 from mlx_diffgemma.model.diffusion_gemma import CanvasView
@@ -100,7 +100,9 @@ def probabilities(setting, temperature, layouts=None) -> np.ndarray:
     ]
     logits = model.logits(model.decode(views)) / temperature
     if layouts is not None:
-        words = np.concatenate([layout.words(VOCAB) for layout in layouts])
+        words = np.concatenate(
+            [words_of(layout.allowed, len(layout.tokens), VOCAB) for layout in layouts]
+        )
         logits = mx.where(unpack_allowed(mx.array(words), VOCAB), logits, -mx.inf)
     return np.array(mx.softmax(logits, axis=-1))
 

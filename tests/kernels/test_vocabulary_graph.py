@@ -54,10 +54,10 @@ def table_of(bits: int | None) -> EmbeddingTable:
     return EmbeddingTable(packed, mx.bfloat16, scales, scales, 64, bits)
 
 
-def some_allowed() -> np.ndarray:
+def some_allowed() -> dict[int, np.ndarray]:
     allowed = np.full((CANVAS, VOCAB // 32), 0xFFFFFFFF, np.uint32)
     allowed[::3, 1000:] = 0
-    return allowed
+    return dict(enumerate(allowed))
 
 
 def bound() -> np.ndarray:

@@ -78,9 +78,9 @@ def in_float64(
     return Expected(logits, p, log_sum, entropy, kept @ weight * float(table.scale))
 
 
-def packed(allowed: np.ndarray) -> np.ndarray:
+def packed(allowed: np.ndarray) -> dict[int, np.ndarray]:
     """Booleans [C, V] as a row takes them."""
-    return np.array(pack_allowed(mx.array(allowed)))
+    return dict(enumerate(np.array(pack_allowed(mx.array(allowed)))))
 
 
 def of_tokens(values: np.ndarray, tokens: mx.array | np.ndarray) -> np.ndarray:

@@ -330,3 +330,18 @@ def test_a_piece_of_a_draft_takes_two_decodings(monkeypatch):
     # Two a token for its text and for what the next one follows, and as many to see how the whole
     # draft reads.
     assert 0 < len(decoded) <= 2 * len(tokens) + 6
+
+
+def test_marks_of_several_tokens_are_not_read():
+    """mlx-lm's pair of this kind: its words are text, and nothing is lost but special tokens."""
+    tokenizer = gemma_like.build(
+        controls=[*gemma_like.CONTROLS, "<|open|>", "<|sep|>", "<|close|>"], unflagged=[]
+    )
+    assert markers_of(tokenizer).closed is None
+    written = "<|open|>think<|sep|>plan<|close|>think<|sep|>A."
+    tokens = ids(tokenizer, written)
+    for thinking in (False, True):
+        assert run(tokens, [2, 5], tokenizer, thinking=thinking) == [
+            Text("thinkplanthinkA."),
+            End("length"),
+        ]
