@@ -33,6 +33,12 @@ def edit(
             "--write", help="Change the file, at one stroke.", rich_help_panel=editing.PANEL
         ),
     ] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Write to a read-only file too.", rich_help_panel=editing.PANEL
+        ),
+    ] = False,
     strength: Annotated[
         float,
         typer.Option(
@@ -70,6 +76,8 @@ def edit(
 
     def body() -> None:
         span = _range(lines)
+        if force and not write:
+            raise UsageError("--force is for --write: give both, or neither.")
         candidates = editing.read_lengths(lengths)
         request = editing.request(
             model=model,
@@ -93,7 +101,7 @@ def edit(
         arguments: dict[str, Any] = {"strength": strength, "prompt": prompt}
         if candidates:
             arguments["lengths"] = sorted({n for each in candidates for n in each})
-        _edit(request, file, instruction, span, arguments, write=write)
+        _edit(request, file, instruction, span, arguments, write=write, force=force)
 
     errors.run(body, debug=errors.debugging(ctx))
 
@@ -113,13 +121,16 @@ def _edit(
     arguments: dict[str, Any],
     *,
     write: bool,
+    force: bool,
 ) -> None:
     from mlx_diffgemma.cli import output, session
     from mlx_diffgemma.editing.edit import around_lines, edit
-    from mlx_diffgemma.editing.files import FileError, read_text, replace_text
+    from mlx_diffgemma.editing.files import FileError, check_writable, read_text, replace_text
 
     text = read_text(file)
     around_lines(text, lines)
+    if write and not force:
+        check_writable(file)
     opened = session.open_model(request.model, **request.loading)
     with editing.drawn(opened, request) as on_step:
         done = edit(
@@ -135,7 +146,8 @@ def _edit(
     if write:
         if read_text(file) != text:
             raise FileError(f"{file} changed meanwhile; it was left alone. Run again.")
-        replace_text(file, done.text)
+        for loss in replace_text(file, done.text, force=force):
+            output.note(loss)
     diff = done.diff(Path(file).name)
     if request.json:
         editing.write_json(

@@ -37,6 +37,7 @@ def generate(
     choices: structured.Choices = None,
     choices_follow: structured.ChoicesFollow = False,
     json_schema: structured.JsonSchema = None,
+    validate: structured.Validate = None,
     regex: structured.Regex = None,
     prompt: options.Prompt = None,
     system_prompt: options.SystemPrompt = None,
@@ -118,7 +119,7 @@ def generate(
         }
         from mlx_diffgemma.cli.session import read_prompt
 
-        constraint = structured.constraint(choices, choices_follow, json_schema, regex)
+        constraint = structured.constraint(choices, choices_follow, json_schema, regex, validate)
         if constraint and stop:
             raise UsageError("--stop does not go with a constraint: drop one.")
         request = Request(

@@ -33,6 +33,18 @@ JsonSchema = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
+Validate = Annotated[
+    int | None,
+    typer.Option(
+        "--validate",
+        metavar="TRIES",
+        min=1,
+        help="Tries for an answer where --json-schema says more than can be enforced: each is "
+        "validated.",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
+]
 Regex = Annotated[
     str | None,
     typer.Option(
@@ -44,7 +56,11 @@ Regex = Annotated[
 
 
 def constraint(
-    choices: list[str] | None, choices_follow: bool, json_schema: str | None, regex: str | None
+    choices: list[str] | None,
+    choices_follow: bool,
+    json_schema: str | None,
+    regex: str | None,
+    validate: int | None = None,
 ) -> dict[str, Any]:
     """The constraint as keyword arguments of `generate_structured`; empty where there is none.
 
@@ -67,6 +83,10 @@ def constraint(
         given["regex"] = regex
     if len(given) > 1:
         raise UsageError("give only one of --json-schema, --regex and --choices.")
+    if validate is not None:
+        if json_schema is None:
+            raise UsageError("--validate is for --json-schema: give both, or neither.")
+        given["validate"] = validate
     return given
 
 
@@ -114,10 +134,12 @@ def _read_schema(path: str) -> Any:
 
     try:
         schema = json.loads(read_text(path))
+    except RecursionError:
+        raise UsageError(f"{path} is nested too deep to be read.") from None
     except json.JSONDecodeError as error:
         raise UsageError(
             f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}."
         ) from None
     if not isinstance(schema, (dict, bool)):
-        raise UsageError(f"{path} holds no JSON schema: it must be an object.")
+        raise UsageError(f"{path} holds no JSON schema: it must be an object, true or false.")
     return schema

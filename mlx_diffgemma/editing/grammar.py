@@ -11,6 +11,7 @@ import numpy as np
 
 from mlx_diffgemma.diffusion.closing import Closer
 from mlx_diffgemma.editing.endings import Endings
+from mlx_diffgemma.editing.schemas import enforceable
 from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import DiffGemmaError, UsageError
 
@@ -40,7 +41,7 @@ class GrammarMatcher:
 
         inner = LLMatcher(vocabulary.grammar_tokenizer, grammar, log_level=0)
         if inner.is_error():
-            raise UsageError(f"{what} cannot be used: {_first_line(inner.get_error())}")
+            raise UsageError(f"{what} cannot be used: {_reason(inner.get_error())}")
         spelled = LLMatcher(vocabulary.byte_tokenizer, grammar, log_level=0)
         return cls(inner, spelled, endings, vocabulary)
 
@@ -55,7 +56,7 @@ class GrammarMatcher:
         self._spelled.consume_tokens(list(self._vocabulary.bytes_of(tokens)))
         if self._inner.is_error():
             raise DiffGemmaError(
-                f"the constraint cannot be followed: {_first_line(self._inner.get_error())}"
+                f"the constraint cannot be followed: {_reason(self._inner.get_error())}"
             )
 
     def allowed(self) -> np.ndarray:
@@ -117,21 +118,36 @@ class GrammarMatcher:
         return None
 
 
-def json_schema_matcher(vocabulary: Vocabulary, schema: Mapping[str, Any] | bool) -> GrammarMatcher:
-    """JSON that validates against `schema`, on one line, as `json.dumps` spaces it.
+def json_schema_matcher(
+    vocabulary: Vocabulary, schema: Mapping[str, Any] | bool, *, lenient: bool = False
+) -> GrammarMatcher:
+    """JSON that validates against `schema`, on one line, as `json.dumps` spaces it; if `lenient`,
+    keywords that cannot be enforced are ignored.
 
     Raises:
         UsageError: the schema is malformed, unsatisfiable, or uses what cannot be enforced.
     """
     from llguidance import LLMatcher
 
-    spacing: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
-    try:
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=spacing)
-    except ValueError as error:
-        raise UsageError(f"the JSON schema cannot be used: {_first_line(str(error))}") from None
+    def fault(pattern: str) -> str | None:
+        tried = _json_grammar({"type": "string", "pattern": pattern})
+        error = LLMatcher.validate_grammar(tried, vocabulary.byte_tokenizer)
+        empty = "Unsatisfiable" in error
+        return None if empty or not error else _reason(error).rstrip(".")
+
+    grammar = _json_grammar(enforceable(schema, fault, lenient=lenient).schema)
     endings = Endings(_patterns(schema), quoted=True)
     return GrammarMatcher.start(vocabulary, grammar, "the JSON schema", endings)
+
+
+def _json_grammar(schema: Mapping[str, Any]) -> str:
+    from llguidance import LLMatcher
+
+    spacing: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+    try:
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=spacing)
+    except ValueError as error:
+        raise UsageError(f"the JSON schema cannot be used: {_reason(str(error))}") from None
 
 
 def regex_matcher(
@@ -186,8 +202,10 @@ def _patterns(schema: Any) -> list[str]:
     return [pattern for pattern in patterns if isinstance(pattern, str)]
 
 
-def _first_line(message: str) -> str:
+def _reason(message: str) -> str:
     """What went wrong, in one line; a regular expression's reason stands in the last of several."""
     lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no reason given"]
     reasons = [line.removeprefix("error: ") for line in lines[1:] if line.startswith("error: ")]
-    return f"{lines[0]} {reasons[0]}" if lines[0].endswith(":") and reasons else lines[0]
+    if lines[0].endswith("regex parse error:") and reasons:
+        return reasons[0]  # what comes before repeats the whole expression
+    return lines[0]
