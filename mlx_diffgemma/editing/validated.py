@@ -1,4 +1,4 @@
-"""Answers under schemas that say more than the grammar enforces: written, validated, tried again."""
+"""Answers under schemas that say more than the grammar enforces: written, then validated."""
 
 from __future__ import annotations
 

@@ -108,8 +108,8 @@ def test_a_pattern_takes_what_room_it_needs():
     assert len(result.stdout) == 40 and set(result.stdout) <= set("abc")
     result = run(*arguments, "{x:/[a-c]{400}/}", code=2)
     assert result.stderr == (
-        "error: no text of at most 62 tokens was found that matches the pattern of slot 'x'; loosen "
-        "it, or take a longer --canvas-length.\n"
+        "error: no text of at most 62 tokens was found that matches the pattern of slot 'x'; "
+        "loosen it, or take a longer --canvas-length.\n"
     )
     many = "1000000000000"
     for command in (["infill", "--text", "a [[?]] b"], ["fill", "{x} {y:/a/}"]):

@@ -111,7 +111,7 @@ EXACT: list[tuple[Any, list[Any], list[Any]]] = [
         [2],
         [1],
     ),
-    (CLOSED | {"x-guidance": {"lenient": True, "whitespace_flexible": True}}, [{"a": 1}], [{"c": 1}]),
+    (CLOSED | {"x-guidance": {"lenient": True}}, [{"a": 1}], [{"c": 1}]),
     (
         {"type": "object", "properties": {"x-guidance": {"type": "integer"}}},
         [{"x-guidance": 1}],
@@ -164,7 +164,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"enum": [0] * 300_000}, "it holds more than 200,000 values"),
     ({"type": "array", "minItems": 10**6}, "at /minItems, 1000000 are more than the 4096"),
     ({"const": float("nan")}, "it holds nan, which is no number in JSON"),
-    ({"properties": {"a": {"x-guidance": {"lenient": True}, "$dynamicRef": "#a"}}}, "at /properties/a/$dynamicRef"),
+    ({"items": {"x-guidance": {"lenient": True}, "$dynamicRef": "#a"}}, "at /items/$dynamicRef, "),
     (False, "it is false, so it allows nothing"),
     ([1], "a schema is an object, true or false, not [1]"),
     ({"properties": {"a": {"type": "sting"}}}, "at /properties/a/type, must be one of null,"),
@@ -217,7 +217,7 @@ def test_a_validator_fetches_nothing_and_says_why_in_a_line():
     assert validator({"properties": {"a": {"type": "null"}}})({"a": 1}) == (
         "1 is not of type 'null' at /a"
     )
-    with pytest.raises(UsageError, match="its reference 'http://x.y/z' is unknown"):
+    with pytest.raises(UsageError, match=r"its reference 'http://x\.y/z' is unknown"):
         validator({"$ref": "http://x.y/z"})(1)
     with pytest.raises(UsageError, match=re.escape("'sting' is not valid")):
         validator({"type": "sting"})
