@@ -17,15 +17,15 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote
 
-from mlx_diffgemma.editing import rewriting
-from mlx_diffgemma.editing.rewriting import BeyondError
-from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.editing.negation import TYPES, BeyondError, resolved
+from mlx_diffgemma.editing.rewriting import RULES
+from mlx_diffgemma.editing.schema_limits import (
+    check_levels,
+    has_inner_ids,
+    look_at,
+    refusal,
+)
 
-_DEEPEST = 100  # levels of JSON; llguidance reads at most 128
-_LARGEST = 200_000  # values of a schema
-_GROWN = 1_000_000  # the same when it is rewritten
-_NAMED = 64  # references that are no pointers, whose depth is not known
-_LEVELS = 256  # schemas within schemas, also by reference: each takes some 5 kB of stack
 _MOST = 4096  # items, properties: more than an answer is looked for
 _EXACT = 2**53  # beyond, not every integer is a double
 _WIDEST = 2**63
@@ -42,7 +42,7 @@ _COUNTS = (
     "minContains", "maxContains",
 )  # fmt: skip
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-_TYPES = (*rewriting.TYPES, "integer")
+_TYPES = (*TYPES, "integer")
 _SILENT = (
     "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly",
     "$comment", "$vocabulary", "contentMediaType", "contentEncoding", "contentSchema",
@@ -97,24 +97,18 @@ def enforceable(
     Raises:
         UsageError: it is malformed, too large, allows nothing, or says what cannot be enforced.
     """
-    _look_at(schema)
+    look_at(schema)
     root = json.loads(json.dumps(schema, default=dict))
     if root is False:
         raise refusal("", "it is false, so it allows nothing")
-    _check_levels(root)
+    check_levels(root)
     reader = _Reader(root, fault, lenient)
     read = reader.read(root, "")
     if read is True:
         return Enforceable({}, ())
     reader.read_referenced(read)
-    _look_at(read, _GROWN)
+    look_at(read, rewritten=True)
     return Enforceable(read, tuple(reader.ignored))
-
-
-def refusal(place: str, reason: str) -> UsageError:
-    """The error about the value that the JSON pointer `place` names."""
-    where = f"at {place}, " if place else ""
-    return UsageError(f"the JSON schema cannot be used: {where}{reason}.")
 
 
 class _Reader:
@@ -129,7 +123,7 @@ class _Reader:
         self._root, self._lenient = root, lenient
         self._fault = lru_cache(None)(fault)
         # Where a part of the schema has a name of its own, pointers may start there.
-        self._known = {} if _has_inner_ids(root) else root
+        self._known = {} if has_inner_ids(root) else root
         self._places, self._targets = set[str](), dict[str, None]()
         self._loose = set[str]()  # where something was ignored that must not be negated
         self._factors = set[Decimal]()
@@ -154,7 +148,7 @@ class _Reader:
                 self._refuse(found, keyword, place, f"'{keyword}' cannot be enforced")
         self._numbers(found, place)
         self._format(found, place)
-        for keyword, rewrite in rewriting.RULES.items():
+        for keyword, rewrite in RULES.items():
             if keyword in found:
                 self._rewrite(found, keyword, rewrite, place)
         return found
@@ -166,11 +160,11 @@ class _Reader:
             place = unquote(target[1:])
             if place in self._places or not isinstance(self._known, Mapping) or not self._known:
                 continue
-            value = rewriting.resolved(target, read)
+            value = resolved(target, read)
             if value is None:
                 raise refusal("", f"the reference '{target}' names nothing that can be used")
             outer, _, last = place.rpartition("/")
-            parent = rewriting.resolved("#" + outer, read)
+            parent = resolved("#" + outer, read)
             key: Any = last.replace("~1", "/").replace("~0", "~")
             parent[int(key) if isinstance(parent, list) else key] = self.read(value, place)
 
@@ -294,70 +288,6 @@ class _Reader:
             self._refuse(found, "format", place, f"the format '{name}' cannot be enforced")
         elif name is not None and name not in _ENFORCED:
             del found["format"]  # a name that JSON Schema does not know says nothing
-
-
-def _look_at(schema: Any, most: int = _LARGEST) -> None:
-    """Refuse what is no JSON, too deep or too large, without calling anything on its depth."""
-    waiting, seen = [(schema, 1)], 0
-    while waiting:
-        value, depth = waiting.pop()
-        seen += 1
-        if depth > _DEEPEST + (most > _LARGEST):
-            raise refusal("", f"it is nested deeper than {_DEEPEST} levels")
-        if seen > most:
-            raise refusal("", f"it holds more than {most:,} values")
-        if isinstance(value, Mapping):
-            if not all(isinstance(key, str) for key in value):
-                raise refusal("", "the keys of its objects must be strings")
-            waiting += [(each, depth + 1) for each in value.values()]
-        elif isinstance(value, (list, tuple)):
-            waiting += [(each, depth + 1) for each in value]
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise refusal("", f"it holds {value}, which is no number in JSON")
-        elif isinstance(value, int) and value.bit_length() > 1024:
-            raise refusal("", "it holds a number of more than 300 digits")
-        elif value is not None and not isinstance(value, (bool, int, float, str)):
-            raise refusal("", f"it holds a {type(value).__name__}, which is no value in JSON")
-
-
-def _check_levels(root: Any) -> None:
-    """Refuse what llguidance would follow too deep: it calls itself at every schema in a schema,
-    and at every reference that it has not seen."""
-    referenced: set[str] = set()
-    inner_ids = _has_inner_ids(root)
-
-    def follow(value: Any, level: int) -> None:
-        if level > _LEVELS:
-            raise refusal("", f"its references lead more than {_LEVELS} schemas deep")
-        if isinstance(value, Mapping):
-            target = value.get("$ref")
-            if isinstance(target, str) and target not in referenced:
-                referenced.add(target)
-                follow(None if inner_ids else rewriting.resolved(target, root), level + 1)
-            for key, each in value.items():
-                if key not in ("$defs", "definitions", "const", "enum"):
-                    follow(each, level + 1)
-        elif isinstance(value, (list, tuple)):
-            for each in value:
-                follow(each, level)
-
-    follow(root, 0)
-    named = [each for each in referenced if inner_ids or each[:2] not in ("#", "#/")]
-    if len(named) > _NAMED:
-        raise refusal("", f"it has more than {_NAMED} references by name")
-
-
-def _has_inner_ids(root: Any) -> bool:
-    waiting = list(root.values()) if isinstance(root, Mapping) else []
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, Mapping):
-            if isinstance(value.get("$id", value.get("id")), str):
-                return True
-            waiting += value.values()
-        elif isinstance(value, list):
-            waiting += value
-    return False
 
 
 def _count(key: str, value: Any, place: str) -> int:
