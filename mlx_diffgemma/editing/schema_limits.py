@@ -79,13 +79,16 @@ def check_levels(root: Any) -> None:
 
 
 def has_inner_ids(root: Any) -> bool:
+    """Whether a part of a schema has a name of its own, from which pointers in it would start."""
+    old = isinstance(root, Mapping) and "draft-04" in str(root.get("$schema"))
     waiting = list(root.values()) if isinstance(root, Mapping) else []
     while waiting:
         value = waiting.pop()
         if isinstance(value, Mapping):
-            if isinstance(value.get("$id", value.get("id")), str):
+            if isinstance(value.get("id" if old else "$id"), str):
                 return True
-            waiting += value.values()
+            quoted = ("const", "enum", "default", "examples")
+            waiting += [each for key, each in value.items() if key not in quoted]
         elif isinstance(value, list):
             waiting += value
     return False

@@ -158,9 +158,9 @@ class _Reader:
         while self._targets:
             target, _ = self._targets.popitem()
             place = unquote(target[1:])
-            if place in self._places or not isinstance(self._known, Mapping) or not self._known:
+            if place in self._places:
                 continue
-            value = resolved(target, read)
+            value = resolved(target, read) if self._known else None
             if value is None:
                 raise refusal("", f"the reference '{target}' names nothing that can be used")
             outer, _, last = place.rpartition("/")
