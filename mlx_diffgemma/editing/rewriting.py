@@ -7,8 +7,8 @@ properties. What has no such form raises `BeyondError`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from itertools import combinations, permutations
+from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate, combinations, permutations
 from math import comb, perm
 from typing import Any
 
@@ -30,8 +30,9 @@ _ARRAYS = 400  # that are listed in place of an array with unique items
 _POSITIONS = 16  # where an item that an array must contain may stand
 
 
-def _any(cases: list[Schema]) -> Schema:
-    return cases[0] if len(cases) == 1 else {"anyOf": cases}
+def _exceed(amounts: Iterable[int], most: int) -> bool:
+    """Whether the sum is above `most`; the first that shows it is the last that is looked at."""
+    return any(total > most for total in accumulate(amounts))
 
 
 def _unless(kind: str, cases: list[Schema]) -> list[Schema]:
@@ -41,31 +42,29 @@ def _unless(kind: str, cases: list[Schema]) -> list[Schema]:
 
 def _not(schema: dict[str, Any], root: Schema) -> list[Schema]:
     values, refused = listed(schema), listed(schema["not"])
-    if values is None or refused is None or len(schema["not"]) > 1:
+    both = "const" in schema and "enum" in schema
+    if values is None or refused is None or both or len(schema["not"]) > 1:
         opposite = negated(schema["not"])
         del schema["not"]
         return [opposite]
-    else:
-        del schema["not"]
-        gone = {key_of(value) for value in refused}
-        schema.pop("const", None)
-        schema["enum"] = [value for value in values if key_of(value) not in gone]
-        return []
+    gone = {key_of(value) for value in refused}
+    for key in ("not", "const"):
+        schema.pop(key, None)
+    schema["enum"] = [value for value in values if key_of(value) not in gone]
+    return []
 
 
 def _condition(schema: dict[str, Any], root: Schema) -> list[Schema]:
     condition = schema["if"]
     then, otherwise = schema.get("then", True), schema.get("else", True)
-    cases: list[Schema] = []
-    if then is not True or otherwise is not True:
-        cases = [
-            {"allOf": [condition, then]},
-            {"allOf": [negated(condition), otherwise]},
-        ]
-        cases = [case for case in cases if False not in case["allOf"]]
+    trivial = then is True and otherwise is True
+    cases = [] if trivial else [[condition, then], [negated(condition), otherwise]]
     for key in ("if", "then", "else"):
         schema.pop(key, None)
-    return [_any(cases)] if cases else []
+    if trivial:
+        return []
+    possible = [{"allOf": case} for case in cases if False not in case]
+    return [{"anyOf": possible}] if possible else [False]
 
 
 def _without_condition(schema: dict[str, Any], root: Schema) -> list[Schema]:
@@ -141,7 +140,7 @@ def _unique(schema: dict[str, Any], root: Schema) -> list[Schema]:
     least = schema.get("minItems", 0)
     most = len(different) if most is None else min(most, len(different))
     counts = range(least, most + 1)
-    if sum(perm(len(different), count) for count in counts) > _ARRAYS:
+    if _exceed((perm(len(different), count) for count in counts), _ARRAYS):
         raise BeyondError(f"'uniqueItems' leaves more than the {_ARRAYS} arrays that can be listed")
     del schema["uniqueItems"]
     arrays = [list(each) for count in counts for each in permutations(different, count)]
@@ -153,7 +152,7 @@ def _names(schema: dict[str, Any], root: Schema) -> list[Schema]:
     if names is False:
         del schema["propertyNames"]
         return _unless("object", [{"type": "object", "maxProperties": 0}])
-    patterns = [] if names is True else _name_patterns(names)
+    patterns = _name_patterns(names)
     del schema["propertyNames"]
     return [
         {"patternProperties": {pattern: True}, "additionalProperties": False}
@@ -161,8 +160,10 @@ def _names(schema: dict[str, Any], root: Schema) -> list[Schema]:
     ]
 
 
-def _name_patterns(names: Mapping[str, Any]) -> list[str]:
+def _name_patterns(names: Schema) -> list[str]:
     """Regular expressions that all have to match a name."""
+    if isinstance(names, bool):
+        return [] if names else ["[^\\s\\S]"]
     patterns: list[str] = []
     values = listed(names)
     if values is not None:
@@ -198,7 +199,7 @@ def _property_count(schema: dict[str, Any], root: Schema) -> list[Schema]:
         return [False]
     only_least = many == len(optional)
     counts = [few] if only_least else range(few, many + 1) if few else [many]
-    if sum(comb(len(optional), count) for count in counts) > _BRANCHES:
+    if _exceed((comb(len(optional), count) for count in counts), _BRANCHES):
         raise BeyondError("the number of properties leaves too many ways")
     for key in ("minProperties", "maxProperties"):
         schema.pop(key, None)
@@ -223,7 +224,7 @@ def _open_property_count(
         return []
     many = 1 if most is None else min(len(optional), most - required)
     counts = range(1 if most is None else 0, many + 1)
-    if sum(comb(len(optional), count) for count in counts) > _BRANCHES:
+    if _exceed((comb(len(optional), count) for count in counts), _BRANCHES):
         raise BeyondError("the number of properties leaves too many ways")
     limits = {key: schema.pop(key) for key in ("minProperties", "maxProperties") if key in schema}
     cases: list[Schema] = []

@@ -16,6 +16,7 @@ from mlx_diffgemma.diffusion.closing import ClosingError
 from mlx_diffgemma.editing.grammar import GrammarMatcher, json_schema_matcher
 from mlx_diffgemma.editing.structured import UnmetConstraintError, generate_structured
 from mlx_diffgemma.errors import DiffGemmaError, UsageError
+from mlx_diffgemma.generation import stream_generate
 
 COUNT = 110  # schemas for each of the two models
 
@@ -93,6 +94,16 @@ def test_what_is_forced_ahead_is_seen_before_it_is_reached():
         right, passes = right + (found.text == puzzle.solution), passes + found.passes
     assert right >= 4
     assert passes <= 6 * 8
+
+
+def test_what_may_be_anything_takes_no_more_passes_than_without_a_grammar():
+    """A matching draft is taken in the steps that a canvas has, however unsure the model is."""
+    model, tokenizer = demo()
+    for steps in (4, 12):
+        plain = {"max_denoising_steps": steps, "profile": "exact", "seed": 3}
+        found = generate_structured(model, tokenizer, "free", 60, regex="(?s:.{60})", **plain)
+        (response,) = list(stream_generate(model, tokenizer, "free", 60, **plain))[-1:]
+        assert found.passes <= 1.2 * max(steps, sum(response.denoising_steps))
 
 
 def test_an_error_on_the_way_keeps_what_was_written(monkeypatch):
