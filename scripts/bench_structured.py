@@ -154,10 +154,10 @@ def daily(size: int, seeds: int, max_tokens: int) -> None:
     from mlx_diffgemma.diffusion import matching
 
     tokenizer = big(size)
-    raw = make_config(5, vocab_size=size, head_dim=8, hidden_size=16) | {"canvas_length": 64}
+    raw = make_config(5, vocab_size=size, head_dim=8, hidden_size=16) | {"canvas_length": 16}
     config = ModelConfig.from_dict(raw)
     model = make_model(config, make_weights(config, 5))
-    shared: dict[str, Any] = {"raw": True, "eos_token_ids": EOS, "max_denoising_steps": 16}
+    shared: dict[str, Any] = {"raw": True, "eos_token_ids": EOS, "max_denoising_steps": 8}
     for number in ("first", "second"):
         start = time.perf_counter()
         vocabulary = Vocabulary(tokenizer, size, EOS)
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="most denoising steps of a canvas")
     parser.add_argument("--sudokus", type=int, help="how many sudokus to write under a pattern")
     parser.add_argument("--vocabulary", type=int, help="words of a random model, such as 262144")
-    parser.add_argument("--max-tokens", type=int, default=64, help="with --vocabulary")
+    parser.add_argument("--max-tokens", type=int, default=48, help="with --vocabulary")
     arguments = parser.parse_args()
     if arguments.vocabulary:
         daily(arguments.vocabulary, arguments.seeds, arguments.max_tokens)

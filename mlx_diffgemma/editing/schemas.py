@@ -162,7 +162,8 @@ class _Reader:
                 continue
             value = resolved(target, read) if self._known else None
             if value is None:
-                raise refusal("", f"the reference '{target}' names nothing that can be used")
+                why = "names nothing" if self._known else "cannot be followed beside an inner '$id'"
+                raise refusal("", f"its reference '{target}' {why}")
             outer, _, last = place.rpartition("/")
             parent = resolved("#" + outer, read)
             key: Any = last.replace("~1", "/").replace("~0", "~")

@@ -57,9 +57,9 @@ EXACT: list[tuple[Any, list[Any], list[Any]]] = [
         [{"a": 1, "x": ""}, {"x": 1, "y": 1}],
     ),
     (
-        {"type": "object", "propertyNames": {"pattern": "^[a-z]+$", "maxLength": 3}}
+        {"type": "object", "propertyNames": {"pattern": "^[a-z]{1,3}$"}}
         | {"additionalProperties": {"type": "integer"}},
-        [{}],
+        [{}, {"abc": 1}],
         [{"abcd": 1}, {"A": 1}],
     ),
     ({"type": "object", "propertyNames": {"enum": ["a", "b"]}}, [{"b": 1}], [{"c": 1}]),

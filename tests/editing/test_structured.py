@@ -96,14 +96,14 @@ def test_what_is_forced_ahead_is_seen_before_it_is_reached():
     assert passes <= 6 * 8
 
 
-def test_what_may_be_anything_takes_no_more_passes_than_without_a_grammar():
-    """A matching draft is taken in the steps that a canvas has, however unsure the model is."""
+def test_what_may_be_anything_takes_hardly_more_passes_than_without_a_grammar():
     model, tokenizer = demo()
-    for steps in (4, 12):
-        plain = {"max_denoising_steps": steps, "profile": "exact", "seed": 3}
-        found = generate_structured(model, tokenizer, "free", 60, regex="(?s:.{60})", **plain)
-        (response,) = list(stream_generate(model, tokenizer, "free", 60, **plain))[-1:]
-        assert found.passes <= 1.2 * max(steps, sum(response.denoising_steps))
+    passes = plain = 0
+    for seed in range(4):
+        found = generate_structured(model, tokenizer, "sudoku", 60, regex="(?s:.*)", seed=seed)
+        last = list(stream_generate(model, tokenizer, "sudoku", 60, seed=seed))[-1]
+        passes, plain = passes + found.passes, plain + sum(last.denoising_steps)
+    assert passes <= 1.2 * plain
 
 
 def test_an_error_on_the_way_keeps_what_was_written(monkeypatch):
