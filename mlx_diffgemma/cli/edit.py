@@ -36,6 +36,9 @@ def edit(
     write: Annotated[
         bool, Setting("Change of the file itself, at one stroke.", panel=editing.PANEL)
     ] = False,
+    force: Annotated[
+        bool, Setting("Permission to write to a read-only file too.", panel=editing.PANEL)
+    ] = False,
     strength: Annotated[
         float,
         Setting(
@@ -53,13 +56,17 @@ def edit(
 ) -> None:
     """Rewrite some lines of a file and print the change as a unified diff."""
     span = _range(lines)
+    if force and not write:
+        raise UsageError("--force is for --write: give both, or neither.")
     candidates = editing.read_lengths(lengths)
     from mlx_diffgemma.cli import output, session
     from mlx_diffgemma.editing import edit as room
-    from mlx_diffgemma.editing.files import FileError, read_text, replace_text
+    from mlx_diffgemma.editing.files import FileError, check_writable, read_text, replace_text
 
     text = read_text(file)
     room.around_lines(text, span)
+    if write and not force:
+        check_writable(file)
     opened = session.open_model(loading)
     with editing.drawn(opened, showing) as on_step:
         done = room.edit(
@@ -80,7 +87,8 @@ def edit(
     if write:
         if read_text(file) != text:
             raise FileError(f"{file} changed meanwhile; it was left alone. Run again.")
-        replace_text(file, done.text)
+        for loss in replace_text(file, done.text, force=force):
+            output.note(loss)
     diff = done.diff(Path(file).name)
     if showing.json:
         editing.write_json(

@@ -67,7 +67,8 @@ class Asking:
     thinking: Annotated[
         bool | None,
         Setting(
-            "Thinking before the answer, if the template knows it; a constraint binds what follows.",
+            "Thinking before the answer, if the template knows it; a constraint binds what follows "
+            "the thought.",
             panel=_PROMPT,
         ),
     ] = None

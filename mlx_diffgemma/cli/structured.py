@@ -27,6 +27,14 @@ class Validity:
         str | None,
         Setting("File with a JSON schema, for an answer in JSON that validates.", panel=_PANEL),
     ] = None
+    validate: Annotated[
+        int | None,
+        Setting(
+            "Tries for an answer where --json-schema says more than can be enforced: each is "
+            "validated.",
+            panel=_PANEL,
+        ),
+    ] = None
     regex: Annotated[
         str | None,
         Setting("Expression that the whole answer matches (Rust's syntax).", panel=_PANEL),
@@ -48,17 +56,23 @@ class Validity:
         given = [bool(choices), self.json_schema is not None, self.regex is not None]
         if sum(given) > 1:
             raise UsageError("give only one of --json-schema, --regex and --choices.")
+        if self.validate is not None and self.json_schema is None:
+            raise UsageError("--validate is for --json-schema: give both, or neither.")
+        if self.validate is not None and self.validate < 1:
+            raise UsageError(f"--validate must be at least 1, not {self.validate}.")
         if not any(given):
             return None
         schema = None if self.json_schema is None else _read_schema(self.json_schema)
-        return Constraint(schema, self.regex, tuple(choices) or None)
+        return Constraint(schema, self.validate, self.regex, tuple(choices) or None)
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """One of a JSON schema, an expression, and texts to choose among; the others are None."""
+    """One of a JSON schema (with tries to validate it by), an expression, and texts to choose among;
+    the others are None."""
 
     json_schema: Any
+    validate: int | None
     regex: str | None
     choices: tuple[str, ...] | None
 
@@ -85,6 +99,7 @@ def answer(
                 opened.tokenizer,
                 prompt,
                 json_schema=constraint.json_schema,
+                validate=constraint.validate,
                 regex=constraint.regex,
                 choices=constraint.choices,
                 seed=denoising.seed,
@@ -123,10 +138,12 @@ def _read_schema(path: str) -> Any:
 
     try:
         schema = json.loads(read_text(path))
+    except RecursionError:
+        raise UsageError(f"{path} is nested too deep to be read.") from None
     except json.JSONDecodeError as error:
         raise UsageError(
             f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}."
         ) from None
     if not isinstance(schema, (dict, bool)):
-        raise UsageError(f"{path} holds no JSON schema: it must be an object.")
+        raise UsageError(f"{path} holds no JSON schema: it must be an object, true or false.")
     return schema

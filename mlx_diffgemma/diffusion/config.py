@@ -87,8 +87,8 @@ class DiffusionConfig:
     forbid_empty: Annotated[
         bool,
         Setting(
-            "No end-of-text token as the first one, so that an answer which is right to be empty is "
-            "never given; all profiles but 'exact' forbid it, and it has no effect where a "
+            "No end-of-text token as the first one, so that an answer which is right to be empty "
+            "is never given; all profiles but 'exact' forbid it, and it has no effect where a "
             "constraint says what an answer may be.",
             ("--forbid-empty/--allow-empty",),
             _SPEED,

@@ -16,7 +16,7 @@ import numpy as np
 
 _WAYS = 32  # tokens that are followed from one state, and states that are followed at a time
 _STATES = 256  # followed in all, or as many as have masks of
-_WORDS = 1 << 19  # so many words together
+_WORDS = 1 << 17  # so many words together: 16 masks at 262,144 words
 
 
 class State(Protocol):

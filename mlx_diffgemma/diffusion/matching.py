@@ -5,8 +5,9 @@ known of those behind it is known to the model too (`lookahead.py`). The rest is
 After each step the draft is read from left to right, as far as it matches, and as much of it as
 stays the same and is certain is pinned. Where nothing is, the canvas may wait a few steps for the
 draft to get surer; when it has waited enough, what the model is surest to begin with is pinned, one
-token at least. So the passes over a canvas never exceed the tokens that the model has to choose by
-more than those few. Letters: C canvas, W words of a bit mask.
+token at least, and so many that what matches takes no more steps than a canvas without a grammar.
+So the passes over a canvas never exceed the tokens that the model has to choose by more than those
+few. Letters: C canvas, W words of a bit mask.
 """
 
 from __future__ import annotations
@@ -195,7 +196,9 @@ class _Match:
             return 0
         # As the entropy bound accepts: what is nearly independent of each other.
         accepted = settled & (np.cumsum(entropy) - entropy <= self.config.entropy_bound)
-        return max(1, int(accepted.sum()))
+        # What matches is to be written in the steps that a canvas without a grammar may take.
+        due = -(-count // max(1, self.config.max_denoising_steps - canvas.passes))
+        return max(1, due, int(accepted.sum()))
 
 
 def generate_matching(

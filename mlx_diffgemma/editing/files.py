@@ -34,13 +34,33 @@ def read_text(path: str | Path) -> str:
         raise FileError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def replace_text(path: str | Path, text: str) -> None:
+def check_writable(path: str | Path) -> None:
+    """Raise FileError where a file is marked as read-only, whoever asks: a file can be replaced in
+    a folder that one may write to, whatever its own mode says."""
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}.") from None
+    if not mode & 0o222 or not os.access(path, os.W_OK):
+        raise FileError(f"{path} is read-only; --force writes it all the same.")
+
+
+def replace_text(path: str | Path, text: str, *, force: bool = False) -> list[str]:
     """Replace what a file holds at one stroke: whoever looks, at whatever moment, and whatever
-    interrupts, finds the old text or the new one. Mode bits stay; a symbolic link stays one.
+    interrupts, finds the old text or the new one. Mode bits, owner, group and extended attributes
+    stay as far as the system lets them; a symbolic link stays one.
+
+    Args:
+        force: whether a read-only file is replaced too.
+
+    Returns:
+        What was lost, a sentence each: hard links, owner, extended attributes.
 
     Raises:
-        FileError: it cannot be written; the file is as it was.
+        FileError: it is read-only or cannot be written; the file is as it was.
     """
+    if not force:
+        check_writable(path)
     target = Path(os.path.realpath(path))
     temporary = None
     try:
@@ -48,7 +68,7 @@ def replace_text(path: str | Path, text: str) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(text.encode())
             file.flush()
-            os.fchmod(file.fileno(), target.stat().st_mode & 0o7777)
+            lost = _take_over(target, file.fileno())
             os.fsync(file.fileno())
         Path(temporary).replace(target)
         temporary = None
@@ -58,6 +78,40 @@ def replace_text(path: str | Path, text: str) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+    return lost
+
+
+def _take_over(target: Path, handle: int) -> list[str]:
+    """Give an open file what is known of `target` besides its text; returns what is lost."""
+    known, lost = target.stat(), []
+    if known.st_nlink > 1:
+        others = "another name" if known.st_nlink == 2 else f"{known.st_nlink - 1} other names"
+        lost.append(f"{target.name} had {others} (hard links), under which the old text stays.")
+    made = os.fstat(handle)
+    if (made.st_uid, made.st_gid) != (known.st_uid, known.st_gid):
+        try:
+            os.fchown(handle, known.st_uid, known.st_gid)
+        except OSError:
+            lost.append(f"{target.name} belongs to you now; its owner or group could not be kept.")
+    os.fchmod(handle, known.st_mode & 0o7777)  # behind the owner, which takes bits away
+    # Python knows extended attributes on Linux only.
+    if hasattr(os, "listxattr"):
+        kept = True
+        for name in _attributes(target):
+            try:
+                os.setxattr(handle, name, os.getxattr(target, name))
+            except OSError:
+                kept = False
+        if not kept:
+            lost.append(f"Some extended attributes of {target.name} could not be kept.")
+    return lost
+
+
+def _attributes(target: Path) -> list[str]:
+    try:
+        return os.listxattr(target)
+    except OSError:
+        return []  # the file system has none
 
 
 def unified_diff(before: str, after: str, name: str) -> str:

@@ -118,7 +118,14 @@ class _Filler:
     def __init__(self, session: Session, lengths: tuple[int, ...]) -> None:
         if not lengths or min(lengths) < 1:
             raise UsageError(f"a slot takes at least 1 token; its lengths are {list(lengths)}.")
-        self.session, self.lengths = session, lengths
+        self.longest = session.length - 2
+        self.lengths = tuple(length for length in lengths if length <= self.longest)
+        if not self.lengths:
+            raise UsageError(
+                f"a slot of {min(lengths)} tokens does not fit in the canvas of {session.length}; "
+                "make it shorter, or take a longer --canvas-length."
+            )
+        self.session = session
         self.closer: Closer = closer(session.vocabulary)
         self.cut = 0
 
@@ -181,7 +188,11 @@ class _Filler:
         """Pin what matches of each draft and restrict what comes next, as `generate_matching`."""
         session, vocabulary = self.session, self.session.vocabulary
         matcher = self._matcher(slot)
-        self.closer.require(matcher, max(self.lengths))
+        if self.closer.shortest(matcher, self.longest + 1) > self.longest:
+            raise UsageError(
+                f"no text of at most {self.longest} tokens was found that matches the pattern of "
+                f"slot '{slot.name}'; loosen it, or take a longer --canvas-length."
+            )
         if matcher.may_end and matcher.must_end:
             return Filled("")
         lengths = gaps[0].lengths
@@ -241,7 +252,7 @@ class _Filler:
     def _lengths(self, matcher: GrammarMatcher) -> tuple[int, ...]:
         """How many tokens a pattern may take: as the slots may, but where it is known better."""
         longest, ends = max(self.lengths), self._ends
-        shortest = self.closer.shortest(matcher, longest)
+        shortest = self.closer.shortest(matcher, self.longest)
         ahead = look_ahead(matcher, longest + 1, ends)
         # It may end behind n tokens where an eos may be, and something else before that.
         able = [

@@ -4,23 +4,65 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mlx_diffgemma.diffusion.closing import Closer
 from mlx_diffgemma.editing.endings import Endings
+from mlx_diffgemma.editing.schemas import enforceable
 from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import DiffGemmaError, UsageError
 
+_MASKS = 64  # that are remembered: 2 MB at 262,144 words
+
+
+class Masks:
+    """The masks of one grammar by what was written: a draft that is read again, and the ways that
+    are looked ahead along again, need no mask anew.
+
+    Attributes:
+        computed: how many were made so far.
+    """
+
+    def __init__(self) -> None:
+        self.computed = 0
+        self._known: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()
+
+    def of(self, written: tuple[int, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """The mask [W] after `written`, which nobody may write to."""
+        found = self._known.get(written)
+        if found is None:
+            found = self._known[written] = compute()
+            found.setflags(write=False)
+            self.computed += 1
+            if len(self._known) > _MASKS:
+                self._known.popitem(last=False)
+        self._known.move_to_end(written)
+        return found
+
 
 class GrammarMatcher:
-    """Where a grammar stands; see `mlx_diffgemma.diffusion.matching.Matcher`."""
+    """Where a grammar stands; see `mlx_diffgemma.diffusion.matching.Matcher`.
 
-    def __init__(self, inner: Any, spelled: Any, endings: Endings, vocabulary: Vocabulary) -> None:
+    Attributes:
+        masks: those that this matcher and its copies made.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        spelled: Any,
+        endings: Endings,
+        vocabulary: Vocabulary,
+        masks: Masks,
+        written: tuple[int, ...] = (),
+    ) -> None:
         # The same state in tokens and in bytes, and the endings that all copies know.
         self._inner, self._spelled, self._endings = inner, spelled, endings
+        self.masks, self._written = masks, written
         # llguidance asks the tokenizer, which lives no longer than those who use the vocabulary.
         self._vocabulary = vocabulary
 
@@ -40,9 +82,9 @@ class GrammarMatcher:
 
         inner = LLMatcher(vocabulary.grammar_tokenizer, grammar, log_level=0)
         if inner.is_error():
-            raise UsageError(f"{what} cannot be used: {_first_line(inner.get_error())}")
+            raise UsageError(f"{what} cannot be used: {_reason(inner.get_error())}")
         spelled = LLMatcher(vocabulary.byte_tokenizer, grammar, log_level=0)
-        return cls(inner, spelled, endings, vocabulary)
+        return cls(inner, spelled, endings, vocabulary, Masks())
 
     def matching(self, tokens: Sequence[int]) -> int:
         return int(self._inner.validate_tokens(list(tokens)))
@@ -52,13 +94,17 @@ class GrammarMatcher:
         DiffGemmaError: the grammar has grown too complex to follow.
         """
         self._inner.consume_tokens(list(tokens))
+        self._written += tuple(tokens)
         self._spelled.consume_tokens(list(self._vocabulary.bytes_of(tokens)))
         if self._inner.is_error():
             raise DiffGemmaError(
-                f"the constraint cannot be followed: {_first_line(self._inner.get_error())}"
+                f"the constraint cannot be followed: {_reason(self._inner.get_error())}"
             )
 
     def allowed(self) -> np.ndarray:
+        return self.masks.of(self._written, self._mask)
+
+    def _mask(self) -> np.ndarray:
         mask = np.zeros(-(-self._vocabulary.size // 32), np.uint32)
         found = np.frombuffer(self._inner.compute_bitmask(), np.uint32)
         mask[: len(found)] = found[: len(mask)]
@@ -68,8 +114,8 @@ class GrammarMatcher:
         return list(self._inner.compute_ff_tokens())
 
     def signature(self) -> Hashable:
-        # In bytes: tokens would have to be encoded each time.
-        return self._inner.compute_bitmask(), self._inner.compute_ff_bytes()
+        # In bytes: a mask over all tokens takes a thousand times as long.
+        return self._spelled.compute_bitmask(), self._spelled.compute_ff_bytes()
 
     @property
     def may_end(self) -> bool:
@@ -81,7 +127,12 @@ class GrammarMatcher:
 
     def copy(self) -> GrammarMatcher:
         return GrammarMatcher(
-            self._inner.deep_copy(), self._spelled.deep_copy(), self._endings, self._vocabulary
+            self._inner.deep_copy(),
+            self._spelled.deep_copy(),
+            self._endings,
+            self._vocabulary,
+            self.masks,
+            self._written,
         )
 
     def way_out(self, most: int, *, thorough: bool = False) -> list[int] | None:
@@ -117,21 +168,36 @@ class GrammarMatcher:
         return None
 
 
-def json_schema_matcher(vocabulary: Vocabulary, schema: Mapping[str, Any] | bool) -> GrammarMatcher:
-    """JSON that validates against `schema`, on one line, as `json.dumps` spaces it.
+def json_schema_matcher(
+    vocabulary: Vocabulary, schema: Mapping[str, Any] | bool, *, lenient: bool = False
+) -> GrammarMatcher:
+    """JSON that validates against `schema`, on one line, as `json.dumps` spaces it; if `lenient`,
+    keywords that cannot be enforced are ignored.
 
     Raises:
         UsageError: the schema is malformed, unsatisfiable, or uses what cannot be enforced.
     """
     from llguidance import LLMatcher
 
-    spacing: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
-    try:
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=spacing)
-    except ValueError as error:
-        raise UsageError(f"the JSON schema cannot be used: {_first_line(str(error))}") from None
+    def fault(pattern: str) -> str | None:
+        tried = _json_grammar({"type": "string", "pattern": pattern})
+        error = LLMatcher.validate_grammar(tried, vocabulary.byte_tokenizer)
+        empty = "Unsatisfiable" in error
+        return None if empty or not error else _reason(error).rstrip(".")
+
+    grammar = _json_grammar(enforceable(schema, fault, lenient=lenient).schema)
     endings = Endings(_patterns(schema), quoted=True)
     return GrammarMatcher.start(vocabulary, grammar, "the JSON schema", endings)
+
+
+def _json_grammar(schema: Mapping[str, Any]) -> str:
+    from llguidance import LLMatcher
+
+    spacing: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+    try:
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=spacing)
+    except ValueError as error:
+        raise UsageError(f"the JSON schema cannot be used: {_reason(str(error))}") from None
 
 
 def regex_matcher(
@@ -186,8 +252,10 @@ def _patterns(schema: Any) -> list[str]:
     return [pattern for pattern in patterns if isinstance(pattern, str)]
 
 
-def _first_line(message: str) -> str:
+def _reason(message: str) -> str:
     """What went wrong, in one line; a regular expression's reason stands in the last of several."""
     lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no reason given"]
     reasons = [line.removeprefix("error: ") for line in lines[1:] if line.startswith("error: ")]
-    return f"{lines[0]} {reasons[0]}" if lines[0].endswith(":") and reasons else lines[0]
+    if lines[0].endswith("regex parse error:") and reasons:
+        return reasons[0]  # what comes before repeats the whole expression
+    return lines[0]

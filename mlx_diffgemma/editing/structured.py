@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,18 +23,11 @@ from mlx_diffgemma.editing.grammar import (
 )
 from mlx_diffgemma.editing.session import OnStep, Session
 from mlx_diffgemma.editing.thinking import Thinking, think
-from mlx_diffgemma.errors import DiffGemmaError, UsageError
+from mlx_diffgemma.editing.validated import Lenient, UnmetConstraintError, first_valid
+from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.generation import fit_to_context
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.text.prompt import Prompt
-
-
-class UnmetConstraintError(DiffGemmaError):
-    """The constraint could not be followed to its end; `partial` is what was written by then."""
-
-    def __init__(self, message: str, partial: str) -> None:
-        super().__init__(message)
-        self.partial = partial
 
 
 @dataclass(frozen=True)
@@ -73,9 +67,10 @@ def generate_structured(
     prompt: Prompt,
     max_tokens: int | None = None,
     *,
-    json_schema: Mapping[str, Any] | bool | None = None,
+    json_schema: Mapping[str, Any] | bool | Lenient | None = None,
     regex: str | None = None,
     choices: Sequence[str] | None = None,
+    validate: int | None = None,
     seed: int | None = None,
     system_prompt: str | None = None,
     raw: bool = False,
@@ -90,6 +85,9 @@ def generate_structured(
         json_schema: a parsed JSON schema; the answer is JSON on one line that validates.
         regex: a regular expression in Rust's syntax that the whole answer matches.
         choices: the answers allowed.
+        validate: how often to try for an answer under a schema that says more than is enforced: the
+            rest is checked in the answer, and each further try takes the next seed. Without it such
+            a schema is refused.
         prompt, max_tokens, seed, system_prompt, raw, config, settings: as for `stream_generate`.
         thinking: as for `stream_generate`. Where it is asked for and the model opens a thought,
             that is written freely, and the constraint holds from its end on.
@@ -98,11 +96,24 @@ def generate_structured(
     Raises:
         UsageError: the constraint is malformed or impossible, or max_tokens is too small for it.
         UnmetConstraintError: the constraint grew too complex on the way, the thought took the
-            tokens that the answer needs, or the model failed; it keeps what was written.
+            tokens that the answer needs, the model failed, or no answer validates; it keeps the
+            partial or last answer.
     """
     given = [constraint for constraint in (json_schema, regex, choices) if constraint is not None]
     if len(given) != 1:
         raise UsageError("give one of json_schema, regex and choices.")
+    if validate is not None:
+        if json_schema is None or isinstance(json_schema, Lenient):
+            raise UsageError("validate is for a json_schema.")
+        again = partial(generate_structured, model, tokenizer, prompt, max_tokens, on_step=on_step)
+        again = partial(again, system_prompt=system_prompt, raw=raw, thinking=thinking)
+        again = partial(again, config=config, **settings)
+        return first_valid(
+            lambda schema, number: again(json_schema=schema, seed=number),
+            json_schema,
+            validate,
+            seed,
+        )
     session = Session(
         model,
         tokenizer,
@@ -117,7 +128,9 @@ def generate_structured(
         **settings,
     )
     vocabulary = session.vocabulary
-    if json_schema is not None:
+    if isinstance(json_schema, Lenient):
+        matcher = json_schema_matcher(vocabulary, json_schema.schema, lenient=True)
+    elif json_schema is not None:
         matcher = json_schema_matcher(vocabulary, json_schema)
     elif regex is not None:
         matcher = regex_matcher(vocabulary, regex)

@@ -84,6 +84,51 @@ def test_edit_prints_a_diff_and_writes_only_when_told(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["grid.txt"]
 
 
+def test_edit_leaves_a_read_only_file_alone_unless_forced(tmp_path):
+    path, other = tmp_path / "grid.txt", tmp_path / "other.txt"
+    path.write_text(GRID)
+    path.chmod(0o444)
+    other.hardlink_to(path)
+    arguments = ["edit", str(path), "--range", "2", "-i", "x", *QUICK, "--write"]
+    result = run(*arguments, code=1)
+    assert result.stderr == f"error: {path} is read-only; --force writes it all the same.\n"
+    assert path.read_text() == GRID
+    result = run(*arguments, "--force")
+    assert (
+        "grid.txt had another name (hard links), under which the old text stays." in result.stderr
+    )
+    assert path.read_text() != GRID == other.read_text()
+    assert path.stat().st_mode & 0o7777 == 0o444
+
+
+def test_a_pattern_takes_what_room_it_needs():
+    """More than any of the lengths that slots have; a canvas is the limit."""
+    arguments = ["fill", *QUICK, "--prompt", "x", "--lengths", "2"]
+    result = run(*arguments, "{x:/[a-c]{40}/}")
+    assert len(result.stdout) == 40 and set(result.stdout) <= set("abc")
+    result = run(*arguments, "{x:/[a-c]{400}/}", code=2)
+    assert result.stderr == (
+        "error: no text of at most 62 tokens was found that matches the pattern of slot 'x'; "
+        "loosen it, or take a longer --canvas-length.\n"
+    )
+    many = "1000000000000"
+    for command in (["infill", "--text", "a [[?]] b"], ["fill", "{x} {y:/a/}"]):
+        result = run(*command, *QUICK, "--prompt", "x", "--lengths", many, code=2)
+        assert f"of {many} tokens does not fit in the canvas of 64; make it" in result.stderr
+
+
+def test_what_cannot_be_enforced_is_validated_on_request(tmp_path):
+    schema = tmp_path / "schema.json"
+    item = '{"type": "integer", "minimum": 0, "maximum": 9}'
+    size = '"minItems": 2, "maxItems": 2, "uniqueItems": true'
+    schema.write_text(f'{{"type": "array", "items": {item}, {size}}}')
+    arguments = ["generate", "-p", "x", *QUICK, "-m", "20", "--json-schema", str(schema)]
+    refused = run(*arguments, code=2)
+    assert refused.stderr.startswith("error: the JSON schema cannot be used: at /uniqueItems, ")
+    first, second = json.loads(run(*arguments, "--validate", "20").stdout)
+    assert first != second
+
+
 def test_fill_gives_text_and_slots(tmp_path):
     path = tmp_path / "template"
     path.write_text("No {id:digits} is {state:on|off} {{x}}\n")
@@ -165,6 +210,14 @@ def test_generate_is_always_valid(tmp_path, constraint):
         (
             ["generate", "-p", "x", "--regex", "a", "--choices", "b"],
             "give only one of --json-schema, --regex and --choices.",
+        ),
+        (
+            ["generate", "-p", "x", "--regex", "a", "--validate", "3"],
+            "--validate is for --json-schema: give both, or neither.",
+        ),
+        (
+            ["edit", "none.txt", "--range", "1", "-i", "y", "--force"],
+            "--force is for --write: give both, or neither.",
         ),
         (
             ["infill", "--text", "[[?]]", "--raw", "--system-prompt", "x"],

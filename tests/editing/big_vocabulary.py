@@ -22,7 +22,7 @@ _NUCLEI = [*"aeiou", "ai", "ea", "ou", "ö", "и", "字"]
 
 
 @cache
-def big() -> PreTrainedTokenizerFast:
+def big(size: int = SIZE) -> PreTrainedTokenizerFast:
     tokens = CONTROLS + TAGS[-1:] + [f"<unused{number}>" for number in range(99)] + TURNS
     tokens += LINES + SPACES + TAGS[:-1] + [f"<0x{byte:02X}>" for byte in range(256)]
     letters = {*map(chr, range(33, 127)), "\u2581", *"".join(_ONSETS + _NUCLEI), *"ß²٣\u0301🦊…“"}
@@ -47,13 +47,13 @@ def big() -> PreTrainedTokenizerFast:
     for number, (first, second) in enumerate(product(syllables, syllables)):
         add("\u2581" + first + second, syllables[number * 7 % len(syllables)])
     for number in range(100, 10**6):
-        if len(tokens) == SIZE:
+        if len(tokens) >= size:
             break
         digits = str(number)
         add(digits[:1], digits[1:2])
         add(digits[:-1], digits[-1])
-    assert len(tokens) >= SIZE and len(known) == len(tokens)
-    vocabulary = {token: index for index, token in enumerate(tokens[:SIZE])}
+    assert len(tokens) >= size and len(known) == len(tokens)
+    vocabulary = {token: index for index, token in enumerate(tokens[:size])}
     backend = Tokenizer(
         models.BPE(
             vocabulary,

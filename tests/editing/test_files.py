@@ -79,6 +79,55 @@ def test_mode_bits_and_links_stay(tmp_path):
     assert path.stat().st_mode & 0o7777 == 0o751
 
 
+def test_a_read_only_file_is_left_alone_unless_forced(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    path.chmod(0o444)
+    with pytest.raises(files.FileError) as error:
+        files.replace_text(path, "new")
+    assert str(error.value) == f"{path} is read-only; --force writes it all the same."
+    assert path.read_text() == "old"
+    assert files.replace_text(path, "new", force=True) == []
+    assert path.read_text() == "new"
+    assert path.stat().st_mode & 0o7777 == 0o444
+
+
+def test_what_cannot_be_kept_is_said(tmp_path, monkeypatch):
+    path, other = tmp_path / "file.txt", tmp_path / "other.txt"
+    path.write_text("old")
+    other.hardlink_to(path)
+    assert files.replace_text(path, "new") == [
+        "file.txt had another name (hard links), under which the old text stays."
+    ]
+    assert (path.read_text(), other.read_text()) == ("new", "old")
+    assert files.replace_text(path, "newer") == []
+    known = {"user.a": b"1", "user.b": b"2"}
+    kept: dict[str, bytes] = {}
+
+    def refuse(handle, owner, group):
+        raise PermissionError(1, "Operation not permitted")
+
+    def take(handle, name, value):
+        if name == "user.b":
+            raise OSError(95, "Operation not supported")
+        kept[name] = value
+
+    monkeypatch.setattr(os, "listxattr", lambda target: list(known), raising=False)
+    monkeypatch.setattr(os, "getxattr", lambda target, name: known[name], raising=False)
+    monkeypatch.setattr(os, "setxattr", take, raising=False)
+    assert files.replace_text(path, "newest") == [
+        "Some extended attributes of file.txt could not be kept."
+    ]
+    assert kept == {"user.a": b"1"}
+    if os.geteuid() == 0:
+        os.chown(path, 1, 1)
+        assert files.replace_text(path, "by root") == files.replace_text(path, "newest")
+        assert (path.stat().st_uid, path.stat().st_gid) == (1, 1)
+        monkeypatch.setattr(os, "fchown", refuse)
+        lost = files.replace_text(path, "by another")
+        assert lost[0] == "file.txt belongs to you now; its owner or group could not be kept."
+
+
 def test_reading_says_what_is_wrong(tmp_path):
     path = tmp_path / "latin"
     path.write_bytes(b"caf\xe9")

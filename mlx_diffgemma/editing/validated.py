@@ -1,0 +1,108 @@
+"""Answers under schemas that say more than the grammar enforces: written, then validated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from mlx_diffgemma.diffusion.noise import checked_seed
+from mlx_diffgemma.errors import DiffGemmaError, UsageError
+
+
+class Answer(Protocol):
+    """The part of an answer that is looked at."""
+
+    @property
+    def text(self) -> str: ...
+
+
+A = TypeVar("A", bound=Answer)
+
+
+@dataclass(frozen=True)
+class Lenient:
+    """A schema of which the grammar is to enforce what it can."""
+
+    schema: Mapping[str, Any] | bool
+
+
+class UnmetConstraintError(DiffGemmaError):
+    """The constraint could not be followed to its end, or not in full; `partial` is what was
+    written by then."""
+
+    def __init__(self, message: str, partial: str) -> None:
+        super().__init__(message)
+        self.partial = partial
+
+
+def first_valid(
+    answer: Callable[[Lenient, int], A],
+    schema: Mapping[str, Any] | bool,
+    tries: int,
+    seed: int | None,
+) -> A:
+    """The first of at most `tries` answers that validates in full.
+
+    Args:
+        answer: writes one, with a seed.
+        seed: that of the first try; each further one takes the next.
+
+    Raises:
+        UsageError: there is no try, or the schema is malformed.
+        UnmetConstraintError: none validates.
+    """
+    if tries < 1:
+        raise UsageError(f"there must be one try at least, not {tries}.")
+    fault = validator(schema)
+    start, reason, found = checked_seed(seed), "", None
+    for number in range(tries):
+        found = answer(Lenient(schema), start + number)
+        reason = fault(json.loads(found.text))
+        if not reason:
+            return found
+    assert found is not None
+    raise UnmetConstraintError(
+        f"the answer does not validate in {tries} {'try' if tries == 1 else 'tries'}: {reason}; "
+        "allow more tries, or loosen the schema.",
+        found.text,
+    )
+
+
+def validator(schema: Mapping[str, Any] | bool) -> Callable[[Any], str]:
+    """What says in a line why a value does not satisfy `schema`, and nothing where it does.
+
+    Raises:
+        UsageError: the schema is malformed.
+    """
+    from jsonschema import Draft202012Validator, SchemaError
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+
+    kind = validator_for(schema, default=Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+    except SchemaError as error:
+        raise UsageError(f"the JSON schema cannot be used: {_line(error)}.") from None
+    # An empty registry: nothing is fetched from anywhere.
+    checker = kind(schema, registry=Registry(), format_checker=kind.FORMAT_CHECKER)
+
+    def fault(value: Any) -> str:
+        try:
+            error = next(checker.iter_errors(value), None)
+        except Unresolvable as unresolvable:
+            raise UsageError(
+                f"the JSON schema cannot be used: its reference '{unresolvable.ref}' is unknown."
+            ) from None
+        return "" if error is None else _line(error)
+
+    return fault
+
+
+def _line(error: Any) -> str:
+    message = " ".join(str(error.message).split())
+    shown = message if len(message) <= 200 else f"{message[:200]}..."
+    place = "".join(f"/{part}" for part in error.absolute_path)
+    return f"{shown} at {place}" if place else shown
