@@ -36,7 +36,9 @@ def edit(
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="Write to a read-only file too.", rich_help_panel=editing.PANEL
+            "--force",
+            help="Permission to write to a read-only file.",
+            rich_help_panel=editing.PANEL,
         ),
     ] = False,
     strength: Annotated[
