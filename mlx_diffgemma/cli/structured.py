@@ -68,8 +68,11 @@ class Validity:
 
 @dataclass(frozen=True)
 class Constraint:
-    """One of a JSON schema (with tries to validate it by), an expression, and texts to choose among;
-    the others are None."""
+    """One of a JSON schema, an expression, and texts to choose among; the others are None.
+
+    Attributes:
+        validate: tries for an answer that the whole schema validates, or None.
+    """
 
     json_schema: Any
     validate: int | None

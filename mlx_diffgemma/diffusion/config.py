@@ -32,23 +32,8 @@ class DiffusionConfig:
     max_denoising_steps: Annotated[
         int, Setting("Most denoising steps of one canvas.", ("--steps",), _LOOP)
     ] = 48
-    canvas_length: Annotated[
-        int | None,
-        Setting("Tokens drafted at a time; the model's own number if left out.", panel=_LOOP),
-    ] = None
     t_min: Annotated[float, Setting("Temperature of the last step.", panel=_LOOP)] = 0.4
     t_max: Annotated[float, Setting("Temperature of the first step.", panel=_LOOP)] = 0.8
-    sampler: Annotated[
-        str, Setting(f"Sampler that accepts draws: {', '.join(SAMPLERS)}.", panel=_LOOP)
-    ] = "entropy-bound"
-    accept_threshold: Annotated[
-        float,
-        Setting(
-            "Probability from which the samplers confidence-threshold and block-refinement accept "
-            "a draw.",
-            panel=_LOOP,
-        ),
-    ] = 0.9
     entropy_bound: Annotated[
         float,
         Setting(
@@ -66,6 +51,23 @@ class DiffusionConfig:
     confidence_threshold: Annotated[
         float, Setting("Mean entropy in nats below which a canvas may be done.", panel=_LOOP)
     ] = 0.005
+    canvas_length: Annotated[
+        int | None,
+        Setting("Tokens drafted at a time; the model's own number if left out.", panel=_LOOP),
+    ] = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int = 0
+    sampler: Annotated[
+        str, Setting(f"Sampler that accepts draws: {', '.join(SAMPLERS)}.", panel=_LOOP)
+    ] = "entropy-bound"
+    accept_threshold: Annotated[
+        float,
+        Setting(
+            "Probability from which the samplers confidence-threshold and block-refinement accept "
+            "a draw.",
+            panel=_LOOP,
+        ),
+    ] = 0.9
     stop_at_eos: Annotated[
         bool,
         Setting(
@@ -81,6 +83,10 @@ class DiffusionConfig:
             panel=_SPEED,
         ),
     ] = 0.1
+    confident_after: Annotated[
+        int | None,
+        Setting("Step from which confidence alone ends a canvas; never if left out.", panel=_SPEED),
+    ] = None
     shrink_canvas: Annotated[
         bool, Setting("Draft no more tokens than --max-tokens leaves.", panel=_SPEED)
     ] = False
@@ -102,10 +108,6 @@ class DiffusionConfig:
             panel=_SPEED,
         ),
     ] = None
-    confident_after: Annotated[
-        int | None,
-        Setting("Step from which confidence alone ends a canvas; never if left out.", panel=_SPEED),
-    ] = None
     settled_after: Annotated[
         int | None,
         Setting(
@@ -114,8 +116,6 @@ class DiffusionConfig:
             panel=_SPEED,
         ),
     ] = None
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int = 0
 
     def __post_init__(self) -> None:
         check_integer("max_tokens", self.max_tokens, 1)
