@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,15 @@ from mlx_diffgemma.diffusion.events import DenoisingStep
 from mlx_diffgemma.diffusion.noise import SeededNoise, checked_seed
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.editing.vocabulary import Vocabulary
-from mlx_diffgemma.generation import diffusion_config, fit_to_context
+from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.generation import configured, fit_to_context
 from mlx_diffgemma.model.cache import Prefix
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
-from mlx_diffgemma.text.prompt import Prompt, encode_prompt
+from mlx_diffgemma.text.prompt import Prompt, Tools, encode_prompt
 
 OnStep = Callable[[DenoisingStep], None]
+
+_OF_FREE_ANSWERS = ("stop", "prefill_response")
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,16 @@ class Session:
     """One request's use of a model; counts its forward passes.
 
     Args:
-        settings: fields of `DiffusionConfig`.
+        settings: fields of `DiffusionConfig`; the others are those of `stream_generate`.
+
+    Raises:
+        UsageError: a setting is unknown, out of range, or means nothing for a canvas of which a
+            part is given.
 
     Attributes:
         passes: forward passes over a canvas so far, whatever the number of rows.
         seed: what every random draw follows from.
+        encode: the token ids of another prompt, by the same settings.
     """
 
     def __init__(
@@ -54,22 +63,41 @@ class Session:
         seed: int | None = None,
         system_prompt: str | None = None,
         raw: bool = False,
+        markers: bool = False,
         thinking: bool | None = None,
+        tools: Tools | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         prefill_step_size: int | None = None,
         on_step: OnStep | None = None,
         profile: str = DEFAULT_PROFILE,
         **settings: Any,
     ) -> None:
+        for name in _OF_FREE_ANSWERS:
+            if settings.pop(name, None):
+                raise UsageError(
+                    f"{name} goes with free answers only: here the text around the answer, or its "
+                    "form, is given; leave it out."
+                )
         self.model = model
         # How long a canvas is follows from what must be in it.
-        self.config = replace(diffusion_config(model, profile, **settings), shrink_canvas=False)
+        self.config = replace(
+            configured(model, tokenizer, profile, **settings), shrink_canvas=False
+        )
         self.seed = checked_seed(seed)
         self.vocabulary = Vocabulary(
             tokenizer, model.config.text.vocab_size, self.config.eos_token_ids
         )
-        self.prompt = encode_prompt(
-            tokenizer, prompt, raw=raw, system_prompt=system_prompt, thinking=thinking
+        self.encode: Callable[[Prompt], list[int]] = partial(
+            encode_prompt,
+            tokenizer,
+            raw=raw,
+            markers=markers,
+            system_prompt=system_prompt,
+            thinking=thinking,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
         )
+        self.prompt = self.encode(prompt)
         self._prefill_step_size = prefill_step_size
         self.length = self.config.canvas_length or model.config.canvas_length
         self.noise = SeededNoise(self.seed)
