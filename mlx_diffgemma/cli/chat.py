@@ -32,7 +32,9 @@ def chat(
     ctx: typer.Context,
     system_prompt: options.SystemPrompt = None,
     thinking: options.Thinking = None,
+    tools: options.Tools = None,
     chat_template: options.ChatTemplate = None,
+    chat_template_config: options.ChatTemplateConfig = None,
     prefill_step_size: options.PrefillStepSize = None,
     model: options.Model = None,
     revision: options.Revision = None,
@@ -42,6 +44,7 @@ def chat(
     max_tokens: options.MaxTokens = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    extra_eos_token: options.ExtraEosToken = None,
     steps: options.Steps = None,
     canvas_length: options.CanvasLength = None,
     t_min: options.TMin = None,
@@ -96,9 +99,14 @@ def chat(
             "trust_remote_code": trust_remote_code,
             "check": check,
         }
+        settings |= options.prompt_settings(tools, chat_template_config)
         from mlx_diffgemma.cli.session import open_model
 
         opened = open_model(model, **loading)
+        if extra_eos_token:
+            from mlx_diffgemma.text.tokenizer import add_end_tokens
+
+            add_end_tokens(opened.tokenizer, extra_eos_token)
         settings["thinking"] = thinking
         Chat(
             opened,

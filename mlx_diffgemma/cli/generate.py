@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from mlx_diffgemma.cli import errors, options, structured
 from mlx_diffgemma.errors import UsageError
 
+if TYPE_CHECKING:
+    from mlx_diffgemma.cli.session import Opened
+
+_TEXTS = ("system_prompt", "prefill_response")
 GO_ON = "--max-tokens {} leaves room to go on."
 
 
@@ -20,6 +24,7 @@ class Request:
     Attributes:
         loading: keyword arguments of `load`.
         settings: keyword arguments of `stream_generate`.
+        ends: more tokens that end an answer.
     """
 
     prompt: str
@@ -30,6 +35,7 @@ class Request:
     json: bool
     show_thought: bool = False
     hide_thought: bool = False
+    ends: tuple[str, ...] = ()
 
 
 def generate(
@@ -42,7 +48,11 @@ def generate(
     system_prompt: options.SystemPrompt = None,
     thinking: options.Thinking = None,
     raw: options.Raw = False,
+    markers: options.Markers = False,
+    tools: options.Tools = None,
     chat_template: options.ChatTemplate = None,
+    chat_template_config: options.ChatTemplateConfig = None,
+    prefill_response: options.PrefillResponse = None,
     prefill_step_size: options.PrefillStepSize = None,
     model: options.Model = None,
     revision: options.Revision = None,
@@ -52,6 +62,7 @@ def generate(
     max_tokens: options.MaxTokens = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    extra_eos_token: options.ExtraEosToken = None,
     steps: options.Steps = None,
     canvas_length: options.CanvasLength = None,
     t_min: options.TMin = None,
@@ -83,9 +94,17 @@ def generate(
 
     def body() -> None:
         options.check_thoughts(show_thought, hide_thought)
-        if raw and (system_prompt is not None or thinking is not None):
-            given = "--system-prompt" if system_prompt is not None else "--thinking/--no-thinking"
-            raise UsageError(f"{given} needs a chat template, and --raw uses none: drop one.")
+        _check_raw(
+            raw,
+            markers,
+            {
+                "--system-prompt": system_prompt,
+                "--thinking/--no-thinking": thinking,
+                "--tools": tools,
+                "--chat-template-config": chat_template_config,
+                "--prefill-response": prefill_response,
+            },
+        )
         settings = options.generation_settings(
             max_tokens=max_tokens,
             seed=seed,
@@ -109,6 +128,9 @@ def generate(
             settled_after=settled_after,
         )
         settings |= {"system_prompt": system_prompt, "raw": raw, "thinking": thinking}
+        settings |= options.prompt_settings(
+            tools, chat_template_config, markers=markers, prefill_response=prefill_response
+        )
         loading = {
             "revision": revision,
             "adapter_path": adapter_path,
@@ -121,8 +143,10 @@ def generate(
         constraint = structured.constraint(choices, choices_follow, json_schema, regex)
         if constraint and stop:
             raise UsageError("--stop does not go with a constraint: drop one.")
+        if constraint and prefill_response is not None:
+            raise UsageError("--prefill-response does not go with a constraint: drop one.")
         request = Request(
-            read_prompt(prompt, raw=raw),
+            read_prompt(options.spaced(prompt), raw=raw),
             model,
             loading,
             settings,
@@ -130,6 +154,7 @@ def generate(
             json,
             show_thought,
             hide_thought,
+            tuple(extra_eos_token or ()),
         )
         if constraint:
             structured.answer(request, constraint)
@@ -139,10 +164,45 @@ def generate(
     errors.run(body, debug=errors.debugging(ctx))
 
 
+def _check_raw(raw: bool, markers: bool, of_templates: dict[str, object]) -> None:
+    """Refuse options that mean nothing with --raw, or without it."""
+    for name, value in of_templates.items():
+        if raw and value is not None:
+            raise UsageError(f"{name} needs a chat template, and --raw uses none: drop one.")
+    if markers and not raw:
+        raise UsageError("--markers is for a --raw prompt: add --raw, or drop it.")
+
+
+def opened_for(request: Request) -> Opened:
+    """The model of a request, ready for it. Says on stderr what may surprise: control tokens that
+    the prompt spells are text.
+
+    Raises:
+        DiffGemmaError: it cannot be loaded, or its vocabulary lacks a token that is to end answers.
+    """
+    from mlx_diffgemma.cli import output, session
+
+    opened = session.open_model(request.model, **request.loading)
+    if request.ends:
+        from mlx_diffgemma.text.tokenizer import add_end_tokens
+
+        add_end_tokens(opened.tokenizer, request.ends)
+    given = [request.prompt, *(request.settings.get(name) or "" for name in _TEXTS)]
+    if any("<" in text or "[" in text for text in given) and not request.settings.get("markers"):
+        from mlx_diffgemma.text.control_tokens import spelled_in
+
+        if spelled := spelled_in(opened.tokenizer, given):
+            output.note(
+                f"the prompt spells {', '.join(spelled)}, which is read as text; "
+                "--raw --markers has control tokens count."
+            )
+    return opened
+
+
 def _answer(request: Request) -> None:
     from mlx_diffgemma.cli import output, report, session
 
-    opened = session.open_model(request.model, **request.loading)
+    opened = opened_for(request)
     from mlx_diffgemma.generation import stream_generate
 
     def start(on_prefill: output.OnPrefill) -> Any:

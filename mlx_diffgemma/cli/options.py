@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 import typer
@@ -60,7 +61,8 @@ Prompt = Annotated[
     typer.Option(
         "--prompt",
         "-p",
-        help="What to ask; '-' reads stdin, and so does leaving it out where stdin is a pipe.",
+        help="What to ask; '-' reads stdin, and so does leaving it out where stdin is a pipe. "
+        "Here, not in stdin, \\n stands for a new line and \\t for a tab.",
         show_default=False,
         rich_help_panel=_PROMPT,
     ),
@@ -86,6 +88,40 @@ Thinking = Annotated[
     typer.Option(
         "--thinking/--no-thinking",
         help="Ask for thinking, where the template knows it.",
+        rich_help_panel=_PROMPT,
+    ),
+]
+Markers = Annotated[
+    bool,
+    typer.Option(
+        "--markers",
+        help="Control tokens that a --raw prompt spells (<|turn>) count as such; without this they "
+        "are text.",
+        rich_help_panel=_PROMPT,
+    ),
+]
+Tools = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tools",
+        help="JSON file with a function that the model may call, or a list of them; may be given "
+        "several times.",
+        rich_help_panel=_PROMPT,
+    ),
+]
+ChatTemplateConfig = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-config",
+        help="JSON object of variables for the chat template.",
+        rich_help_panel=_PROMPT,
+    ),
+]
+PrefillResponse = Annotated[
+    str | None,
+    typer.Option(
+        "--prefill-response",
+        help="Text that the answer begins with; the model goes on from there.",
         rich_help_panel=_PROMPT,
     ),
 ]
@@ -177,6 +213,16 @@ Stop = Annotated[
         "--stop",
         help="Text that ends the answer before it; may be given several times. What is thought "
         "ends nothing.",
+        rich_help_panel=_DIFFUSION,
+    ),
+]
+
+ExtraEosToken = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--extra-eos-token",
+        help="Token that ends an answer too, as it is spelt or as its id; may be given several "
+        "times.",
         rich_help_panel=_DIFFUSION,
     ),
 ]
@@ -296,6 +342,54 @@ def generation_settings(
     if stop:
         given["stop"] = list(stop)
     return given
+
+
+def prompt_settings(
+    tools: list[str] | None,
+    chat_template_config: str | None,
+    **given: Any,
+) -> dict[str, Any]:
+    """The keyword arguments of `stream_generate` about the prompt, files read and JSON parsed;
+    without those that were not given (None or False).
+
+    Raises:
+        UsageError: a file cannot be read, or one of them is no JSON of the right kind.
+    """
+    settings = {name: value for name, value in given.items() if value not in (None, False)}
+    if tools:
+        settings["tools"] = [tool for path in tools for tool in _tools_in(path)]
+    if chat_template_config is not None:
+        variables = _parsed(chat_template_config, "--chat-template-config")
+        if not isinstance(variables, dict):
+            raise UsageError('--chat-template-config must be a JSON object, like {"name": true}.')
+        settings["chat_template_kwargs"] = variables
+    return settings
+
+
+def spaced(prompt: str | None) -> str | None:
+    """A prompt from the command line with its `\\n` and `\\t` as what they stand for, as mlx-lm
+    reads them."""
+    return prompt and prompt.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def _tools_in(path: str) -> list[Any]:
+    from mlx_diffgemma.editing.files import read_text
+    from mlx_diffgemma.text.messages import checked_tools
+
+    found = _parsed(read_text(path), path)
+    try:
+        return list(checked_tools(found if isinstance(found, list) else [found]))
+    except UsageError as error:
+        raise UsageError(f"--tools {path}: {error}") from None
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"{where} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}."
+        ) from None
 
 
 def check_thoughts(show: bool, hide: bool) -> None:

@@ -72,10 +72,11 @@ def constraint(
 
 def answer(request: Request, constraint: dict[str, Any]) -> None:
     """Write an answer that satisfies the constraint."""
-    from mlx_diffgemma.cli import output, session
+    from mlx_diffgemma.cli import output
+    from mlx_diffgemma.cli.generate import opened_for
     from mlx_diffgemma.editing.structured import UnmetConstraintError, generate_structured
 
-    opened = session.open_model(request.model, **request.loading)
+    opened = opened_for(request)
     shared = editing.Request(
         request.model, request.loading, request.settings, request.watch, request.json
     )
