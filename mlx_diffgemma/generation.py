@@ -28,7 +28,8 @@ from mlx_diffgemma.model.cache import MARK_BYTES, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.text.answer import Answer, stop_strings
 from mlx_diffgemma.text.parts import EndReason, Parts
-from mlx_diffgemma.text.prompt import Prompt, encode_prompt
+from mlx_diffgemma.text.prompt import Encoded, Prompt, Tools, encode, rows_of
+from mlx_diffgemma.text.tokenizer import end_token_ids
 from mlx_diffgemma.text.tool_calls import ToolCall
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class GenerationResponse:
 
     A response comes after every denoising step (`text` is empty then: nothing is committed) and
     after every committed canvas (`text` is what the canvas added). The last one has a
-    `finish_reason`.
+    `finish_reason`. Where the answer's beginning was given (`prefill_response`), the first response
+    has it as its `text`, before any step.
 
     Attributes:
         text: text committed since the previous response; never half a character. What was thought
@@ -169,14 +171,28 @@ def diffusion_config(
     return config
 
 
-def settled(
-    model: DiffusionGemma, config: DiffusionConfig | None, profile: str, **overrides: Any
+def configured(
+    model: DiffusionGemma,
+    tokenizer: Any,
+    profile: str,
+    config: DiffusionConfig | None = None,
+    **overrides: Any,
 ) -> DiffusionConfig:
-    """Whole settings where they are given, else those of the checkpoint and the profile; in either
-    case with the overrides that are not None put over them."""
+    """The settings of one call: `config` where it is given, else `diffusion_config`, in either case
+    with the overrides that are not None put over them. An answer also ends at what the tokenizer
+    takes for an end by now (`tokenizer.add_eos_token`), unless `eos_token_ids` are given.
+
+    Raises:
+        ConfigError, UsageError: as for `diffusion_config`.
+    """
     if config is None:
-        return diffusion_config(model, profile, **overrides)
-    return config.override(**overrides)
+        config = diffusion_config(model, profile, **overrides)
+    else:
+        config = config.override(**overrides)
+    if overrides.get("eos_token_ids") is not None:
+        return config
+    more = sorted(end_token_ids(tokenizer) - set(config.eos_token_ids))
+    return replace(config, eos_token_ids=(*config.eos_token_ids, *more))
 
 
 def generate(
@@ -208,7 +224,11 @@ def stream_generate(
     initial_canvas: Sequence[int] | None = None,
     system_prompt: str | None = None,
     raw: bool = False,
+    markers: bool = False,
     thinking: bool | None = None,
+    tools: Tools | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    prefill_response: str | None = None,
     prefix_cache: PrefixCache | None = None,
     prefill_step_size: int | None = None,
     profile: str = DEFAULT_PROFILE,
@@ -221,18 +241,25 @@ def stream_generate(
     """Generate, yielding after each denoising step, before the next one starts.
 
     Args:
-        prompt: text, messages (`{"role": ..., "content": ...}`), or token ids.
+        prompt: text, messages (`{"role": ..., "content": ...}`), or token ids in a list, a tuple,
+            an array or a `BatchEncoding`.
         max_tokens: most tokens to generate; None takes the checkpoint's setting.
         seed: makes the run repeatable on one machine; None draws a fresh one (see the responses).
         initial_canvas: token ids [C] that the first canvas starts from instead of noise.
         raw: no chat template.
+        markers: control tokens that a raw prompt spells are control tokens, not text.
         thinking: turn thinking on or off, where the chat template knows it.
+        tools: what the model may call: Python functions with type hints and a docstring, or
+            objects that describe them. Calls come back as `tool_calls`, and results go in as
+            messages.
+        chat_template_kwargs: variables for the chat template.
+        prefill_response: the text that the model's turn begins with; it is part of the answer.
         prefix_cache: a cache from `model.make_cache()` to use from one call to the next: what a
             prompt has in common with the previous one is not encoded again. One call at a time.
         profile: "exact" is the reference, token for token; others trade fidelity for speed.
         draft: also decode the draft of every step into text.
         stop: texts that end the answer; it is cut before the first that its text completes. What
-            is thought or stands in a call ends nothing.
+            is thought, stands in a call or was given as the answer's beginning ends nothing.
         on_prefill: called with (positions done, positions in all) while the prompt is encoded.
         config: all settings of the denoising, as `diffusion_config` gives them, in place of the
             checkpoint's and the profile's.
@@ -243,17 +270,27 @@ def stream_generate(
         MemoryShortageError: the prompt does not fit.
         NumericalError: the model returned NaN; the step is named.
     """
-    config = settled(model, config, profile, max_tokens=max_tokens, **settings)
+    config = configured(model, tokenizer, profile, config, max_tokens=max_tokens, **settings)
     if prefill_step_size is not None:
         check_integer("prefill_step_size", prefill_step_size, 1)
     seed, stops = checked_seed(seed), stop_strings(stop)
-    ids = encode_prompt(tokenizer, prompt, raw=raw, system_prompt=system_prompt, thinking=thinking)
+    encoded = encode(
+        tokenizer,
+        prompt,
+        raw=raw,
+        markers=markers,
+        system_prompt=system_prompt,
+        thinking=thinking,
+        tools=tools,
+        chat_template_kwargs=chat_template_kwargs,
+        prefill_response=prefill_response,
+    )
     wanted = config.max_tokens
-    (config,) = fit_to_context(model, [ids], config, step_size=prefill_step_size)
+    (config,) = fit_to_context(model, [encoded.ids], config, step_size=prefill_step_size)
     return _stream(
         model,
-        Answer(tokenizer, stop=stops, thinking=bool(thinking), prompt=ids),
-        ids,
+        Answer(tokenizer, stop=stops, thinking=encoded.thinking, prompt=encoded.ids),
+        encoded,
         config,
         seed=seed,
         initial_canvas=None if initial_canvas is None else [list(initial_canvas)],
@@ -335,7 +372,7 @@ def _check_tokens(model: DiffusionGemma, ids: Sequence[int], name: str) -> None:
 def _stream(
     model: DiffusionGemma,
     answer: Answer,
-    ids: list[int],
+    prompt: Encoded,
     config: DiffusionConfig,
     *,
     seed: int,
@@ -346,6 +383,7 @@ def _stream(
     fills_context: bool,
     on_prefill: Callable[[int, int], None],
 ) -> Iterator[GenerationResponse]:
+    ids = prompt.ids
     clock = _Clock(prompt_tokens=len(ids), seed=seed)
     available = memory.available_memory()
     if available is not None:
@@ -371,6 +409,8 @@ def _stream(
                 on_prefill(event.done, event.total)
                 if event.done == event.total:
                     clock.prompt_is_encoded(event.total)
+                    if prompt.prefill:
+                        yield clock.response([], [], text=prompt.prefill)
             elif isinstance(event, DenoisingStep):
                 canvas = event.canvas
                 steps[canvas.index :] = [canvas.passes]
@@ -452,13 +492,17 @@ class _Clock:
 def batch_generate(
     model: DiffusionGemma,
     tokenizer: TokenizerWrapper,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt] | Any,
     max_tokens: int | None = None,
     *,
     seed: int | None = None,
     system_prompt: str | None = None,
     raw: bool = False,
+    markers: bool = False,
     thinking: bool | None = None,
+    tools: Tools | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    prefill_response: str | None = None,
     profile: str = DEFAULT_PROFILE,
     config: DiffusionConfig | None = None,
     stop: str | Sequence[str] | None = None,
@@ -466,21 +510,31 @@ def batch_generate(
 ) -> list[str]:
     """Answer several prompts at once, each as it would be answered alone by the sequence of its
     number; arguments as for `stream_generate`."""
-    if isinstance(prompts, str):
-        raise UsageError("prompts is one text; give a list of prompts, or use generate.")
-    if not prompts:
+    rows = rows_of(prompts)
+    if not rows:
         return []
-    config = settled(model, config, profile, max_tokens=max_tokens, **settings)
+    config = configured(model, tokenizer, profile, config, max_tokens=max_tokens, **settings)
     seed, stops = checked_seed(seed), stop_strings(stop)
-    ids = [
-        encode_prompt(tokenizer, prompt, raw=raw, system_prompt=system_prompt, thinking=thinking)
-        for prompt in prompts
+    encoded = [
+        encode(
+            tokenizer,
+            prompt,
+            raw=raw,
+            markers=markers,
+            system_prompt=system_prompt,
+            thinking=thinking,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            prefill_response=prefill_response,
+        )
+        for prompt in rows
     ]
+    ids = [each.ids for each in encoded]
     configs = fit_to_context(model, ids, config)
     answers = [
-        Answer(tokenizer, stop=stops, thinking=bool(thinking), prompt=prompt) for prompt in ids
+        Answer(tokenizer, stop=stops, thinking=each.thinking, prompt=each.ids) for each in encoded
     ]
-    texts = [""] * len(ids)
+    texts = [each.prefill for each in encoded]
     with memory.wired():
         for event in generate_canvases(
             model,

@@ -81,14 +81,14 @@ def recipe_of(folder: Path) -> Recipe:
 def stream_of(recipe: Recipe, tokenizer: Any) -> Stream:
     """The examples of a run, by number."""
     from exercises.tasks import Curriculum
-    from mlx_diffgemma.text.control_tokens import ControlTokens
+    from mlx_diffgemma.text.control_tokens import control_tokens_of
     from mlx_diffgemma.text.prompt import encode_prompt
     from mlx_diffgemma.text.response import encode_response, end_of_turn
     from mlx_diffgemma.text.tokenizer import hf_tokenizer
     from mlx_diffgemma.train.examples import Example
 
     curriculum = Curriculum(recipe.shares, round(recipe.ramp * recipe.examples), recipe.seed)
-    controls, end = ControlTokens(hf_tokenizer(tokenizer)), end_of_turn(tokenizer)
+    controls, end = control_tokens_of(hf_tokenizer(tokenizer)), end_of_turn(tokenizer)
 
     def stream(first: int, count: int) -> list[Example]:
         examples = []

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from text import release_like
 
 import mlx_diffgemma.generation as generation
-from mlx_diffgemma import batch_generate, generate, load, stream_generate
+from mlx_diffgemma import batch_generate, generate, infill, load, stream_generate
 from mlx_diffgemma.diffusion.events import CanvasCommitted, DenoisingStep, PrefillProgress
 from mlx_diffgemma.diffusion.generate import cut
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.text.tokenizer import add_end_tokens
 
 TOKENIZER = release_like.build()
 PROMPT = [7, 8, 9]
@@ -159,6 +161,46 @@ def test_which_token_ended_it(model, script):
     script.canvases = [ids("<|tool_call>call:f{}<tool_call|><|tool_response>")]
     *_, last = respond(model, {}, 0)
     assert (last.finish_reason, last.stop_token) == ("tool_calls", release_like.TOOL_RESPONSE)
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_the_beginning_that_was_given_is_part_of_the_answer(model, script, thinking):
+    script.canvases = [ids("ris. END<turn|>")]
+    options: dict[str, Any] = {
+        "prefill_response": "It is Pa END ", "eos_token_ids": release_like.ends(TOKENIZER),
+        "thinking": thinking, "stop": "END", "seed": 0,
+    }  # fmt: skip
+    first, *rest = stream_generate(model, TOKENIZER, "q", **options)
+    assert (first.text, first.tokens, first.step, first.canvas) == ("It is Pa END", (), 0, [])
+    assert "".join(each.text for each in rest) == "ris. "
+    assert list(rest[-1].tokens) == ids("ris. ")
+    assert generate(model, TOKENIZER, "q", **options) == "It is Pa ENDris. "
+    assert batch_generate(model, TOKENIZER, ["q"], **options) == ["It is Pa ENDris. "]
+
+
+def test_an_end_that_the_tokenizer_learns_later_counts(model, script):
+    own = release_like.build()
+    tokenizer = TokenizerWrapper(own, eos_token_ids=release_like.ends(own))
+    script.canvases = [ids("one<table>two<turn|>")]
+    assert generate(model, tokenizer, PROMPT, seed=0) == "one<table>two"
+    table = own.convert_tokens_to_ids("<table>")
+    add_end_tokens(tokenizer, ["<table>", "7"])
+    assert {7, table} <= tokenizer.eos_token_ids
+    *_, last = stream_generate(model, tokenizer, PROMPT, seed=0)
+    assert (last.tokens, last.stop_token) == (tuple(ids("one")), table)
+    assert batch_generate(model, tokenizer, [PROMPT], seed=0) == ["one"]
+    # What is given with the call is what counts.
+    turn = release_like.ends(own)[1]
+    assert generate(model, tokenizer, PROMPT, seed=0, eos_token_ids=(turn,)) == "one<table>two"
+    for wrong in ("<tabel>", "-1", "999999", "\u0661"):
+        with pytest.raises(UsageError, match="is no token of this tokenizer"):
+            add_end_tokens(tokenizer, [wrong])
+
+
+def test_what_goes_with_free_answers_only(model):
+    for setting in ({"stop": ["a"]}, {"prefill_response": "a"}):
+        with pytest.raises(UsageError, match=f"{next(iter(setting))} goes with free answers only"):
+            infill(model, TOKENIZER, "a [[?]]", **setting)
 
 
 def test_a_stop_string_must_be_a_text(model):

@@ -187,7 +187,10 @@ def compare_twin(
     ids = tokenizer.encode(prompt)
     if tokenizer.has_chat_template:
         messages = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        # mlx-lm asks for a thought where the vocabulary knows them; ours thinks only when asked.
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, enable_thinking=False
+        )
     speeds: list[float] = []
     tokens = 0
 

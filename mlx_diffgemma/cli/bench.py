@@ -182,9 +182,9 @@ def _measure(loading: Loading, shapes: Shapes, plan: Plan) -> BenchReport:
     from mlx_diffgemma.bench.run import run_bench
 
     if not shapes.random:
-        from mlx_diffgemma.cli import session
+        from mlx_diffgemma.cli import opening
 
-        opened = session.open_model(loading)
+        opened = opening.open_model(loading)
         return run_bench(opened.model, plan, name=opened.name, tokenizer=opened.tokenizer)
     from mlx_diffgemma.bench.presets import config_like
     from mlx_diffgemma.bench.random_model import chosen_dtype, chosen_recipe, random_model

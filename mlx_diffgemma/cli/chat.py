@@ -13,7 +13,8 @@ from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Showing
 from mlx_diffgemma.errors import DiffGemmaError, PromptError, UsageError
 
 if TYPE_CHECKING:
-    from mlx_diffgemma.cli.session import Opened, Outcome
+    from mlx_diffgemma.cli.opening import Opened
+    from mlx_diffgemma.cli.session import Outcome
 
 GO_ON = "ask to go on, or start the chat with --max-tokens {}."
 MAKE_ROOM = "/reset forgets the conversation and makes room."
@@ -36,17 +37,19 @@ Keys typed while an answer forms are dropped."""
 )
 def chat(
     *,
-    asking: Annotated[Asking, Without("raw")],
+    asking: Annotated[Asking, Without("raw", "markers", "prefill_response")],
     loading: Loading,
     denoising: Denoising,
     showing: Annotated[Showing, Without("json")],
 ) -> None:
     """Talk in turns; what was said is not encoded again. /help lists the commands."""
     from mlx_diffgemma.cli.keys import Guard
-    from mlx_diffgemma.cli.session import open_model
+    from mlx_diffgemma.cli.opening import end_at, open_model
 
+    asking.offered(), asking.variables()  # fail rather now than once the model is there
     with Guard():
         opened = open_model(loading)
+        end_at(opened, asking)
     Chat(opened, asking, denoising, showing, asking.system_prompt).run()
 
 
@@ -69,6 +72,7 @@ class Chat:
 
     def __post_init__(self) -> None:
         self._cache = self.opened.model.make_cache()
+        self._tools, self._variables = self.asking.offered(), self.asking.variables()
         self._config = self.denoising.config(self.opened.model)
 
     def run(self) -> None:
@@ -166,6 +170,8 @@ class Chat:
                     on_prefill=on_prefill,
                     seed=self.denoising.seed,
                     thinking=self.asking.thinking,
+                    tools=self._tools,
+                    chat_template_kwargs=self._variables,
                     prefill_step_size=self.asking.prefill_step_size,
                     config=self._config,
                     stop=self.asking.stop,

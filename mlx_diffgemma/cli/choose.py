@@ -56,11 +56,11 @@ def choose(
 
     The probabilities sum to 1; nothing is claimed about their calibration.
     """
-    from mlx_diffgemma.cli import session
+    from mlx_diffgemma.cli import opening
     from mlx_diffgemma.cli.display import printable
     from mlx_diffgemma.editing import choose as room
 
-    opened = session.open_model(loading)
+    opened = opening.open_model(loading)
     found = room.choose(
         opened.model,
         opened.tokenizer,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
-    from mlx_diffgemma.cli.session import Opened
+    from mlx_diffgemma.cli.opening import Opened
     from mlx_diffgemma.generation import GenerationResponse
 
 SECONDS_PER_STEP = 0.5  # for the eye: the model itself takes a few hundredths
@@ -39,13 +39,13 @@ def demo(
 def _show(seed: int | None, watch: bool, loading: Loading) -> None:
     import numpy as np
 
-    from mlx_diffgemma.cli import display, output, session
+    from mlx_diffgemma.cli import display, opening, output
 
     if seed is None:
         seed = secrets.randbelow(2**16)
     rng = np.random.default_rng(seed)
     watch = output.can_draw(watch)
-    opened = session.open_model(loading)
+    opened = opening.open_model(loading)
     console = output.terminal()
     print(f"Fresh 6×6 sudokus for a DiffusionGemma of 2.2 million parameters (seed {seed}).")
     if watch:

@@ -59,7 +59,7 @@ def edit(
     if force and not write:
         raise UsageError("--force is for --write: give both, or neither.")
     candidates = editing.read_lengths(lengths)
-    from mlx_diffgemma.cli import output, session
+    from mlx_diffgemma.cli import opening, output
     from mlx_diffgemma.editing import edit as room
     from mlx_diffgemma.editing.files import FileError, check_writable, read_text, replace_text
 
@@ -67,7 +67,7 @@ def edit(
     room.around_lines(text, span)
     if write and not force:
         check_writable(file)
-    opened = session.open_model(loading)
+    opened = opening.open_model(loading)
     with editing.drawn(opened, showing) as on_step:
         done = room.edit(
             opened.model,

@@ -14,7 +14,7 @@ from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
 
 if TYPE_CHECKING:
-    from mlx_diffgemma.cli.session import Opened
+    from mlx_diffgemma.cli.opening import Opened
     from mlx_diffgemma.diffusion.events import DenoisingStep
     from mlx_diffgemma.editing.gaps import Filled
 

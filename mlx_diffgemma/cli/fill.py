@@ -34,12 +34,12 @@ def fill(
     """
     whole = editing.read_input(text, template, "template")
     candidates = editing.read_lengths(lengths)
-    from mlx_diffgemma.cli import session
+    from mlx_diffgemma.cli import opening
     from mlx_diffgemma.editing import fill as room
     from mlx_diffgemma.editing.template import parse_template
 
     parse_template(whole)
-    opened = session.open_model(loading)
+    opened = opening.open_model(loading)
     with editing.drawn(opened, showing) as on_step:
         done = room.fill(
             opened.model,

@@ -36,7 +36,8 @@ def generate(
     prompt: Annotated[
         str | None,
         Setting(
-            "Prompt to answer; '-' reads stdin, and so does leaving it out where stdin is a pipe.",
+            "Prompt to answer; '-' reads stdin, and so does leaving it out where stdin is a pipe. "
+            "In the option, not in stdin, \\n stands for a new line and \\t for a tab.",
             ("--prompt", "-p"),
             panel="Prompt",
         ),
@@ -55,6 +56,8 @@ def generate(
     from mlx_diffgemma.cli.session import read_prompt
 
     constraint = validity.constraint(choices or ())
+    if prompt is not None:  # as mlx-lm reads it
+        prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
     text = read_prompt(prompt, raw=asking.raw)
     if constraint is not None:
         structured.answer(text, constraint, asking, loading, denoising, showing)
@@ -65,9 +68,10 @@ def generate(
 def _answer(
     prompt: str, asking: Asking, loading: Loading, denoising: Denoising, showing: Showing
 ) -> None:
-    from mlx_diffgemma.cli import output, report, session
+    from mlx_diffgemma.cli import opening, output, report, session
 
-    opened = session.open_model(loading)
+    tools, variables = asking.offered(), asking.variables()
+    opened = opening.open_to_ask(loading, asking, prompt)
     from mlx_diffgemma.generation import stream_generate
 
     def start(on_prefill: OnPrefill) -> Iterator[GenerationResponse]:
@@ -78,7 +82,11 @@ def _answer(
             seed=denoising.seed,
             system_prompt=asking.system_prompt,
             raw=asking.raw,
+            markers=asking.markers,
             thinking=asking.thinking,
+            tools=tools,
+            chat_template_kwargs=variables,
+            prefill_response=asking.prefill_response,
             prefill_step_size=asking.prefill_step_size,
             config=denoising.config(opened.model),
             draft=False,

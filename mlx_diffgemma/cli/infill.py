@@ -37,11 +37,11 @@ def infill(
     """
     whole = editing.read_input(text, file, "text")
     candidates = editing.read_lengths(lengths)
-    from mlx_diffgemma.cli import session
+    from mlx_diffgemma.cli import opening
     from mlx_diffgemma.editing import infill as room
 
     room.split_at_holes(whole, hole)
-    opened = session.open_model(loading)
+    opened = opening.open_model(loading)
     with editing.drawn(opened, showing) as on_step:
         done = room.infill(
             opened.model,

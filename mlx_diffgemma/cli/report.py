@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 from mlx_diffgemma.cli.display import printable
-from mlx_diffgemma.cli.session import Opened, Outcome
+from mlx_diffgemma.cli.opening import Opened
+from mlx_diffgemma.cli.session import Outcome
 from mlx_diffgemma.cli.streams import as_line
 from mlx_diffgemma.text.tool_calls import ToolCall
 

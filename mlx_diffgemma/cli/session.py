@@ -2,80 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_diffgemma.cli.settings import DEFAULT_MODEL, Loading
-from mlx_diffgemma.errors import CheckpointError, MemoryShortageError, PromptError, UsageError
+from mlx_diffgemma.errors import PromptError, UsageError
 
 if TYPE_CHECKING:
     from mlx_diffgemma.generation import GenerationResponse
     from mlx_diffgemma.text.tool_calls import ToolCall
 
 _CONTEXT = 32  # committed tokens that decide how the draft behind them reads
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A model that is ready to run.
-
-    Attributes:
-        name: what the user called it.
-        load_seconds: how long that took.
-    """
-
-    name: str
-    model: Any
-    tokenizer: Any
-    load_seconds: float
-
-
-def open_model(loading: Loading) -> Opened:
-    """Load a model; without a name, that of the adapters where they say it, or the default one.
-
-    Raises:
-        DiffGemmaError: it cannot be loaded. Where the user named none, the message also points
-            to the model that ships with the program.
-    """
-    name = loading.model
-    if name is None and loading.adapter_path:
-        name = _base_of(Path(loading.adapter_path).expanduser())
-    chosen = name or DEFAULT_MODEL
-    if sys.stderr.isatty():
-        print(f"loading {chosen}", file=sys.stderr)
-    start = time.perf_counter()
-    from mlx_diffgemma.generation import load  # takes seconds, so say something first
-
-    try:
-        model, tokenizer = load(
-            chosen,
-            revision=loading.revision,
-            adapter_path=loading.adapter_path,
-            chat_template=loading.chat_template,
-            trust_remote_code=loading.trust_remote_code,
-            check=loading.check,
-        )
-    except (CheckpointError, MemoryShortageError) as error:
-        if name is not None:
-            raise
-        raise type(error)(
-            f"{error} For the small model that ships with the program: --model demo"
-        ) from error
-    return Opened(chosen, model, tokenizer, time.perf_counter() - start)
-
-
-def _base_of(adapters: Path) -> str | None:
-    """The model that adapters were trained on, as their folder says it."""
-    try:
-        config = json.loads((adapters / "adapter_config.json").read_text(encoding="utf-8"))
-        return str(config["model"]) if config.get("model") else None
-    except (OSError, ValueError, AttributeError):  # loading them will say what is wrong
-        return None
 
 
 def pieces_of(tokenizer: Any) -> Callable[[GenerationResponse], list[tuple[str, str]]]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,7 +73,29 @@ class Asking:
             panel=_PROMPT,
         ),
     ] = None
+    tools: Annotated[
+        tuple[str, ...],
+        Setting(
+            "JSON file with a function that the model may call, or a list of them; it may be given "
+            "several times.",
+            panel=_PROMPT,
+        ),
+    ] = ()
+    chat_template_config: Annotated[
+        str | None, Setting("JSON object of variables for the chat template.", panel=_PROMPT)
+    ] = None
+    prefill_response: Annotated[
+        str | None,
+        Setting("Text that the answer begins with; the model goes on from there.", panel=_PROMPT),
+    ] = None
     raw: Annotated[bool, Setting("No chat template around the prompt.", panel=_PROMPT)] = False
+    markers: Annotated[
+        bool,
+        Setting(
+            "Meaning for control tokens that a --raw prompt spells (<|turn>), which are text else.",
+            panel=_PROMPT,
+        ),
+    ] = False
     prefill_step_size: Annotated[
         int | None, Setting("Prompt tokens encoded at a time.", panel=_PROMPT)
     ] = None
@@ -84,17 +107,77 @@ class Asking:
             panel=_DENOISING,
         ),
     ] = ()
+    extra_eos_token: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Token that ends an answer too, as it is spelt or as its id; it may be given several "
+            "times.",
+            panel=_DENOISING,
+        ),
+    ] = ()
 
     def __post_init__(self) -> None:
-        if self.raw and (self.system_prompt is not None or self.thinking is not None):
-            given = "--thinking/--no-thinking" if self.system_prompt is None else "--system-prompt"
-            raise UsageError(f"{given} needs a chat template, and --raw uses none: drop one.")
+        of_templates = {
+            "--system-prompt": self.system_prompt,
+            "--thinking/--no-thinking": self.thinking,
+            "--tools": self.tools or None,
+            "--chat-template-config": self.chat_template_config,
+            "--prefill-response": self.prefill_response,
+        }
+        for name, value in of_templates.items():
+            if self.raw and value is not None:
+                raise UsageError(f"{name} needs a chat template, and --raw uses none: drop one.")
+        if self.markers and not self.raw:
+            raise UsageError("--markers is for a --raw prompt: add --raw, or drop it.")
         if self.prefill_step_size is not None and self.prefill_step_size < 1:
             raise UsageError(
                 f"--prefill-step-size must be at least 1, not {self.prefill_step_size}."
             )
         if not all(self.stop):
             raise UsageError("--stop must be a text of at least one character.")
+
+    def offered(self) -> list[dict[str, object]] | None:
+        """The tools in the files of `--tools`, None where there are none.
+
+        Raises:
+            UsageError: a file holds none.
+            DiffGemmaError: a file cannot be read.
+        """
+        from mlx_diffgemma.editing.files import read_text
+        from mlx_diffgemma.text.messages import checked_tools
+
+        tools: list[dict[str, object]] = []
+        for path in self.tools:
+            found = _parsed(read_text(path), path)
+            try:
+                tools += checked_tools(found if isinstance(found, list) else [found])
+            except UsageError as error:
+                raise UsageError(f"--tools {path}: {error}") from None
+        return tools or None
+
+    def variables(self) -> dict[str, object] | None:
+        """The variables of `--chat-template-config`, None where there are none.
+
+        Raises:
+            UsageError: it is no JSON object.
+        """
+        if self.chat_template_config is None:
+            return None
+        found = _parsed(self.chat_template_config, "--chat-template-config")
+        if not isinstance(found, dict):
+            raise UsageError('--chat-template-config must be a JSON object, like {"name": true}.')
+        return found
+
+
+def _parsed(text: str, where: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"{where} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}."
+        ) from None
+    except RecursionError:
+        raise UsageError(f"{where} is nested too deep to be read.") from None
 
 
 @dataclass(frozen=True)

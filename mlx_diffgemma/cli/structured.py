@@ -89,12 +89,15 @@ def answer(
     showing: Showing,
 ) -> None:
     """Write an answer that satisfies the constraint."""
-    from mlx_diffgemma.cli import output, session
+    from mlx_diffgemma.cli import opening, output
     from mlx_diffgemma.editing.structured import UnmetConstraintError, generate_structured
 
     if asking.stop:
         raise UsageError("--stop does not go with a constraint: drop one.")
-    opened = session.open_model(loading)
+    if asking.prefill_response is not None:
+        raise UsageError("--prefill-response does not go with a constraint: drop one.")
+    tools, variables = asking.offered(), asking.variables()
+    opened = opening.open_to_ask(loading, asking, prompt)
     try:
         with editing.drawn(opened, showing) as on_step:
             done = generate_structured(
@@ -108,7 +111,10 @@ def answer(
                 seed=denoising.seed,
                 system_prompt=asking.system_prompt,
                 raw=asking.raw,
+                markers=asking.markers,
                 thinking=asking.thinking,
+                tools=tools,
+                chat_template_kwargs=variables,
                 prefill_step_size=asking.prefill_step_size,
                 config=denoising.config(opened.model),
                 on_step=on_step,

@@ -16,7 +16,6 @@ from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.generation import fit_to_context
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
-from mlx_diffgemma.text.prompt import encode_prompt
 
 SLOT = "{}"
 
@@ -109,9 +108,7 @@ def choose(
             for answer in answers
         ]
     )
-    ids = [
-        encode_prompt(tokenizer, prompt, raw=raw, system_prompt=system_prompt) for prompt in prompts
-    ]
+    ids = [session.encode(prompt) for prompt in prompts]
     fit_to_context(model, ids, session.config)
     prefixes = [session.encoded(row) for row in ids]
     found = [option_log_probs(session, prefixes, options, draw) for draw in range(draws)]

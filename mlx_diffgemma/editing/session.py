@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,15 @@ from mlx_diffgemma.diffusion.events import DenoisingStep
 from mlx_diffgemma.diffusion.noise import SeededNoise, checked_seed
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.editing.vocabulary import Vocabulary
-from mlx_diffgemma.generation import fit_to_context, settled
+from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.generation import configured, fit_to_context
 from mlx_diffgemma.model.cache import Prefix
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
-from mlx_diffgemma.text.prompt import Prompt, encode_prompt
+from mlx_diffgemma.text.prompt import Prompt, Tools, encode_prompt
 
 OnStep = Callable[[DenoisingStep], None]
+
+_OF_FREE_ANSWERS = ("stop", "prefill_response")
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,17 @@ class Session:
     """One request's use of a model; counts its forward passes.
 
     Args:
-        profile, config, settings: as for `stream_generate`.
+        profile, config, settings and what says how a prompt is encoded: as for
+            `stream_generate`.
+
+    Raises:
+        UsageError: a setting is unknown, out of range, or means nothing for a canvas of which a
+            part is given.
 
     Attributes:
         passes: forward passes over a canvas so far, whatever the number of rows.
         seed: what every random draw follows from.
+        encode: the token ids of another prompt, by the same settings.
     """
 
     def __init__(
@@ -54,23 +64,42 @@ class Session:
         seed: int | None = None,
         system_prompt: str | None = None,
         raw: bool = False,
+        markers: bool = False,
         thinking: bool | None = None,
+        tools: Tools | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         prefill_step_size: int | None = None,
         on_step: OnStep | None = None,
         profile: str = DEFAULT_PROFILE,
         config: DiffusionConfig | None = None,
         **settings: Any,
     ) -> None:
+        for name in _OF_FREE_ANSWERS:
+            if settings.pop(name, None):
+                raise UsageError(
+                    f"{name} goes with free answers only: here the text around the answer, or its "
+                    "form, is given; leave it out."
+                )
         self.model = model
         # How long a canvas is follows from what must be in it.
-        self.config = replace(settled(model, config, profile, **settings), shrink_canvas=False)
+        self.config = replace(
+            configured(model, tokenizer, profile, config, **settings), shrink_canvas=False
+        )
         self.seed = checked_seed(seed)
         self.vocabulary = Vocabulary(
             tokenizer, model.config.text.vocab_size, self.config.eos_token_ids
         )
-        self.prompt = encode_prompt(
-            tokenizer, prompt, raw=raw, system_prompt=system_prompt, thinking=thinking
+        self.encode: Callable[[Prompt], list[int]] = partial(
+            encode_prompt,
+            tokenizer,
+            raw=raw,
+            markers=markers,
+            system_prompt=system_prompt,
+            thinking=thinking,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
         )
+        self.prompt = self.encode(prompt)
         self._prefill_step_size = prefill_step_size
         self.length = self.config.canvas_length or model.config.canvas_length
         self.noise = SeededNoise(self.seed)

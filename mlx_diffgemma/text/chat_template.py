@@ -10,15 +10,16 @@ from mlx_diffgemma.errors import CheckpointError, PromptError
 _MEND = "mend it, or give another with --chat-template"
 
 
-def template_text(tokenizer: Any) -> str:
-    """The Jinja text of the template of a Hugging Face tokenizer.
+def template_text(tokenizer: Any, *, tools: bool = False) -> str:
+    """The Jinja text of the template of a Hugging Face tokenizer; with `tools`, of the one that it
+    has for them, if it has one.
 
     Raises:
         CheckpointError: it has none.
     """
     template = tokenizer.chat_template
     if isinstance(template, Mapping):
-        template = template.get("default")
+        template = (template.get("tool_use") if tools else None) or template.get("default")
     if not template:
         where = tokenizer.name_or_path or "the tokenizer"
         raise CheckpointError(
@@ -32,13 +33,18 @@ def render(
     tokenizer: Any,
     messages: Sequence[Mapping[str, Any]],
     *,
+    template: str | None = None,
     open_turn: bool = True,
+    prefilled: bool = False,
     **settings: Any,
 ) -> str:
-    """The prompt that the template makes of `messages`, the answer's turn opened (unless not
+    """The prompt that a template makes of `messages`, the answer's turn opened (unless not
     `open_turn`).
 
-    `settings` are handed to the template (`enable_thinking`).
+    Args:
+        template: its text, or None for that of the tokenizer.
+        prefilled: whether the last message is the beginning of the answer, which stays open.
+        settings: what is handed to the template (`tools`, `enable_thinking`).
 
     Raises:
         CheckpointError: the template is broken.
@@ -46,12 +52,13 @@ def render(
     """
     from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 
-    text = template_text(tokenizer)
+    text = template or template_text(tokenizer)
     try:
         rendered = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             chat_template=text,
-            add_generation_prompt=open_turn,
+            add_generation_prompt=open_turn and not prefilled,
+            continue_final_message=prefilled,
             tokenize=False,
             **settings,
         )
@@ -67,6 +74,11 @@ def render(
             ) from error
         failure: Exception = error
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        if prefilled and "continue_final_message" in str(error):
+            raise CheckpointError(
+                "the chat template does not print the beginning of an answer as it is given; leave "
+                "out the prefilled response."
+            ) from error
         failure = error
     kind = "" if isinstance(failure, UndefinedError) else f"{type(failure).__name__}: "
     raise CheckpointError(

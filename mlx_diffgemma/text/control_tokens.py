@@ -8,9 +8,12 @@ tokenized without its markers and with control tokens switched off.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary, proxy
+
+from mlx_diffgemma.text.tokenizer import hf_tokenizer
 
 _PRIVATE_USE = range(0xE000, 0xF900)
 
@@ -31,9 +34,12 @@ class ControlTokens:
         spellings = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
         self._ids = {name.strip(): tokenizer.convert_tokens_to_ids(name) for name in spellings}
         self._forbidden = set(self._ids.values()) - {tokenizer.unk_token_id}
-        self._prefixes = {name[:end] for name in spellings for end in range(1, len(name))}
+        # Templates change the case of some texts, so a spelling is one in any case.
+        lower = [name.lower() for name in spellings]
+        self._prefixes = {name[:end] for name in lower for end in range(1, len(name))}
         self._longest = max(map(len, spellings), default=0)
-        self._starts = re.compile(f"(?={'|'.join(map(re.escape, spellings)) or '(?!)'})")
+        every = "|".join(map(re.escape, spellings)) or "(?!)"
+        self._starts = re.compile(f"(?={every})", re.IGNORECASE)
         patterns = (_pattern(name, added.get(name)) for name in spellings)
         self._whole = re.compile("|".join(patterns) or "(?!)")
 
@@ -49,9 +55,13 @@ class ControlTokens:
         places = {match.start() + 1 for match in self._starts.finditer(text)}
         stripped = text.rstrip()
         for start in range(max(0, len(stripped) - self._longest), len(stripped)):
-            if stripped[start:] in self._prefixes:
+            if stripped[start:].lower() in self._prefixes:
                 places.add(start + 1)
         return sorted(places)
+
+    def spelled(self, text: str) -> list[str]:
+        """The control tokens that a text spells, in their order."""
+        return list(dict.fromkeys(match[0].strip() for match in self._whole.finditer(text)))
 
     def mark(self, value: Any, marker: str, whole: Sequence[str] = ()) -> Any:
         """`value` (a message, a list of them, any JSON) with `marker` at the breaks of every
@@ -59,13 +69,29 @@ class ControlTokens:
         it did."""
         if isinstance(value, str):
             kept = {m.start() + 1 for name in whole for m in re.finditer(re.escape(name), value)}
-            edges = [0, *(at for at in self.breaks(value) if at not in kept), len(value)]
-            return marker.join(value[a:b] for a, b in pairwise(edges))
+            return _marked(value, (at for at in self.breaks(value) if at not in kept), marker)
         if isinstance(value, Mapping):
-            return {self.mark(key, marker): self.mark(item, marker) for key, item in value.items()}
+            keys = self._mark_keys(list(value), marker)
+            items = (self.mark(item, marker, whole) for item in value.values())
+            return dict(zip(keys, items, strict=True))
         if isinstance(value, (list, tuple)):
-            return [self.mark(item, marker) for item in value]
+            return [self.mark(item, marker, whole) for item in value]
         return value
+
+    def _mark_keys(self, keys: list[Any], marker: str) -> list[Any]:
+        """Keys of one object with `marker` at their breaks. A key that begins with another up to
+        one of its breaks has a marker there too, so that templates sort them as before."""
+        texts = [key for key in keys if isinstance(key, str)]
+        begun = {key[:at].lower() for key in texts for at in self.breaks(key)}
+        if not begun:
+            return keys
+        lengths = sorted(set(map(len, begun)))
+        return [
+            _marked(key, (at for at in lengths if key[:at].lower() in begun), marker)
+            if isinstance(key, str)
+            else key
+            for key in keys
+        ]
 
     def encode_text(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Tokens of `text`, none of which is a control token, but for the bos and the like that
@@ -98,6 +124,30 @@ class ControlTokens:
             text, add_special_tokens=add_special_tokens, split_special_tokens=True
         )
         return ids
+
+
+_KNOWN: WeakKeyDictionary[Any, ControlTokens] = WeakKeyDictionary()
+
+
+def control_tokens_of(tokenizer: Any) -> ControlTokens:
+    """The control tokens of a Hugging Face tokenizer, looked up once."""
+    known = _KNOWN.get(tokenizer)
+    if known is None:
+        # What is kept knows the tokenizer weakly, or neither would ever be freed.
+        known = _KNOWN[tokenizer] = ControlTokens(proxy(tokenizer))
+    return known
+
+
+def spelled_in(tokenizer: Any, texts: Iterable[str]) -> list[str]:
+    """The control tokens of a tokenizer (mlx-lm's wrapper or a Hugging Face tokenizer) that texts
+    spell, in their order."""
+    controls = control_tokens_of(hf_tokenizer(tokenizer))
+    return list(dict.fromkeys(name for text in texts for name in controls.spelled(text)))
+
+
+def _marked(text: str, places: Iterable[int], marker: str) -> str:
+    edges = [0, *places, len(text)]
+    return marker.join(text[a:b] for a, b in pairwise(edges))
 
 
 def unused_character(*texts: str) -> str:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from copy import copy
+from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, proxy
 
 from mlx_diffgemma.text.tokenizer import hf_tokenizer
 
 _INCOMPLETE = "\ufffd"
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_SHORT, _REMEMBERED = 4, 1 << 14  # tokens of a run, and runs, whose texts are remembered
 
 
 class StreamingText:
@@ -27,8 +29,9 @@ class StreamingText:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = hf_tokenizer(tokenizer)
-        self._special = _skipped_ids(self._tokenizer)
+        self._tokenizer = hf_tokenizer(tokenizer)  # what is kept of it lives as long as it does
+        self._kept = _kept_of(self._tokenizer)
+        self._special = self._kept.skipped
         self._context: list[int] = []  # the last shown token: some decoders trim the first one
         self._context_text = ""
         self._held: list[int] = []
@@ -98,10 +101,7 @@ class StreamingText:
         self._context, self._context_text = context, self._plain_decode(context)
 
     def _plain_decode(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
+        return self._kept.decode(tuple(tokens))
 
     def _certain(self, pending: list[int]) -> tuple[int, str]:
         """How many of the `pending` tokens have a text that later ones cannot change, and that
@@ -112,7 +112,7 @@ class StreamingText:
         U+FFFD until the rest is there.
         """
         for ready in range(len(pending), 0, -1):
-            if _BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(pending[ready - 1]) or ""):
+            if self._kept.is_byte(pending[ready - 1]):
                 continue
             text = self._decode(pending[:ready])
             if not text.endswith(_INCOMPLETE):
@@ -127,17 +127,43 @@ def token_strings(tokenizer: Any, tokens: Sequence[int], before: Sequence[int] =
     return committed.token_strings(tokens)
 
 
-_SKIPPED: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
+class _Kept:
+    """What is looked up once for a Hugging Face tokenizer, which is known weakly.
 
+    Attributes:
+        skipped: the ids that the tokenizer leaves out of a text.
+    """
 
-def _skipped_ids(tokenizer: Any) -> frozenset[int]:
-    """The ids that the tokenizer leaves out of a text, looked up once: there are thousands."""
-    known = _SKIPPED.get(tokenizer)
-    if known is None:
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
         if tokenizer.is_fast:
             added = tokenizer.added_tokens_decoder
-            known = frozenset(token for token, entry in added.items() if entry.special)
+            self.skipped = frozenset(token for token, entry in added.items() if entry.special)
         else:
-            known = frozenset(tokenizer.all_special_ids)
-        _SKIPPED[tokenizer] = known
+            self.skipped = frozenset(tokenizer.all_special_ids)
+        self.is_byte = lru_cache(None)(self._is_byte)
+        self._remembered = lru_cache(_REMEMBERED)(self._decode)
+
+    def decode(self, tokens: tuple[int, ...]) -> str:
+        """The text of `tokens`, none of which is left out. Short runs are remembered: a canvas is
+        drawn again and again, and most of it stays the same."""
+        return self._remembered(tokens) if len(tokens) <= _SHORT else self._decode(tokens)
+
+    def _decode(self, tokens: tuple[int, ...]) -> str:
+        text: str = self._tokenizer.decode(
+            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _is_byte(self, token: int) -> bool:
+        return _BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token) or "") is not None
+
+
+_KNOWN: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()
+
+
+def _kept_of(tokenizer: Any) -> _Kept:
+    known = _KNOWN.get(tokenizer)
+    if known is None:
+        known = _KNOWN[tokenizer] = _Kept(proxy(tokenizer))
     return known

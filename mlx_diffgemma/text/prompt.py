@@ -2,196 +2,323 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, TypeAlias
 
 from mlx_diffgemma.errors import PromptError, UsageError
 from mlx_diffgemma.text.chat_template import render, template_text
-from mlx_diffgemma.text.control_tokens import ControlTokens, unused_character
+from mlx_diffgemma.text.control_tokens import (
+    ControlTokens,
+    control_tokens_of,
+    unused_character,
+)
+from mlx_diffgemma.text.messages import (
+    checked_messages,
+    checked_tools,
+    strings_in,
+    text_of,
+    with_plain_content,
+)
 from mlx_diffgemma.text.tokenizer import hf_tokenizer
 
-Prompt: TypeAlias = "str | Sequence[Mapping[str, Any]] | Sequence[int]"
+Prompt: TypeAlias = "str | Sequence[Any] | Mapping[str, Any] | Any"
+"""A text, messages, or token ids in a list, a tuple, an array or a `BatchEncoding`."""
+Tools: TypeAlias = "Sequence[Mapping[str, Any] | Callable[..., Any]]"
 
-_CHANNEL = ("<|channel>", "<channel|>")
+THOUGHT_MARKERS = (  # around thoughts, by which templates find those that they leave out
+    ("<|channel>", "<channel|>"),
+    ("<think>", "</think>"),
+    ("<longcat_think>", "</longcat_think>"),
+    ("<|think:start|>", "<|think:end|>"),
+)
 _EMPTY = "the prompt is empty; say what to write about."
 _READS_PARTS = re.compile(r"""['"]text['"]|\.text\b""")
+_OURS = (  # what the chat template gets from elsewhere than `chat_template_kwargs`
+    "messages", "conversation", "tools", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation",
+    "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+)  # fmt: skip
 
 
-def encode_prompt(
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as the model reads it.
+
+    Attributes:
+        ids: its token ids.
+        prefill: the text that the model's turn begins with, as the template has it, or "".
+        thinking: whether a thought is expected at the beginning of the answer.
+    """
+
+    ids: list[int]
+    prefill: str = ""
+    thinking: bool = False
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt, **settings: Any) -> list[int]:
+    """Token ids of a prompt; arguments and errors as for `encode`."""
+    return encode(tokenizer, prompt, **settings).ids
+
+
+def encode(
     tokenizer: Any,
     prompt: Prompt,
     *,
     raw: bool = False,
+    markers: bool = False,
     system_prompt: str | None = None,
     thinking: bool | None = None,
-    controls: ControlTokens | None = None,
-) -> list[int]:
-    """Token ids of a prompt.
+    tools: Tools | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    prefill_response: str | None = None,
+) -> Encoded:
+    """A prompt as the model reads it.
 
-    Text of the user that spells a control token stays text. Only token ids are taken as they are.
+    Text of the user that spells a control token stays text, unless `markers` says otherwise. Only
+    token ids are taken as they are.
 
     Args:
         tokenizer: mlx-lm's wrapper or a Hugging Face tokenizer.
         prompt: a text, which becomes a user's turn; messages, as `{"role": ..., "content": ...}`;
-            or token ids.
+            or token ids in a list, a tuple, an array or a `BatchEncoding`.
         raw: use no chat template; `prompt` is a text.
+        markers: control tokens that a raw prompt spells are control tokens.
         system_prompt: a system message before the others.
         thinking: whether the answer begins with a chain of thought; None leaves it to the template.
-        controls: the tokenizer's, for a caller with many prompts.
+        tools: what the model may call: functions with type hints and a docstring, or objects that
+            describe them.
+        chat_template_kwargs: variables for the chat template.
+        prefill_response: the text that the model's turn begins with.
 
     Raises:
-        PromptError: the prompt is empty, malformed, or holds images.
-        UsageError: the settings contradict each other, or the template cannot think.
+        PromptError: the prompt is empty, malformed, of an unknown kind, or holds images.
+        UsageError: the settings contradict each other, or the template cannot do what they ask.
         CheckpointError: the chat template is missing or broken.
     """
+    if prefill_response is not None and not (
+        isinstance(prefill_response, str) and prefill_response.strip()
+    ):
+        raise UsageError("prefill_response must be a text that is not blank; leave it out.")
+    chat_settings = {
+        "system prompt": system_prompt,
+        "thinking mode": thinking,
+        "list of tools": tools or None,
+        "variable of the template": chat_template_kwargs or None,
+        "prefilled response": prefill_response,
+    }
+    if markers and not raw:
+        raise UsageError("markers count in a raw prompt only; add raw, or leave markers out.")
     if isinstance(prompt, str):
         if not prompt or not (raw or prompt.strip()):
             raise PromptError(_EMPTY)
         if raw:
-            _refuse(system_prompt, thinking, "a raw prompt")
+            _refuse(chat_settings, "a raw prompt")
             _check_unicode(prompt)
-            controls = controls or ControlTokens(hf_tokenizer(tokenizer))
-            return controls.encode_text(prompt, add_special_tokens=True)
-        prompt = [{"role": "user", "content": prompt}]
-    items = list(prompt)
-    if not items:
-        raise PromptError(_EMPTY)
-    if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
-        _refuse(system_prompt, thinking, "a prompt of token ids")
-        return [int(item) for item in items]  # type: ignore[call-overload]
+            return Encoded(_encode_raw(hf_tokenizer(tokenizer), prompt, markers))
+        items: list[Any] = [{"role": "user", "content": prompt}]
+    else:
+        items = _items(prompt)
+    if all(isinstance(item, Integral) and not isinstance(item, bool) for item in items):
+        _refuse(chat_settings, "a prompt of token ids")
+        return Encoded([int(item) for item in items])
     if raw:
         raise UsageError("a raw prompt is a text; leave out raw to send messages.")
-    return _encode_messages(hf_tokenizer(tokenizer), items, system_prompt, thinking, controls)
-
-
-def _encode_messages(
-    tokenizer: Any,
-    items: list[Any],
-    system_prompt: str | None,
-    thinking: bool | None,
-    controls: ControlTokens | None,
-) -> list[int]:
-    template = template_text(tokenizer)
-    messages = [_checked(item, number) for number, item in enumerate(items, start=1)]
-    if messages[-1]["role"] == "user" and not _text_of(messages[-1]).strip():
+    own = hf_tokenizer(tokenizer)
+    messages = checked_messages(items)
+    last = messages[-1]
+    if last["role"] == "user" and "content" in last and not text_of(last).strip():
         raise PromptError(_EMPTY)
     if system_prompt is not None:
         if messages[0]["role"] in ("system", "developer"):
             raise UsageError("the messages have a system prompt already; leave out the other.")
         messages.insert(0, {"role": "system", "content": system_prompt})
+    described = checked_tools(tools) if tools else []
+    template = template_text(own, tools=bool(described))
+    variables = _variables(template, chat_template_kwargs, thinking)
+    if described and not re.search(r"\btools\b", template):
+        raise UsageError("this checkpoint's chat template knows no tools; leave them out.")
+    if prefill_response is not None:
+        messages.append({"role": "assistant", "content": prefill_response})
+    chat = _Chat(messages, described, variables, prefilled=prefill_response is not None)
+    ids, rendered = _encode_chat(own, chat, template)
+    prefill = "" if prefill_response is None else _as_rendered(prefill_response, rendered)
+    # What follows a beginning of the answer's text is no thought.
+    return Encoded(ids, prefill, bool(variables.get("enable_thinking")) and not prefill)
+
+
+def encode_conversation(
+    tokenizer: Any,
+    messages: Sequence[Any],
+    *,
+    thinking: bool | None = None,
+    tools: Tools | None = None,
+) -> list[int]:
+    """Token ids of messages without a turn opened behind them; arguments and errors as for
+    `encode`."""
+    own, described = hf_tokenizer(tokenizer), checked_tools(tools) if tools else []
+    template = template_text(own, tools=bool(described))
+    variables = _variables(template, None, thinking)
+    chat = _Chat(checked_messages(messages), described, variables, open_turn=False)
+    return _encode_chat(own, chat, template)[0]
+
+
+def rows_of(prompts: Any) -> list[Any]:
+    """The prompts of a batch: a list of them, rows of an array, or those of a `BatchEncoding`.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    if isinstance(prompts, Mapping) and "input_ids" in prompts:
+        masks = prompts.get("attention_mask")
+        rows = [{"input_ids": row} for row in prompts["input_ids"]]
+        return [
+            row if masks is None else {**row, "attention_mask": mask}
+            for row, mask in zip(rows, rows if masks is None else masks, strict=True)
+        ]
+    if hasattr(prompts, "tolist"):
+        prompts = prompts.tolist()
+    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Sequence):
+        kind = "one text" if isinstance(prompts, str) else f"of the type {type(prompts).__name__}"
+        raise UsageError(f"prompts is {kind}; give a list of prompts, or use generate.")
+    return list(prompts)
+
+
+def _items(prompt: Any) -> list[Any]:
+    """The messages or token ids of a prompt that is no text."""
+    mask = None
+    if isinstance(prompt, Mapping) and "input_ids" in prompt:
+        mask = prompt.get("attention_mask")
+        prompt = prompt["input_ids"]
+    prompt = getattr(prompt, "messages", prompt)
+    items = _row(prompt)
+    if items is None:
+        raise PromptError(
+            "a prompt must be a text, a list of messages, or token ids, not of the type "
+            f"{type(prompt).__name__}."
+        )
+    if mask is not None:  # ids that only fill up a batch are no part of the prompt
+        items = [item for item, counts in zip(items, _row(mask) or [], strict=True) if counts]
+    if not items:
+        raise PromptError(_EMPTY)
+    return items
+
+
+def _row(values: Any) -> list[Any] | None:
+    """A list of what a list, a tuple or an array holds, or None for anything else. An array of one
+    row is that row."""
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    if not isinstance(values, (list, tuple)):
+        return None
+    row = [item.tolist() if hasattr(item, "tolist") else item for item in values]
+    if row and all(isinstance(item, (list, tuple)) for item in row):
+        if len(row) > 1:
+            raise PromptError(f"the prompt is {len(row)} prompts; give them to batch_generate.")
+        return list(row[0])
+    return row
+
+
+def _encode_raw(tokenizer: Any, text: str, markers: bool) -> list[int]:
+    if not markers:
+        return control_tokens_of(tokenizer).encode_text(text, add_special_tokens=True)
+    bos = tokenizer.bos_token
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+    return ids
+
+
+def _variables(
+    template: str, given: Mapping[str, Any] | None, thinking: bool | None
+) -> dict[str, Any]:
+    """The variables of the chat template that the caller sets."""
+    if given is not None and not isinstance(given, Mapping):
+        raise UsageError(f"chat_template_kwargs must be an object, not {given!r:.40}.")
+    variables = dict(given or {})
+    for name in variables:
+        if not isinstance(name, str) or name in _OURS:
+            raise UsageError(f"chat_template_kwargs cannot set {name!r}; leave it out.")
+    if thinking is None:
+        return variables
+    if "enable_thinking" not in template:
+        raise UsageError(
+            "this checkpoint's chat template knows no thinking mode; leave out "
+            f"--{'' if thinking else 'no-'}thinking."
+        )
+    if variables.get("enable_thinking", thinking) != thinking:
+        raise UsageError("thinking and chat_template_kwargs contradict each other: drop one.")
+    return {**variables, "enable_thinking": thinking}
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """What a chat template is to render.
+
+    Attributes:
+        prefilled: whether the last message is the beginning of the answer.
+        open_turn: whether the answer's turn is opened.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+    variables: dict[str, Any]
+    prefilled: bool = False
+    open_turn: bool = True
+
+    def render(self, tokenizer: Any, template: str) -> str:
+        return render(
+            tokenizer,
+            self.messages,
+            template=template,
+            open_turn=self.open_turn,
+            prefilled=self.prefilled,
+            tools=self.tools or None,
+            **self.variables,
+        )
+
+    def marked(self, controls: ControlTokens, marker: str, own: Sequence[str]) -> _Chat:
+        """The same, but that no text in it can spell a control token. In what the model said, the
+        markers `own` stay whole, by which the template finds the thoughts that it leaves out."""
+        messages = [controls.mark(message, marker) for message in self.messages]
+        for place, message in enumerate(self.messages):
+            begun = self.prefilled and place == len(messages) - 1
+            if message["role"] in ("assistant", "model") and "content" in message and not begun:
+                messages[place]["content"] = controls.mark(message["content"], marker, own)
+        variables = {name: controls.mark(v, marker) for name, v in self.variables.items()}
+        tools = controls.mark(self.tools, marker)
+        return _Chat(messages, tools, variables, self.prefilled, self.open_turn)
+
+
+def _encode_chat(tokenizer: Any, chat: _Chat, template: str) -> tuple[list[int], str]:
+    """The token ids of a chat, and its text."""
     if not _READS_PARTS.search(template):
-        messages = [_with_plain_content(message) for message in messages]
-    settings: dict[str, bool] = {}
-    if thinking is not None:
-        if "enable_thinking" not in template:
-            raise UsageError(
-                "this checkpoint's chat template knows no thinking mode; leave out "
-                f"--{'' if thinking else 'no-'}thinking."
-            )
-        settings["enable_thinking"] = thinking
-    strings = _strings(messages)
+        messages = [with_plain_content(message) for message in chat.messages]
+        chat = _Chat(messages, chat.tools, chat.variables, chat.prefilled, chat.open_turn)
+    strings = strings_in([chat.messages, chat.tools, list(chat.variables.values())])
     for string in strings:
         _check_unicode(string)
-    controls = controls or ControlTokens(tokenizer)
+    controls = control_tokens_of(tokenizer)
     if not any(controls.breaks(string) for string in strings):
-        ids: list[int] = tokenizer.encode(
-            render(tokenizer, messages, **settings), add_special_tokens=False
-        )
-        return ids
+        rendered = chat.render(tokenizer, template)
+        ids: list[int] = tokenizer.encode(rendered, add_special_tokens=False)
+        return ids, rendered
     marker = unused_character(template, *strings)
-    own = [name for name in _CHANNEL if _CHANNEL[1] in template]
-    marked = [_marked(controls, message, marker, own) for message in messages]
-    rendered = render(tokenizer, marked, **settings)
-    return controls.encode_rendered(rendered, marker)
+    own = [name for pair in THOUGHT_MARKERS if pair[1] in template for name in pair]
+    rendered = chat.marked(controls, marker, own).render(tokenizer, template)
+    return controls.encode_rendered(rendered, marker), rendered.replace(marker, "")
 
 
-def _marked(
-    controls: ControlTokens, message: dict[str, Any], marker: str, own: Sequence[str]
-) -> dict[str, Any]:
-    """A message whose text can spell no control token. In what the model said the markers `own`
-    stay whole, by which the template finds the thoughts that it leaves out."""
-    marked: dict[str, Any] = controls.mark(message, marker)
-    if message["role"] in ("assistant", "model") and isinstance(message.get("content"), str):
-        marked["content"] = controls.mark(message["content"], marker, own)
-    return marked
+def _as_rendered(text: str, rendered: str) -> str:
+    """The beginning of the answer as it ends the prompt: templates trim it."""
+    forms = (text, text.rstrip(), text.lstrip(), text.strip())
+    return next((form for form in forms if rendered.endswith(form)), forms[-1])
 
 
-def _checked(item: Any, number: int) -> dict[str, Any]:
-    """A message that a template can read, or an error that names it by its number."""
-    if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
-        raise PromptError(
-            f'message {number} must be an object like {{"role": "user", "content": "..."}}, '
-            f"not {item!r:.60}."
-        )
-    content = item.get("content")
-    message = dict(item)
-    if item.get("tool_calls"):
-        message["tool_calls"] = _with_objects(item["tool_calls"], number)
-    elif content is None and ("content" not in item or item["role"] == "user"):
-        raise PromptError(f"message {number}: 'content' must be a text or a list of parts.")
-    if content is None or isinstance(content, str):
-        return message
-    if not isinstance(content, (list, tuple)):
-        raise PromptError(f"message {number}: 'content' must be a text or a list of parts.")
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind in ("image", "image_url", "audio", "video"):
-            raise PromptError(f"message {number} holds {kind} data: only text is supported yet.")
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise PromptError(
-                f'message {number}: a part of its content must be {{"type": "text", "text": '
-                f'"..."}}, not {part!r:.60}.'
-            )
-    return message
-
-
-def _with_objects(calls: Any, number: int) -> list[dict[str, Any]]:
-    """Calls of tools whose arguments are objects; some callers keep them as JSON text."""
-    if not isinstance(calls, (list, tuple)) or not all(isinstance(c, Mapping) for c in calls):
-        raise PromptError(f"message {number}: 'tool_calls' must be a list of objects.")
-    read: list[dict[str, Any]] = []
-    for call in calls:
-        function = call.get("function")
-        if isinstance(function, Mapping):
-            read.append({**call, "function": _with_object(function)})
-        else:
-            read.append(_with_object(call))
-    return read
-
-
-def _with_object(function: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        arguments = json.loads(function["arguments"])
-    except (KeyError, TypeError, ValueError):  # an object already, none, or no JSON
-        return dict(function)
-    return {**function, "arguments": arguments} if isinstance(arguments, dict) else dict(function)
-
-
-def _text_of(message: Mapping[str, Any]) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def _with_plain_content(message: dict[str, Any]) -> dict[str, Any]:
-    """For templates that only print `content`: its parts joined."""
-    return message if message.get("content") is None else {**message, "content": _text_of(message)}
-
-
-def _strings(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, Mapping):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, (list, tuple)):
-        return [string for item in value for string in _strings(item)]
-    return []
-
-
-def _refuse(system_prompt: str | None, thinking: bool | None, what: str) -> None:
+def _refuse(settings: Mapping[str, Any], what: str) -> None:
     """Settings of the chat template mean nothing where none is used."""
-    for name, value in (("system prompt", system_prompt), ("thinking mode", thinking)):
+    for name, value in settings.items():
         if value is not None:
             raise UsageError(f"a {name} needs the chat template; {what} uses none.")
 

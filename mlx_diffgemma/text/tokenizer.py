@@ -7,15 +7,25 @@ import re
 from collections.abc import Iterable
 from json import JSONDecodeError
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma.errors import CheckpointError, UsageError
 
-if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
-
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 _CONTROL = re.compile(r"<\|\w+\|?>|<\w+\|>")  # and not `|>`, which is a word of some languages
+
+
+class Tokenizer(TokenizerWrapper):
+    """mlx-lm's wrapper, but that its chat template thinks only when it is asked to: mlx-lm asks
+    for it where the vocabulary knows thoughts."""
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+        name = getattr(self, "_thinking_kwarg", "enable_thinking")
+        if "enable_thinking" not in kwargs:
+            kwargs.setdefault(name, False)
+        return super().apply_chat_template(*args, **kwargs)
 
 
 def load_tokenizer(
@@ -24,7 +34,7 @@ def load_tokenizer(
     eos_token_ids: int | Iterable[int] | None = None,
     chat_template: str | None = None,
     trust_remote_code: bool = False,
-) -> TokenizerWrapper:
+) -> Tokenizer:
     """The tokenizer in the folder `path`, from `tokenizer.json` or, failing that, from
     sentencepiece's `tokenizer.model`.
 
@@ -58,6 +68,7 @@ def load_tokenizer(
         if type(error) is not Exception and not isinstance(error, reading):
             raise
         raise _unreadable(path, error) from error
+    tokenizer.__class__ = Tokenizer
     own = hf_tokenizer(tokenizer).eos_token_id
     if own is not None and own not in tokenizer.eos_token_ids:
         tokenizer.add_eos_token(str(own))  # mlx-lm before 0.32 leaves it out
@@ -71,9 +82,34 @@ def load_tokenizer(
 
 def hf_tokenizer(tokenizer: Any) -> Any:
     """The Hugging Face tokenizer inside mlx-lm's wrapper, or `tokenizer` where it is one."""
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
-
     return tokenizer._tokenizer if isinstance(tokenizer, TokenizerWrapper) else tokenizer
+
+
+def end_token_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids that end an answer, as mlx-lm's wrapper or a Hugging Face tokenizer has them now."""
+    if isinstance(tokenizer, TokenizerWrapper):
+        return frozenset(tokenizer.eos_token_ids)
+    own = tokenizer.eos_token_id
+    return frozenset() if own is None else frozenset({own})
+
+
+def add_end_tokens(tokenizer: TokenizerWrapper, tokens: Iterable[str]) -> None:
+    """Let more tokens end an answer, each given as it is spelt or as its id.
+
+    Raises:
+        UsageError: the vocabulary has no such token.
+    """
+    own = hf_tokenizer(tokenizer)
+    for token in tokens:
+        found = own.convert_tokens_to_ids(token)
+        if found is None or own.convert_ids_to_tokens(found) != token:
+            if not (token.isascii() and token.isdecimal()) or int(token) >= len(own):
+                raise UsageError(
+                    f"{token!r} is no token of this tokenizer, so it ends no answer; name one of "
+                    "its tokens, or give an id."
+                )
+            found = int(token)
+        tokenizer.add_eos_token(str(found))
 
 
 def _flag_special_tokens(tokenizer: Any, *, symbols: bool) -> None:

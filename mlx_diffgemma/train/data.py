@@ -1,7 +1,7 @@
 """Data in mlx-lm's formats, from JSON lines or a Hugging Face data set, as examples of token ids.
 
-A line holds `messages` (the last one is the response), `prompt` and `completion`, or `text`. Text
-that spells a control token stays text. Every error names the file and the line.
+A line holds `messages` (the last one is the response) and maybe `tools`, `prompt` and `completion`,
+or `text`. Text that spells a control token stays text. Every error names the file and the line.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.text.control_tokens import ControlTokens
-from mlx_diffgemma.text.prompt import encode_prompt
-from mlx_diffgemma.text.response import encode_response, end_of_text, end_of_turn
+from mlx_diffgemma.text.control_tokens import control_tokens_of
+from mlx_diffgemma.text.response import encode_answered, end_of_text, end_of_turn
 from mlx_diffgemma.text.tokenizer import hf_tokenizer
 from mlx_diffgemma.train.examples import Example
 
@@ -111,7 +110,7 @@ class _Reader:
 
     def __init__(self, tokenizer: Any, limits: Limits) -> None:
         self._tokenizer, self._limits = tokenizer, limits
-        self._controls = ControlTokens(hf_tokenizer(tokenizer))
+        self._controls = control_tokens_of(hf_tokenizer(tokenizer))
         self._turn_end: int | None = None
 
     def example(self, where: str, record: Any) -> Example:
@@ -125,40 +124,29 @@ class _Reader:
     def _read(self, record: Any) -> Example:
         if not isinstance(record, Mapping):
             raise UsageError(f"is no object; write {_FORMATS}.")
-        if record.get("tools"):
-            raise UsageError("has tools, which are not supported yet; leave them out.")
+        tools = record.get("tools") or None
         if "prompt" in record and "completion" in record:
-            return self._answered(
-                [{"role": "user", "content": _text(record, "prompt")}], _text(record, "completion")
-            )
+            asked = {"role": "user", "content": _text(record, "prompt")}
+            answer = {"role": "assistant", "content": _text(record, "completion")}
+            return self._answered([asked, answer], tools)
         if "messages" in record:
-            return self._conversation(record["messages"])
+            return self._conversation(record["messages"], tools)
         if "text" in record:
             return self._document(_text(record, "text"))
         raise UsageError(f"has none of the known keys; write {_FORMATS}.")
 
-    def _conversation(self, messages: Any) -> Example:
+    def _conversation(self, messages: Any, tools: Any) -> Example:
         if not isinstance(messages, (list, tuple)) or len(messages) < 2:
             raise UsageError("messages must be a list of at least two: a question and its answer.")
         last = messages[-1]
         if not isinstance(last, Mapping) or last.get("role") not in ("assistant", "model"):
             raise UsageError("the last message must be the assistant's: it is what is learnt.")
-        content = last.get("content")
-        if isinstance(content, (list, tuple)):
-            texts = [part.get("text") for part in content if isinstance(part, Mapping)]
-            strings = [text for text in texts if isinstance(text, str)]
-            content = "".join(strings) if len(strings) == len(content) else None
-        if not isinstance(content, str):
-            raise UsageError("the last message has no text; it is what is learnt.")
-        return self._answered(messages[:-1], content)
+        return self._answered(messages, tools)
 
-    def _answered(self, messages: Sequence[Mapping[str, Any]], answer: str) -> Example:
-        if not answer:
-            raise UsageError("the response is empty; give some text.")
+    def _answered(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> Example:
         if self._turn_end is None:
             self._turn_end = end_of_turn(self._tokenizer)
-        prompt = encode_prompt(self._tokenizer, messages, controls=self._controls)
-        response = encode_response(self._controls, answer, self._turn_end)
+        prompt, response = encode_answered(self._tokenizer, messages, self._turn_end, tools=tools)
         return Example((*prompt, *response), len(prompt))
 
     def _document(self, text: str) -> Example:

@@ -7,6 +7,10 @@ import subprocess
 
 import pytest
 from cli_fakes import Terminal, command
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from text import release_like
+
+from mlx_diffgemma import generation
 
 CALL = {"name": "f", "arguments": {"a": [1]}, "raw": "call:f{a:[1]}"}
 CUT = {"name": "g", "raw": "call:g{a:\n1", "error": "a tool call was cut off"}
@@ -103,9 +107,67 @@ def test_stop_strings_arrive(program, name):
     assert program.script.calls[0]["stop"] == ("END", "\n\n")
 
 
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
+
+
+@pytest.mark.parametrize("name", ["generate", "chat"])
+def test_tools_and_variables_arrive(program, tmp_path, name):
+    (tmp_path / "one.json").write_text(json.dumps(TOOL["function"]), encoding="utf-8")
+    (tmp_path / "two.json").write_text(json.dumps([TOOL, TOOL]), encoding="utf-8")
+    files = [f"--tools={tmp_path / file}.json" for file in ("one", "two")]
+    result = program(name, *files, "--chat-template-config", '{"enable_thinking": true}', input="a")
+    assert result.exit_code == 0
+    call = program.script.calls[0]
+    assert call["tools"] == [TOOL] * 3
+    assert call["chat_template_kwargs"] == {"enable_thinking": True}
+
+
+def test_what_the_prompt_begins_and_how_it_is_read(program):
+    program("generate", "-p", r"a\nb\tc", "--prefill-response", r"x\n", "--raw", "--markers")
+    assert program.script.calls == []
+    assert program("generate", "-p", r"a\nb\tc", "--prefill-response", r"x\n").exit_code == 0
+    call = program.script.calls[0]
+    assert (call["prompt"], call["prefill_response"]) == ("a\nb\tc", r"x\n")
+    program("generate", "-p", "-", input=r"a\nb")
+    assert program.script.calls[1]["prompt"] == r"a\nb"
+    program("generate", "-p", "<a>", "--raw", "--markers")
+    assert program.script.calls[2]["markers"] is True
+
+
+def test_spelt_markers_are_warned_of(program, monkeypatch):
+    own = release_like.build()
+    tokenizer = TokenizerWrapper(own, eos_token_ids=release_like.ends(own))
+    monkeypatch.setattr(generation, "load", lambda *_, **__: (program.script.model, tokenizer))
+    warning = (
+        "the prompt spells <turn|>, <|turn>, which is read as text; --raw --markers has control "
+        "tokens count.\n"
+    )
+    spelt = "a<turn|><|turn>user<turn|>"
+    for arguments in (["-p", spelt], ["-p", spelt, "--raw"], ["-p", "a", "--system-prompt", spelt]):
+        assert program("generate", *arguments).stderr.startswith(warning)
+    for arguments in (["-p", "a <b> |>"], ["-p", spelt, "--raw", "--markers"]):
+        assert "read as text" not in program("generate", *arguments).stderr
+    assert program("generate", "-p", "a", "--extra-eos-token", "<table>").exit_code == 0
+    assert own.convert_tokens_to_ids("<table>") in tokenizer.eos_token_ids
+    for name in (["generate", "-p", "a"], ["chat"]):
+        result = program(*name, "--extra-eos-token", "<tabel>", input="a")
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+        assert "'<tabel>' is no token of this tokenizer" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--markers"], "--markers is for a --raw prompt: add --raw, or drop it."),
+        (["--raw", "--tools", "x"], "--tools needs a chat template, and --raw uses none: drop "
+         "one."),
+        (["--prefill-response", "a", "--regex", "b+"],
+         "--prefill-response does not go with a constraint: drop one."),
+        (["--chat-template-config", "{"],
+         "--chat-template-config is not JSON: line 1, column 2: Expecting property name enclosed "
+         "in double quotes."),
+        (["--chat-template-config", "[]"],
+         '--chat-template-config must be a JSON object, like {"name": true}.'),
         (["--stop", ""], "--stop must be a text of at least one character."),
         (["--stop", "a", "--regex", "b+"], "--stop does not go with a constraint: drop one."),
         (
@@ -113,7 +175,7 @@ def test_stop_strings_arrive(program, name):
             "--show-thought and --hide-thought contradict each other: drop one.",
         ),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_asked(program, arguments, message):
     result = program("generate", "-p", "hi", *arguments)
     assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"error: {message}\n")

@@ -17,7 +17,7 @@ TOOL_RESPONSE = 50  # its id in the release too
 EOS = ("<eos>", "<turn|>", "<|tool_response>")
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
-# Calls, results and old thoughts as the release's template has them.
+# Tools, calls, results and thoughts as the release's template has them.
 TEMPLATE = """\
 {%- macro value(item) -%}
 {%- if item is string -%}<|"|>{{ item }}<|"|>
@@ -31,16 +31,37 @@ TEMPLATE = """\
 {{ key }}:{{ value(item) }}{{ ',' if not loop.last }}
 {%- endfor -%}
 {%- endmacro -%}
-{{ bos_token }}{% for message in messages -%}
-<|turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}
+{%- macro said(text) -%}
+{{ text.split('<channel|>')[-1].split('<|channel>')[0] | trim }}
+{%- endmacro -%}
+{{ bos_token }}{% set first = messages[0]['role'] == 'system' -%}
+{%- if tools or enable_thinking or first -%}
+<|turn>system
+{% if enable_thinking %}<|think|>{% endif %}
+{%- if first %}{{ messages[0]['content'] | trim }}{% endif %}
+{%- for tool in tools or [] -%}
+{%- set function = tool['function'] -%}
+<|tool>declaration:{{ function['name'] }}{description:{{ value(function['description']) }},\
+parameters:{{ value(function['parameters']) }}}<tool|>
+{%- endfor -%}
+<turn|>
+{% endif -%}
+{% for message in messages[1:] if first else messages -%}
+{%- set own = message['role'] in ['assistant', 'model'] -%}
+<|turn>{{ 'model' if own else message['role'] }}
+{% if message['reasoning_content'] and loop.last -%}
+<|channel>thought
+{{ message['reasoning_content'] }}<channel|>{% endif %}\
 {% for call in message['tool_calls'] or [] -%}
 <|tool_call>call:{{ call['function']['name'] }}{{ value(call['function']['arguments']) }}\
 <tool_call|>{% endfor %}{% for result in message['tool_responses'] or [] -%}
 <|tool_response>response:{{ result['name'] }}{{ value(result['response']) }}<tool_response|>\
 {% endfor %}{% if message['content'] is string -%}
-{{ message['content'].split('<channel|>')[-1] | trim }}{% endif %}<turn|>
+{{ said(message['content']) if own else message['content'] | trim }}{% else -%}
+{% for part in message['content'] or [] -%}
+{{ said(part['text']) if own else part['text'] | trim }}{% endfor %}{% endif %}<turn|>
 {% endfor %}{% if add_generation_prompt %}<|turn>model
-{% endif %}"""
+{% if suffix %}{{ suffix }}{% endif %}{% endif %}"""
 
 
 def build() -> PreTrainedTokenizerFast:

@@ -167,3 +167,30 @@ def test_two_streams_do_not_share_anything():
     one.add(fox[:2])
     assert other.add(fox) == "🦊."
     assert one.add(fox[2:]) == "🦊."
+
+
+@each_tokenizer
+def test_a_canvas_that_is_drawn_again_is_not_decoded_again(name, monkeypatch):
+    tokenizer = TOKENIZERS[name]
+    own, count = hf_tokenizer(tokenizer), []
+    cls = type(own)
+    for method in ("decode", "convert_ids_to_tokens"):
+
+        def counting(self, *args, _real=getattr(cls, method), **settings):
+            count.append(1)
+            return _real(self, *args, **settings)
+
+        monkeypatch.setattr(cls, method, counting)
+    looked_up = cls.added_tokens_decoder.fget
+    monkeypatch.setattr(
+        cls, "added_tokens_decoder", property(lambda self: count.append(1) or looked_up(self))
+    )
+    canvas = list(own.encode("ab cd ef\n", add_special_tokens=False)) * 4
+    first = token_strings(tokenizer, canvas, canvas[:3])
+    del count[:]
+    assert token_strings(tokenizer, canvas, canvas[:3]) == first
+    assert not count
+    # Where one token changes, those beside it are looked at again, and no others.
+    canvas[5] = canvas[0] if canvas[5] != canvas[0] else canvas[1]
+    token_strings(tokenizer, canvas, canvas[:3])
+    assert len(count) <= 12

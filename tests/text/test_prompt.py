@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
 import gemma_like
+import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from text_strategies import plain_texts, spelling_texts
+from transformers import BatchEncoding
 
 from mlx_diffgemma.errors import CheckpointError, PromptError, UsageError
-from mlx_diffgemma.text.prompt import encode_prompt
+from mlx_diffgemma.text.control_tokens import spelled_in
+from mlx_diffgemma.text.prompt import encode_prompt, rows_of
 from mlx_diffgemma.text.tokenizer import hf_tokenizer, load_tokenizer
 
 DEMO = Path(__file__).parents[1] / "fixtures" / "demo-hf-tokenizer"
@@ -148,9 +154,109 @@ def test_raw_prompts_begin_with_bos_where_the_tokenizer_adds_it():
     assert tokenizer.decode(encode_prompt(tokenizer, "ab")).startswith("<bos><|turn>user\nab")
 
 
-def test_token_ids_are_taken_as_they_are():
-    assert encode_prompt(GEMMA, [5, 4, 3]) == [5, 4, 3]
-    assert encode_prompt(GEMMA, (5, 4), raw=True) == [5, 4]
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [5, 4, 3],
+        (5, 4, 3),
+        np.array([5, 4, 3]),
+        np.array([[5, 4, 3]], np.int32),
+        list(np.array([5, 4, 3])),
+        mx.array([5, 4, 3]),
+        mx.array([[5, 4, 3]], mx.uint32),
+        BatchEncoding({"input_ids": [5, 4, 3], "attention_mask": [1, 1, 1]}),
+        BatchEncoding({"input_ids": np.array([[0, 5, 4, 3]]), "attention_mask": [[0, 1, 1, 1]]}),
+    ],
+    ids=lambda ids: type(ids).__name__,
+)
+def test_token_ids_are_taken_as_they_are(ids):
+    for raw in (False, True):
+        taken = encode_prompt(GEMMA, ids, raw=raw)
+        assert taken == [5, 4, 3]
+        assert all(type(token) is int for token in taken)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (None, "a prompt must be a text, a list of messages, or token ids, not of the type None"),
+        (7, "not of the type int."),
+        (b"ab", "not of the type bytes."),
+        (user("ab"), "not of the type dict."),
+        ({5, 4}, "not of the type set."),
+        (iter([5]), "not of the type list_iterator."),
+        (np.array(5), "not of the type ndarray."),
+        (np.array([0.5]), "message 1 must be an object"),
+        ([5, True], "message 1 must be an object"),
+        (np.array([[1, 2], [3, 4]]), "the prompt is 2 prompts; give them to batch_generate."),
+        (np.zeros((1, 0), int), "the prompt is empty"),
+        (BatchEncoding({"input_ids": []}), "the prompt is empty"),
+    ],
+)
+def test_what_is_no_prompt(prompt, message):
+    assert message in error_of(PromptError, prompt)
+
+
+def test_the_prompts_of_a_batch():
+    rows = [[5, 4], [3, 2]]
+    assert rows_of(rows) == rows_of(tuple(rows)) == rows_of(np.array(rows)) == rows
+    padded = BatchEncoding({"input_ids": [[0, 4], [3, 2]], "attention_mask": [[0, 1], [1, 1]]})
+    assert [encode_prompt(GEMMA, row) for row in rows_of(padded)] == [[4], [3, 2]]
+    for prompts in ("ab", b"ab", {"a": 1}, 7):
+        with pytest.raises(UsageError, match="give a list of prompts, or use generate"):
+            rows_of(prompts)
+
+
+def test_markers_of_a_raw_prompt_count_if_they_are_to():
+    text = "<bos><|turn>user\nab<turn|>\n<|channel>"
+    assert encode_prompt(GEMMA, text, raw=True, markers=True) == GEMMA.encode(text)
+    assert controls("gemma-like").isdisjoint(encode_prompt(GEMMA, text, raw=True))
+    assert spelled_in(GEMMA, [text, "<turn|>", "<turn"]) == [
+        "<bos>", "<|turn>", "<turn|>", "<|channel>",
+    ]  # fmt: skip
+    assert spelled_in(GEMMA, ["<TURN|> < |turn>"]) == []
+    assert error_of(UsageError, "ab", markers=True) == (
+        "markers count in a raw prompt only; add raw, or leave markers out."
+    )
+
+
+def test_a_bos_that_is_spelt_is_not_doubled():
+    from tokenizers import processors
+
+    tokenizer = gemma_like.build()
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", bos)]
+    )
+    for text in ("ab", "<bos>ab"):
+        assert encode_prompt(tokenizer, text, raw=True, markers=True).count(bos) == 1
+
+
+def test_a_template_may_change_the_case_of_a_text():
+    template = "{{ messages[0].content | lower }}{{ messages[1].content | upper }}<turn|>"
+    tokenizer = gemma_like.build(template, controls=[*gemma_like.CONTROLS, "[INST]"])
+    ids = encode_prompt(tokenizer, [user("a<TURN|>"), user("[inst]b")])
+    assert ids.count(tokenizer.convert_tokens_to_ids("<turn|>")) == 1
+    assert tokenizer.convert_tokens_to_ids("[INST]") not in ids
+    assert tokenizer.decode(ids) == "a<turn|>[INST]B<turn|>"
+
+
+def test_what_belongs_to_the_tokenizer_is_made_once(monkeypatch):
+    tokenizer, made = gemma_like.build(), []
+    cls = type(tokenizer)
+    real = cls.added_tokens_decoder.fget
+    monkeypatch.setattr(
+        cls, "added_tokens_decoder", property(lambda self: made.append(1) or real(self))
+    )
+    for text in ("ab", "a<turn|>", "b"):
+        encode_prompt(tokenizer, text)
+        encode_prompt(tokenizer, text, raw=True)
+        spelled_in(tokenizer, [text])
+    assert len(made) == 1
+    kept = weakref.ref(tokenizer)
+    del tokenizer
+    gc.collect()
+    assert kept() is None
 
 
 def test_thinking_is_the_templates_own_choice_unless_asked_for():
@@ -169,7 +275,12 @@ def test_the_wrapper_does_not_switch_thinking_on(tmp_path):
     """mlx-lm's own `apply_chat_template` would, as the vocabulary has `<|channel>`."""
     wrapped = load_tokenizer(gemma_like.save(tmp_path))
     assert wrapped.has_thinking
-    assert encode_prompt(wrapped, "ab") == reference(GEMMA, [user("ab")])
+    plain = reference(GEMMA, [user("ab")])
+    assert encode_prompt(wrapped, "ab") == plain
+    asked = {"add_generation_prompt": True}
+    assert wrapped.apply_chat_template([user("ab")], **asked) == plain
+    thinks = wrapped.apply_chat_template([user("ab")], enable_thinking=True, **asked)
+    assert thinks == reference(GEMMA, [user("ab")], enable_thinking=True) != plain
 
 
 def error_of(kind: type[Exception], prompt: Any, tokenizer: Any = GEMMA, **settings: Any) -> str:
@@ -223,7 +334,7 @@ def test_thinking_needs_a_template_that_knows_it(thinking, flag):
         ([{"content": "a"}],
          'message 1 must be an object like {"role": "user", "content": "..."}, '
          "not {'content': 'a'}."),
-        ([user(None)], "message 1: 'content' must be a text or a list of parts."),
+        ([user(7)], "message 1: 'content' must be a text or a list of parts."),
         ([user([{"type": "image", "url": "x"}])],
          "message 1 holds image data: only text is supported yet."),
         ([user([{"type": "text"}])],

@@ -16,6 +16,7 @@ from mlx_diffgemma.train.data import Limits, load_data
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "text"))
 import gemma_like
+import release_like
 
 DEMO = Path(__file__).parents[1] / "fixtures" / "demo-hf-tokenizer"
 LIMITS = Limits(max_seq_length=200, context=256, canvas_length=64)
@@ -101,6 +102,61 @@ def test_a_spelled_control_token_is_text(tmp_path, tokenizer, key):
     assert len(example.tokens) > len(plain.tokens)
 
 
+@pytest.fixture(scope="module")
+def release():
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    own = release_like.build()
+    return TokenizerWrapper(own, eos_token_ids=release_like.ends(own))
+
+
+CALL = {"function": {"name": "get", "arguments": '{"city": "Austin, TX"}'}}
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "thinks"),
+    [
+        ({"content": "Paris."}, "Paris.<turn|>", False),
+        ({"content": " a<turn|>"}, " a<turn|><turn|>", False),
+        ({"tool_calls": [CALL]},
+         '<|tool_call>call:get{city:<|"|>Austin, TX<|"|>}<tool_call|><|tool_response>', False),
+        ({"content": "One moment.", "tool_calls": [CALL, CALL]},
+         '<|tool_call>call:get{city:<|"|>Austin, TX<|"|>}<tool_call|>'
+         '<|tool_call>call:get{city:<|"|>Austin, TX<|"|>}<tool_call|>One moment.<turn|>', False),
+        ({"content": "Paris.", "reasoning_content": "plan"},
+         "<|channel>thought\nplan<channel|>Paris.<turn|>", True),
+        ({"content": "Paris.", "thinking": "plan"},
+         "<|channel>thought\nplan<channel|>Paris.<turn|>", True),
+    ],
+)  # fmt: skip
+def test_an_answer_is_learnt_as_the_template_renders_it(
+    tmp_path, release, answer, response, thinks
+):
+    tools = [{"name": "get", "description": "d", "parameters": {"city": {}}}]
+    record = {"messages": [ASKED, {"role": "assistant", **answer}], "tools": tools}
+    example = one(tmp_path, release, record)
+    prompt = encode_prompt(release, "sudoku", tools=tools, thinking=thinks or None)
+    assert list(example.tokens[: example.prompt]) == prompt
+    assert release.decode(list(example.response)) == response
+    assert example.response[-1] in release_like.ends(release)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ({"content": "<|channel>thought\nplan<channel|>Paris."}, "put what was thought under"),
+        ({"tool_calls": [CALL], "tool_responses": [{"name": "get", "response": 1}],
+          "content": "Sunny."}, "does not render the text of the answer as given"),
+        ({"tool_calls": [{"function": {"name": "a b", "arguments": {}}}]}, "calls of tools"),
+        ({"content": "x", "reasoning_content": {"a": 1}}, "must be a text"),
+    ],
+)  # fmt: skip
+def test_what_would_be_dropped_is_refused(tmp_path, release, answer, words):
+    write(tmp_path, "train", {"messages": [ASKED, {"role": "assistant", **answer}]})
+    with pytest.raises(UsageError, match=rf"train\.jsonl, line 1: .*{words}"):
+        load_data(str(tmp_path), release, LIMITS, ["train"])
+
+
 def test_blank_lines_windows_ends_and_a_byte_order_mark(tmp_path, tokenizer):
     content = "\ufeff" + json.dumps(GOOD) + "\r\n\r\n\n" + json.dumps(GOOD)
     (tmp_path / "train.jsonl").write_bytes(content.encode())
@@ -119,6 +175,7 @@ def test_splits(tmp_path, tokenizer):
 
 LONG = {"prompt": "x", "completion": "1" * 300}
 MESSAGE = {"role": "user", "content": "x"}
+CALLING = {"role": "assistant", "content": "x", "tool_calls": [{"function": {"name": "f"}}]}
 
 
 @pytest.mark.parametrize(
@@ -134,11 +191,16 @@ MESSAGE = {"role": "user", "content": "x"}
         (json.dumps(LONG), "more than --max-seq-length 200; raise it"),
         (json.dumps({"messages": [MESSAGE]}), "at least two"),
         (json.dumps({"messages": [MESSAGE, MESSAGE]}), "the last message must be the assistant's"),
-        (json.dumps({"messages": [MESSAGE, {"role": "assistant"}]}), "has no text"),
+        (json.dumps({"messages": [MESSAGE, {"role": "assistant"}]}), "is empty"),
         (json.dumps({"messages": ["x", {"role": "assistant", "content": "y"}]}), "message 1 must"),
-        (json.dumps({**GOOD, "tools": [{}]}), "tools, which are not supported"),
+        (json.dumps({**GOOD, "tools": [{}]}), "tool 1 must be a function"),
+        (json.dumps({**GOOD, "tools": [{"name": "f"}]}), "chat template knows no tools"),
+        (json.dumps({"messages": [ASKED, CALLING]}),
+         "does not render the calls of tools of the answer"),
+        (json.dumps({"messages": [ASKED, {**ANSWERED, "reasoning": "plan"}]}),
+         "does not render the thought of the answer"),
     ],
-)
+)  # fmt: skip
 def test_a_bad_line_is_named(tmp_path, tokenizer, line, words):
     write(tmp_path, "train", GOOD, line)
     with pytest.raises(UsageError, match=words) as caught:

@@ -1,0 +1,105 @@
+"""A model opened for a command: by its name, its adapters, and what is to be asked of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_diffgemma.cli.output import note
+from mlx_diffgemma.cli.settings import DEFAULT_MODEL, Asking, Loading
+from mlx_diffgemma.errors import CheckpointError, MemoryShortageError
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is ready to run.
+
+    Attributes:
+        name: what the user called it.
+        load_seconds: how long that took.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    load_seconds: float
+
+
+def open_model(loading: Loading) -> Opened:
+    """Load a model; without a name, that of the adapters where they say it, or the default one.
+
+    Raises:
+        DiffGemmaError: it cannot be loaded. Where the user named none, the message also points
+            to the model that ships with the program.
+    """
+    name = loading.model
+    if name is None and loading.adapter_path:
+        name = _base_of(Path(loading.adapter_path).expanduser())
+    chosen = name or DEFAULT_MODEL
+    if sys.stderr.isatty():
+        print(f"loading {chosen}", file=sys.stderr)
+    start = time.perf_counter()
+    from mlx_diffgemma.generation import load  # takes seconds, so say something first
+
+    try:
+        model, tokenizer = load(
+            chosen,
+            revision=loading.revision,
+            adapter_path=loading.adapter_path,
+            chat_template=loading.chat_template,
+            trust_remote_code=loading.trust_remote_code,
+            check=loading.check,
+        )
+    except (CheckpointError, MemoryShortageError) as error:
+        if name is not None:
+            raise
+        raise type(error)(
+            f"{error} For the small model that ships with the program: --model demo"
+        ) from error
+    return Opened(chosen, model, tokenizer, time.perf_counter() - start)
+
+
+def open_to_ask(loading: Loading, asking: Asking, prompt: str) -> Opened:
+    """A model ready for one question. What may surprise is said on stderr: control tokens that the
+    prompt spells are text.
+
+    Raises:
+        DiffGemmaError: it cannot be loaded, or its vocabulary lacks a token that is to end answers.
+    """
+    opened = open_model(loading)
+    end_at(opened, asking)
+    given = [prompt, asking.system_prompt or "", asking.prefill_response or ""]
+    if any("<" in text or "[" in text for text in given) and not asking.markers:
+        from mlx_diffgemma.text.control_tokens import spelled_in
+
+        if spelled := spelled_in(opened.tokenizer, given):
+            note(
+                f"the prompt spells {', '.join(spelled)}, which is read as text; --raw --markers "
+                "has control tokens count."
+            )
+    return opened
+
+
+def end_at(opened: Opened, asking: Asking) -> None:
+    """Have answers end at the tokens of `--extra-eos-token` too.
+
+    Raises:
+        UsageError: the vocabulary lacks one.
+    """
+    if asking.extra_eos_token:
+        from mlx_diffgemma.text.tokenizer import add_end_tokens
+
+        add_end_tokens(opened.tokenizer, asking.extra_eos_token)
+
+
+def _base_of(adapters: Path) -> str | None:
+    """The model that adapters were trained on, as their folder says it."""
+    try:
+        config = json.loads((adapters / "adapter_config.json").read_text(encoding="utf-8"))
+        return str(config["model"]) if config.get("model") else None
+    except (OSError, ValueError, AttributeError):  # loading them will say what is wrong
+        return None
