@@ -101,14 +101,17 @@ def add_end_tokens(tokenizer: TokenizerWrapper, tokens: Iterable[str]) -> None:
     """
     own = hf_tokenizer(tokenizer)
     for token in tokens:
-        found = own.convert_tokens_to_ids(token)
-        if found is None or own.convert_ids_to_tokens(found) != token:
-            if not (token.isascii() and token.isdecimal()) or int(token) >= len(own):
-                raise UsageError(
-                    f"{token!r} is no token of this tokenizer, so it ends no answer; name one of "
-                    "its tokens, or give an id."
-                )
-            found = int(token)
+        if token.isascii() and token.isdecimal():  # mlx-lm takes digits for an id too
+            found = int(token) if int(token) < len(own) else None
+        else:
+            found = own.convert_tokens_to_ids(token)
+            if found is not None and own.convert_ids_to_tokens(found) != token:
+                found = None
+        if found is None:
+            raise UsageError(
+                f"{token!r} is no token of this tokenizer, so it ends no answer; name one of "
+                "its tokens, or give an id."
+            )
         tokenizer.add_eos_token(str(found))
 
 

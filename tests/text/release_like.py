@@ -46,7 +46,7 @@ parameters:{{ value(function['parameters']) }}}<tool|>
 {%- endfor -%}
 <turn|>
 {% endif -%}
-{% for message in messages[1:] if first else messages -%}
+{% for message in (messages[1:] if first else messages) -%}
 {%- set own = message['role'] in ['assistant', 'model'] -%}
 <|turn>{{ 'model' if own else message['role'] }}
 {% if message['reasoning_content'] and loop.last -%}
