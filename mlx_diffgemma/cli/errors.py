@@ -22,12 +22,12 @@ _Refused: Any = typer.BadParameter.__mro__[1]  # the parser's UsageError, which 
 class Program(TyperGroup):
     """The commands of a program. What is wrong with its arguments is one line on stderr."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(self, *args: Any, **options: Any) -> Any:
         """Run the command that the arguments name, and exit with its code."""
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
+        if not options.pop("standalone_mode", True):
+            return super().main(*args, **options, standalone_mode=False)
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(*args, **options, standalone_mode=False)
             sys.stdout.flush()  # what is buffered of a help text
         except KeyboardInterrupt:
             code = INTERRUPTED
