@@ -210,3 +210,21 @@ def test_what_goes_with_free_answers_only(model):
 def test_a_stop_string_must_be_a_text(model):
     with pytest.raises(UsageError, match="a stop string must be a text"):
         stream_generate(model, TOKENIZER, PROMPT, stop=[""])
+
+
+@pytest.mark.parametrize(("max_tokens", "full"), [(5, False), (10**6, True)])
+def test_a_context_that_is_full_is_told_from_max_tokens(model, script, max_tokens, full):
+    script.canvases = [ids("a") * 2 * model.config.text.max_position_embeddings]
+    *_, last = stream_generate(model, TOKENIZER, PROMPT, max_tokens, seed=0, eos_token_ids=(1,))
+    assert (last.finish_reason, last.context_full) == ("length", full)
+
+
+def test_drafts_are_read_by_the_parts_before_them(model, script):
+    """The name of a channel is in neither part, though the marker was committed a canvas ago."""
+    script.canvases = [ids("<|channel>"), ids("thought\nplan<channel|>Paris.<turn|>")]
+    ends = release_like.ends(TOKENIZER)
+    found = list(stream_generate(model, TOKENIZER, PROMPT, seed=0, eos_token_ids=ends))
+    second = next(each for each in found if each.canvas and each.canvas_index == 1)
+    pieces = second.parts.pieces(second.canvas[:-1])
+    said = {kind: "".join(p.text for p in pieces if p.kind == kind) for kind in ("text", "thought")}
+    assert said == {"text": "Paris.", "thought": "plan"}

@@ -55,7 +55,7 @@ class Script:
         delay: seconds a step takes.
         thoughts: what is thought on each canvas, before its text.
         tool_calls: fields of the `ToolCall`s that the last canvas completes.
-        finish: the finish_reason.
+        finish, context_full, converged: how it ended.
         echo: whether the model says what was last asked, as JSON, in place of its canvases.
         endless: whether it never gets to the end of the last canvas.
         load_error, run_error: (class in mlx_diffgemma.errors or builtins, message) to raise.
@@ -68,6 +68,8 @@ class Script:
     thoughts: list[str] = field(default_factory=list)
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     finish: str = "stop"
+    context_full: bool = False
+    converged: bool = True
     echo: bool = False
     endless: bool = False
     load_error: tuple[str, str] | None = None
@@ -105,7 +107,8 @@ class Script:
         shared = {"prompt_tokens": 7, "prompt_tps": 70.0, "generation_tps": 5.0, "seed": seed}
         nothing = {
             "thought": "", "tool_calls": (), "failed_calls": (), "stop_token": None,
-            "stop_string": None, "parts": None, "context_full": False, "converged": True,
+            "stop_string": None, "parts": None, "context_full": self.context_full,
+            "converged": self.converged,
         }  # fmt: skip
         for index, text in enumerate(self.canvases):
             ids = [ord(character) for character in text]

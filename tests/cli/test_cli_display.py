@@ -139,3 +139,19 @@ def test_nothing_is_shown_from_the_eos_on(monkeypatch):
     response = responses("ab")[0]
     object.__setattr__(response, "canvas", [97, EOS, 98, 99])
     assert session.pieces_of(FakeTokenizer())(response) == text_pieces(["a", "", "", ""])
+
+
+@pytest.mark.parametrize(
+    ("thoughts", "shown"),
+    [
+        (display.Thoughts.FOLDED, ["thought: and more", "Paris.call:f{}"]),
+        (display.Thoughts.SHOWN, ["thought: plan", "and more", "Paris.call:f{}"]),
+        (display.Thoughts.HIDDEN, ["Paris.call:f{}"]),
+    ],
+)
+def test_what_is_drawn_of_a_thought_and_a_call(thoughts, shown):
+    drafted = [("text", ""), ("thought", "\nand "), ("thought", "more"), ("text", "Paris.")]
+    view = display.CanvasView(lambda response: [*drafted, ("call", "call:f{}")], thoughts=thoughts)
+    view.thought = "plan"
+    view.add(responses("abc", steps=1)[0])  # three tokens and the eos
+    assert drawn(view)[:-1] == shown

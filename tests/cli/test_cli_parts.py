@@ -75,6 +75,18 @@ def test_an_answer_that_was_cut_says_how_to_go_on(program):
     assert program.script.calls[-1]["prompt"][1] == {"role": "assistant", "content": "hello"}
 
 
+def test_what_the_context_cut_and_what_did_not_settle_is_said(program):
+    program.script.finish, program.script.context_full = "length", True
+    program.script.converged = False
+    result = program("generate", "-p", "hi")
+    assert "cut at 5 tokens, where the model's context ends; a shorter prompt" in result.stderr
+    assert "not every canvas settled within its steps; --steps N allows more." in result.stderr
+    assert "--max-tokens" not in result.stderr
+    answer = json.loads(program("generate", "-p", "hi", "--json").stdout)
+    assert (answer["context_full"], answer["converged"]) == (True, False)
+    assert "/reset forgets the conversation" in program("chat", input="hi").stderr
+
+
 def test_an_answer_that_ended_by_itself_says_nothing_of_it(program):
     assert "cut" not in program("generate", "-p", "hi").stderr
 
