@@ -71,6 +71,7 @@ def effort(outcome: Outcome) -> str:
     return (
         f"{_count(sum(steps), 'step')}{each}, {_count(len(steps), 'canvas', 'canvases')}, "
         f"{last.tokens_per_forward:.1f} tokens per forward"
+        f"{'' if last.converged else ', not converged: more --steps may help'}"
     )
 
 
@@ -96,6 +97,7 @@ def as_json(outcome: Outcome, opened: Opened) -> str:
             "stop_string": last.stop_string,
             "prompt_tokens": last.prompt_tokens,
             "generation_tokens": last.generation_tokens,
+            "converged": last.converged,
             "canvases": len(last.denoising_steps),
             "denoising_steps": list(last.denoising_steps),
             "tokens_per_forward": last.tokens_per_forward,

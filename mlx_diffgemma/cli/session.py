@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_diffgemma.cli.options import DEFAULT_MODEL
 from mlx_diffgemma.errors import CheckpointError, MemoryShortageError, PromptError, UsageError
+from mlx_diffgemma.reading import read_object
 
 if TYPE_CHECKING:
     from mlx_diffgemma.generation import GenerationResponse
@@ -64,10 +64,10 @@ def open_model(name: str | None, **loading: Any) -> Opened:
 def _base_of(adapters: Path) -> str | None:
     """The model that adapters were trained on, as their folder says it."""
     try:
-        config = json.loads((adapters / "adapter_config.json").read_text(encoding="utf-8"))
-        return str(config["model"]) if config.get("model") else None
-    except (OSError, ValueError, AttributeError):  # loading them will say what is wrong
+        model = read_object(adapters / "adapter_config.json").get("model")
+    except CheckpointError:  # loading them will say what is wrong
         return None
+    return model if isinstance(model, str) and model else None
 
 
 def pieces_of(tokenizer: Any) -> Callable[[GenerationResponse], list[str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.reading import shown
 
 EXACT: dict[str, Any] = {}
 BALANCED: dict[str, Any] = {**EXACT, "stop_at_eos": True, "soft_cutoff": 10.0}
@@ -30,6 +31,6 @@ def profile_settings(name: str) -> dict[str, Any]:
     Raises:
         UsageError: there is no such profile.
     """
-    if name not in PROFILES:
-        raise UsageError(f"unknown profile '{name}'; known are {', '.join(PROFILES)}.")
+    if not isinstance(name, str) or name not in PROFILES:
+        raise UsageError(f"unknown profile {shown(name)}; known are {', '.join(PROFILES)}.")
     return dict(PROFILES[name])

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_diffgemma.checks import check_callable, check_integer
 from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.constraints import Layout
@@ -21,6 +22,7 @@ from mlx_diffgemma.generation import diffusion_config, fit_to_context
 from mlx_diffgemma.model.cache import Prefix
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.text.prompt import Prompt, encode_prompt
+from mlx_diffgemma.text.tokenizer import check_tokenizer
 
 OnStep = Callable[[DenoisingStep], None]
 
@@ -63,6 +65,10 @@ class Session:
         self.model = model
         # How long a canvas is follows from what must be in it.
         self.config = replace(diffusion_config(model, profile, **settings), shrink_canvas=False)
+        if prefill_step_size is not None:
+            check_integer("prefill_step_size", prefill_step_size, 1)
+        check_callable("on_step", on_step)
+        check_tokenizer(tokenizer)
         self.seed = checked_seed(seed)
         self.vocabulary = Vocabulary(
             tokenizer, model.config.text.vocab_size, self.config.eos_token_ids

@@ -7,10 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+from mlx_diffgemma.checks import check_flag, check_text
 from mlx_diffgemma.errors import PromptError, UsageError
+from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.chat_template import render, template_text
 from mlx_diffgemma.text.control_tokens import ControlTokens, unused_character
-from mlx_diffgemma.text.tokenizer import hf_tokenizer
+from mlx_diffgemma.text.tokenizer import check_tokenizer, hf_tokenizer
 
 Prompt: TypeAlias = "str | Sequence[Mapping[str, Any]] | Sequence[int]"
 
@@ -46,6 +48,12 @@ def encode_prompt(
         UsageError: the settings contradict each other, or the template cannot think.
         CheckpointError: the chat template is missing or broken.
     """
+    check_tokenizer(tokenizer)
+    if system_prompt is not None:
+        check_text("system_prompt", system_prompt)
+    for name, value in (("raw", raw), ("thinking", thinking)):
+        if value is not None:
+            check_flag(name, value)
     if isinstance(prompt, str):
         if not prompt or not (raw or prompt.strip()):
             raise PromptError(_EMPTY)
@@ -55,6 +63,10 @@ def encode_prompt(
             controls = controls or ControlTokens(hf_tokenizer(tokenizer))
             return controls.encode_text(prompt, add_special_tokens=True)
         prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise PromptError(
+            f"a prompt is a text, messages or token ids, not {shown(prompt)}; give one of them."
+        )
     items = list(prompt)
     if not items:
         raise PromptError(_EMPTY)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_diffgemma.checks import check_text
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.text.control_tokens import ControlTokens
 from mlx_diffgemma.text.prompt import encode_prompt
@@ -153,6 +154,7 @@ class _Reader:
         return self._answered(messages[:-1], content)
 
     def _answered(self, messages: Sequence[Mapping[str, Any]], answer: str) -> Example:
+        check_text("the response", answer)
         if not answer:
             raise UsageError("the response is empty; give some text.")
         if self._turn_end is None:
@@ -162,6 +164,7 @@ class _Reader:
         return Example((*prompt, *response), len(prompt))
 
     def _document(self, text: str) -> Example:
+        check_text("the text", text)
         if not text:
             raise UsageError("the text is empty; give some.")
         plain = self._controls.encode_text(text)
@@ -199,6 +202,9 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
             raise UsageError(f"{where}: is not UTF-8 text; encode the file anew.") from None
         except json.JSONDecodeError as error:
             raise UsageError(f"{where}: is no JSON ({error.msg} at {error.colno}).") from None
+        except (RecursionError, ValueError) as error:
+            reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+            raise UsageError(f"{where}: cannot be read ({reason}).") from None
 
 
 def _from_hub(name: str, wanted: Sequence[str]) -> dict[str, Records | None]:
