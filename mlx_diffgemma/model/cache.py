@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from mlx_diffgemma.config import TextConfig
 from mlx_diffgemma.errors import CheckpointError, UsageError
+from mlx_diffgemma.reading import shown
 
 KeysValues = tuple[mx.array, mx.array]
 
@@ -342,6 +343,8 @@ def _loaded_layers(
 
 def _safetensors(path: str | Path) -> Path:
     """MLX adds the suffix where it is missing."""
+    if not isinstance(path, (str, Path)) or not str(path).isprintable():
+        raise CheckpointError(f"{shown(path)} is no name of a file; give another.")
     file = Path(path)
     return file if file.suffix == ".safetensors" else file.with_name(f"{file.name}.safetensors")
 
