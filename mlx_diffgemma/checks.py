@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.reading import shown
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -15,10 +16,61 @@ if TYPE_CHECKING:
 Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
-def check_integer(name: str, value: Any, least: int) -> None:
-    """Raise UsageError unless `value` is an integer of at least `least`."""
+LARGEST = (1 << 63) - 1
+"""The largest integer of a setting: arrays and files count in 64 bits."""
+
+
+def check_integer(name: str, value: Any, least: int, most: int = LARGEST) -> None:
+    """Raise UsageError unless `value` is an integer from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UsageError(f"{name} must be an integer of at least {least}, not {value!r}.")
+        raise UsageError(f"{name} must be an integer of at least {least}, not {shown(value)}.")
+    if value > most:
+        raise UsageError(f"{name} must be an integer of at most {most}, not {shown(value)}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise UsageError unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} must be true or false, not {shown(value)}.")
+
+
+def check_text(name: str, value: Any) -> None:
+    """Raise UsageError unless `value` is a text that can be encoded."""
+    if not isinstance(value, str):
+        raise UsageError(f"{name} must be a text, not {shown(value)}.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{name} is not valid Unicode at character {error.start + 1}; give text in UTF-8."
+        ) from None
+
+
+def check_texts(name: str, value: Any) -> None:
+    """Raise UsageError unless `value` is a list of texts; one text is none."""
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        raise UsageError(f"{name} must be a list of texts, not {shown(value)}.")
+    for place, each in enumerate(value):
+        check_text(f"{name}: number {place + 1}", each)
+
+
+def check_sequence(name: str, value: Any) -> None:
+    """Raise UsageError unless `value` is a list; a text is none."""
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        raise UsageError(f"{name} must be a list, not {shown(value)}.")
+
+
+def check_lengths(name: str, value: Any) -> None:
+    """Raise UsageError unless `value` is a list of integers of at least 1."""
+    check_sequence(name, value)
+    for each in value:
+        check_integer(f"one of {name}", each, 1)
+
+
+def check_callable(name: str, value: Any) -> None:
+    """Raise UsageError unless `value` is None or can be called."""
+    if value is not None and not callable(value):
+        raise UsageError(f"{name} must be a function, not {shown(value)}.")
 
 
 def check_number(name: str, value: Any, bound: float, *, inclusive: bool = False) -> None:
@@ -28,20 +80,20 @@ def check_number(name: str, value: Any, bound: float, *, inclusive: bool = False
     finite = number and -sys.float_info.max <= value <= sys.float_info.max
     if not finite or not (value >= bound if inclusive else value > bound):
         sign = "at least" if inclusive else "above"
-        raise UsageError(f"{name} must be a number {sign} {bound:g}, not {value!r}.")
+        raise UsageError(f"{name} must be a number {sign} {bound:g}, not {shown(value)}.")
 
 
 def check_share(name: str, value: Any, *, below: bool = False) -> None:
     """Raise UsageError unless `value` is between 0 and 1, 1 left out if `below`."""
     check_number(name, value, 0.0, inclusive=True)
     if value > 1 or (below and value == 1):
-        raise UsageError(f"{name} must be {'below' if below else 'at most'} 1, not {value!r}.")
+        raise UsageError(f"{name} must be {'below' if below else 'at most'} 1, not {shown(value)}.")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise UsageError unless `value` is one of the choices."""
     if value not in choices:
-        raise UsageError(f"{name} '{value}' is unknown; known are {', '.join(choices)}.")
+        raise UsageError(f"{name} {shown(value)} is unknown; known are {', '.join(choices)}.")
 
 
 def overridden(settings: Settings, given: Mapping[str, Any]) -> Settings:

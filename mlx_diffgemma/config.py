@@ -6,72 +6,26 @@ missing size is an error that names the key.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_diffgemma.errors import ConfigError
+from mlx_diffgemma.reading import LARGEST_LENGTH, Section, shown
 
 MODEL_TYPE = "diffusion_gemma"
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 
-_REQUIRED = object()
-
-
-class _Section:
-    """One JSON object of a config, read key by key; every error names the key's full path."""
-
-    def __init__(self, data: Any, path: str = "", file: str = "config.json") -> None:
-        if not isinstance(data, Mapping):
-            raise ConfigError(f"{file}: '{path or 'top level'}' must be an object.")
-        self.data, self.path, self.file = data, path, file
-
-    def name(self, key: str) -> str:
-        return f"{self.path}.{key}" if self.path else key
-
-    def fail(self, key: str, why: str) -> ConfigError:
-        return ConfigError(f"{self.file}: '{self.name(key)}' {why}.")
-
-    def get(self, key: str, default: Any = _REQUIRED) -> Any:
-        value = self.data.get(key)
-        if value is None:
-            if default is _REQUIRED:
-                raise self.fail(key, "is missing; copy config.json from the original checkpoint")
-            return default
-        return value
-
-    def size(self, key: str, default: Any = _REQUIRED) -> int:
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.fail(key, f"must be a positive integer, not {value!r}")
-        return value
-
-    def number(self, key: str, default: Any = _REQUIRED, *, above: float = 0.0) -> float:
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > above:
-            raise self.fail(key, f"must be a number above {above:g}, not {value!r}")
-        return float(value)
-
-    def section(self, key: str) -> _Section:
-        return _Section(self.get(key), self.name(key), self.file)
-
-    def ids(self, key: str, vocab_size: int | None = None) -> tuple[int, ...]:
-        """One token id or a list of them; below `vocab_size`, where that is given."""
-        value = self.get(key, [])
-        ids = value if isinstance(value, (list, tuple)) else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-            raise self.fail(key, f"must be a token id or a list of them, not {value!r}")
-        for token in ids:
-            if vocab_size is not None and token >= vocab_size:
-                raise self.fail(key, f"is {token}, and ids go from 0 to {vocab_size - 1}")
-        return tuple(ids)
-
-    def token(self, key: str, vocab_size: int) -> int | None:
-        """A token id, or None where there is none."""
-        if isinstance(self.data.get(key), (list, tuple)):
-            raise self.fail(key, f"must be one token id, not {self.data[key]!r}")
-        return next(iter(self.ids(key, vocab_size)), None)
+_LAYER = re.compile(r"[0-9]{1,9}")
+_GLOBAL = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
+_PACKERS = {
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "compressed-tensors": "compressed-tensors",
+    "modelopt": "modelopt",
+}
 
 
 @dataclass(frozen=True)
@@ -85,11 +39,11 @@ class RopeConfig:
     factor: float = 1.0
 
     @classmethod
-    def read(cls, section: _Section) -> RopeConfig:
+    def read(cls, section: Section) -> RopeConfig:
         rope_type = section.get("rope_type", "default")
         if rope_type not in ("default", "proportional"):
             raise section.fail(
-                "rope_type", f"is {rope_type!r}; known are 'default' and 'proportional'"
+                "rope_type", f"is {shown(rope_type)}; known are 'default' and 'proportional'"
             )
         partial = section.number("partial_rotary_factor", 1.0)
         if partial > 1 or (rope_type == "default" and partial != 1):
@@ -135,14 +89,14 @@ class TextConfig:
         return len(self.attention)
 
     @classmethod
-    def read(cls, section: _Section) -> TextConfig:
+    def read(cls, section: Section) -> TextConfig:
         if section.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
             raise section.fail("hidden_activation", "must be 'gelu_pytorch_tanh'")
         if section.get("use_bidirectional_attention", "vision") != "vision":
             raise section.fail("use_bidirectional_attention", "must be 'vision' or absent")
-        if not section.get("tie_word_embeddings", True):
+        if not section.flag("tie_word_embeddings", True):
             raise section.fail("tie_word_embeddings", "must be true: DiffusionGemma ties its head")
-        if section.get("attention_bias", False):
+        if section.flag("attention_bias", False):
             raise section.fail("attention_bias", "must be false: its encoder biases are not tied")
         vocab_size = section.size("vocab_size")
         num_experts, top_k = section.size("num_experts"), section.size("top_k_experts")
@@ -155,9 +109,9 @@ class TextConfig:
             num_experts=num_experts,
             top_k_experts=top_k,
             moe_intermediate_size=section.size("moe_intermediate_size"),
-            sliding_window=section.size("sliding_window"),
-            max_position_embeddings=section.size("max_position_embeddings"),
-            rms_norm_eps=section.number("rms_norm_eps"),
+            sliding_window=section.size("sliding_window", most=LARGEST_LENGTH),
+            max_position_embeddings=section.size("max_position_embeddings", most=LARGEST_LENGTH),
+            rms_norm_eps=section.number("rms_norm_eps", most=1.0),
             attention=_read_attention(section),
             final_logit_softcapping=section.number("final_logit_softcapping", 30.0),
             pad_token_id=section.token("pad_token_id", vocab_size) or 0,
@@ -165,7 +119,7 @@ class TextConfig:
         )
 
 
-def _read_attention(section: _Section) -> tuple[AttentionConfig, ...]:
+def _read_attention(section: Section) -> tuple[AttentionConfig, ...]:
     """Attention sizes layer by layer, from either spelling.
 
     The release writes `global_head_dim` and `num_global_key_value_heads` for the full layers;
@@ -179,24 +133,18 @@ def _read_attention(section: _Section) -> tuple[AttentionConfig, ...]:
         raise section.fail("layer_types", f"names {len(kinds)} layers, num_hidden_layers {count}")
     for kind in kinds:
         if kind not in (SLIDING, FULL):
-            raise section.fail("layer_types", f"has {kind!r}; known are '{SLIDING}' and '{FULL}'")
+            raise section.fail(
+                "layer_types", f"has {shown(kind)}; known are '{SLIDING}' and '{FULL}'"
+            )
     ropes = {
         kind: RopeConfig.read(section.section("rope_parameters").section(kind))
         for kind in dict.fromkeys(kinds)
     }
     overrides = _layer_overrides(section, len(kinds))
-    per_layer = section.get("per_layer_config", None) is not None
     heads = section.size("num_attention_heads")
     layers = []
     for index, kind in enumerate(kinds):
-        sizes = _Section(
-            {
-                "head_dim": section.get("head_dim", None),
-                "num_key_value_heads": section.get("num_key_value_heads", None),
-                **(overrides.get(index, {}) if per_layer else _global_sizes(section, kind)),
-            },
-            f"{section.path} (layer {index})",
-        )
+        sizes = _layer_sizes(section, index, kind, overrides)
         kv_heads, head_dim = sizes.size("num_key_value_heads"), sizes.size("head_dim")
         if heads % kv_heads:
             raise section.fail(
@@ -209,22 +157,48 @@ def _read_attention(section: _Section) -> tuple[AttentionConfig, ...]:
     return tuple(layers)
 
 
-def _layer_overrides(section: _Section, num_layers: int) -> dict[int, Mapping[str, Any]]:
+def _layer_overrides(section: Section, num_layers: int) -> dict[int, Section] | None:
+    """What `per_layer_config` says of layers, by index; None where a config has none."""
+    if not section.has("per_layer_config"):
+        return None
     overrides = {}
-    for key, value in section.get("per_layer_config", {}).items():
-        if not str(key).isdigit() or int(key) >= num_layers:
-            raise section.fail("per_layer_config", f"has {key!r}, no index of a layer")
-        overrides[int(key)] = _Section(value, section.name(f"per_layer_config.{key}")).data
+    given = section.section("per_layer_config")
+    for key in given.data:
+        if not _LAYER.fullmatch(str(key)) or int(key) >= num_layers:
+            raise section.fail("per_layer_config", f"has {shown(key)}, no index of a layer")
+        if int(key) in overrides:
+            raise section.fail("per_layer_config", f"has layer {int(key)} twice")
+        overrides[int(key)] = Section(given.data[key], given.name(str(key)))
     return overrides
 
 
-def _global_sizes(section: _Section, kind: str) -> dict[str, int]:
-    if kind == SLIDING:
-        return {}
-    sizes = {"head_dim": section.size("global_head_dim")}
-    if section.get("num_global_key_value_heads", None) is not None:
-        sizes["num_key_value_heads"] = section.size("num_global_key_value_heads")
-    return sizes
+def _layer_sizes(
+    section: Section, index: int, kind: str, overrides: Mapping[int, Section] | None
+) -> Section:
+    """The attention sizes of a layer, by the names that they have for all layers.
+
+    Raises:
+        ConfigError: both spellings are there, and say different things.
+    """
+    sizes = {key: section.get(key, None) for key in _GLOBAL}
+    path = f"{section.path} (layer {index})"
+    if overrides is None:
+        if kind == FULL:
+            sizes["head_dim"] = section.size("global_head_dim")
+            if section.has("num_global_key_value_heads"):
+                sizes["num_key_value_heads"] = section.size("num_global_key_value_heads")
+        return Section(sizes, path)
+    override = overrides.get(index)
+    if override is not None:
+        sizes |= {key: override.size(key) for key in _GLOBAL if override.has(key)}
+    for key, spelling in _GLOBAL.items() if kind == FULL else ():
+        if section.has(spelling) and section.size(spelling) != sizes[key]:
+            raise section.fail(
+                spelling,
+                f"is {section.size(spelling)}, and 'per_layer_config' gives layer {index} a {key} "
+                f"of {shown(sizes[key])}; copy config.json from the original checkpoint",
+            )
+    return Section(sizes, path)
 
 
 @dataclass(frozen=True)
@@ -243,15 +217,23 @@ class ModelConfig:
         else the `tokenizer`'s.
 
         Raises:
-            ConfigError: none of them names one, so that no answer would ever end.
+            ConfigError: none of them names one of the vocabulary, so that no answer would ever
+                end.
         """
         generation = self.raw.get("generation_config") or {}
-        ids = _Section(generation, file="generation_config.json").ids("eos_token_id")
+        vocab_size = self.text.vocab_size
+        ids = Section(generation, file="generation_config.json").ids("eos_token_id", vocab_size)
         ids = ids or self.eos_token_ids or tuple(sorted(tokenizer))
         if not ids:
             raise ConfigError(
                 "neither config.json nor generation_config.json nor the tokenizer names an "
                 "'eos_token_id', so no answer would end; add it to config.json."
+            )
+        outside = next((token for token in ids if not 0 <= token < vocab_size), None)
+        if outside is not None:
+            raise ConfigError(
+                f"the tokenizer ends answers with token {outside}, and ids go from 0 to "
+                f"{vocab_size - 1}; name an 'eos_token_id' in config.json."
             )
         return ids
 
@@ -262,21 +244,17 @@ class ModelConfig:
         Raises:
             ConfigError: naming the key that is missing, unknown or contradictory.
         """
-        top = _Section(data)
+        top = Section(data)
         model_type = data.get("model_type")
         if model_type != MODEL_TYPE:
             raise ConfigError(
-                f"config.json: model_type is {model_type!r}, not '{MODEL_TYPE}'; "
+                f"config.json: model_type is {shown(model_type)}, not '{MODEL_TYPE}'; "
                 "use mlx-lm or mlx-vlm for other models."
             )
         text = TextConfig.read(top.section("text_config"))
-        if not top.get("tie_word_embeddings", True):
+        if not top.flag("tie_word_embeddings", True):
             raise top.fail("tie_word_embeddings", "must be true: DiffusionGemma ties its head")
-        quantization = data.get("quantization") or data.get("quantization_config")
-        if quantization is not None and "bits" not in _Section(quantization, "quantization").data:
-            raise top.fail(
-                "quantization_config", "is not in MLX form; convert the original weights"
-            )
+        quantization = _read_quantization(top)
         return cls(
             text=text,
             canvas_length=top.size("canvas_length"),
@@ -292,6 +270,25 @@ class ModelConfig:
         )
 
 
+def _read_quantization(top: Section) -> Mapping[str, Any] | None:
+    """The `quantization` of a config, or None.
+
+    Raises:
+        ConfigError: it is not in MLX's form; whose it is, is named.
+    """
+    key = "quantization" if top.data.get("quantization") else "quantization_config"
+    if not top.data.get(key):
+        return None
+    block = top.section(key)
+    method = block.get("quant_method", "mlx")
+    if method != "mlx" or not block.has("bits"):
+        packer = _PACKERS.get(method, shown(method)) if isinstance(method, str) else "another"
+        whose = "" if method == "mlx" else f" but that of {packer}"
+        raise top.fail(key, f"is not in MLX form{whose}; convert the original weights")
+    block.size("bits")
+    return block.data
+
+
 def check_generation_ids(generation: Any, vocab_size: int, *, inside_config: bool = False) -> None:
     """Check the token ids of a parsed `generation_config.json`, which a repository may also carry
     inside `config.json`.
@@ -300,9 +297,9 @@ def check_generation_ids(generation: Any, vocab_size: int, *, inside_config: boo
         ConfigError: one is no id of the vocabulary; file and key are named.
     """
     section = (
-        _Section(generation, "generation_config")
+        Section(generation, "generation_config")
         if inside_config
-        else _Section(generation, file="generation_config.json")
+        else Section(generation, file="generation_config.json")
     )
     section.ids("eos_token_id", vocab_size)
     section.token("pad_token_id", vocab_size)

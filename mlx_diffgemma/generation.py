@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlx_diffgemma.checkpoint import adapters, loading, locate, memory
-from mlx_diffgemma.checks import check_integer
+from mlx_diffgemma.checks import check_callable, check_flag, check_integer
+from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.encode import ends_of_turns
 from mlx_diffgemma.diffusion.events import (
@@ -26,6 +27,7 @@ from mlx_diffgemma.diffusion.profiles import profile_settings
 from mlx_diffgemma.errors import PromptError, UsageError
 from mlx_diffgemma.model.cache import MARK_BYTES, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.answer import Answer, stop_strings
 from mlx_diffgemma.text.parts import EndReason, Parts
 from mlx_diffgemma.text.prompt import Encoded, Prompt, Tools, encode, rows_of
@@ -163,6 +165,8 @@ def diffusion_config(
         ConfigError: the checkpoint's settings are damaged.
         UsageError: the profile or an override is unknown, or a value is out of range.
     """
+    if not isinstance(getattr(model, "config", None), ModelConfig):
+        raise UsageError(f"model must be what `load` returns, not {shown(model)}.")
     settings: Mapping[str, Any] = model.config.raw.get("generation_config") or {}
     config = DiffusionConfig.from_dict(settings).override(**profile_settings(profile))
     config = config.override(**overrides)
@@ -274,6 +278,14 @@ def stream_generate(
     if prefill_step_size is not None:
         check_integer("prefill_step_size", prefill_step_size, 1)
     seed, stops = checked_seed(seed), stop_strings(stop)
+    if prefix_cache is not None and not isinstance(prefix_cache, PrefixCache):
+        raise UsageError(
+            f"prefix_cache must come from model.make_cache(), not be {shown(prefix_cache)}."
+        )
+    if initial_canvas is not None and not hasattr(initial_canvas, "__len__"):
+        raise UsageError(f"initial_canvas must be token ids, not {shown(initial_canvas)}.")
+    check_flag("draft", draft)
+    check_callable("on_prefill", on_prefill)
     encoded = encode(
         tokenizer,
         prompt,
@@ -321,11 +333,12 @@ def fit_to_context(
     length = config.canvas_length or model.config.canvas_length
     if length >= context:
         raise UsageError(f"canvas_length is {length}, and the model's context is {context}.")
-    for token in config.eos_token_ids:
-        if token >= model.config.text.vocab_size:
-            raise UsageError(
-                f"eos_token_ids has {token}; ids go to {model.config.text.vocab_size - 1}."
-            )
+    last = model.config.text.vocab_size - 1
+    pads = (config.pad_token_id,)
+    for setting, given in (("eos_token_ids", config.eos_token_ids), ("pad_token_id", pads)):
+        if max(given, default=0) > last:
+            raise UsageError(f"{setting} has {max(given)}; ids go to {last}.")
+    long_canvas = length > model.config.canvas_length
     configs = []
     for row, ids in enumerate(prompts):
         name = "the prompt" if len(prompts) == 1 else f"prompt {row + 1}"
@@ -334,7 +347,8 @@ def fit_to_context(
         if canvases < 1:
             raise PromptError(
                 f"{name} has {len(ids)} tokens and the model's context is {context}, of which a "
-                f"canvas takes {length}; shorten the prompt."
+                f"canvas takes {length}; "
+                + ("lower canvas_length." if long_canvas else "shorten the prompt.")
             )
         configs.append(replace(config, max_tokens=min(config.max_tokens, canvases * length)))
     estimate = memory.estimate(
@@ -351,7 +365,8 @@ def fit_to_context(
     what = f"a prompt of {longest} tokens"
     if len(prompts) > 1:
         what = f"a batch of {len(prompts)} prompts of up to {longest} tokens"
-    memory.require(estimate, what)
+    mend = "lower canvas_length, or shorten the prompt" if long_canvas else None
+    memory.require(estimate, what, mend=mend)
     return configs
 
 
@@ -361,7 +376,9 @@ def _check_tokens(model: DiffusionGemma, ids: Sequence[int], name: str) -> None:
         raise PromptError(f"{name} is empty; give some text or token ids.")
     for place, token in enumerate(ids):
         if not 0 <= token < vocab:
-            raise PromptError(f"{name}: token {place} is {token}; ids go from 0 to {vocab - 1}.")
+            raise PromptError(
+                f"{name}: token {place} is {shown(token)}; ids go from 0 to {vocab - 1}."
+            )
         if token in images:
             raise PromptError(
                 f"{name}: token {place} ({token}) stands for an image; images are not supported "

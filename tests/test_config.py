@@ -14,6 +14,12 @@ from mlx_diffgemma.errors import ConfigError
 REMOVE = Ellipsis  # stands for a key that is taken out
 
 
+def without_globals(text):
+    """The text config without the release's spelling of the sizes of full layers."""
+    del text["global_head_dim"], text["num_global_key_value_heads"]
+    return text
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_both_spellings_read_the_same(tiny_config, seed):
     release = ModelConfig.from_dict(tiny_config(seed, "release"))
@@ -33,7 +39,7 @@ def test_both_spellings_read_the_same(tiny_config, seed):
 @pytest.mark.parametrize("key", ["3", "03", 3])
 def test_keys_of_per_layer_config_may_be_padded(tiny_config, key):
     raw = tiny_config(0, layer_types=[SLIDING] * 3 + [FULL], num_hidden_layers=4)
-    text = raw["text_config"]
+    text = without_globals(raw["text_config"])
     text["per_layer_config"] = {key: {"head_dim": 18, "num_key_value_heads": 4}}
     layer = ModelConfig.from_dict(raw).text.attention[3]
     assert (layer.head_dim, layer.num_kv_heads) == (18, 4)
@@ -41,7 +47,7 @@ def test_keys_of_per_layer_config_may_be_padded(tiny_config, key):
 
 def test_layers_may_differ_among_themselves(tiny_config):
     raw = tiny_config(0, layer_types=[FULL, SLIDING, FULL], num_hidden_layers=3)
-    raw["text_config"]["per_layer_config"] = {
+    without_globals(raw["text_config"])["per_layer_config"] = {
         "0": {"head_dim": 20},
         "2": {"head_dim": 22, "num_key_value_heads": 4},
     }
@@ -117,7 +123,7 @@ WRONG = [
     ("model_type", "gemma4", "config.json: model_type is 'gemma4', not 'diffusion_gemma'; use"),
     ("model_type", REMOVE, "config.json: model_type is None, not 'diffusion_gemma'; use"),
     ("text_config", REMOVE, "config.json: 'text_config' is missing; copy config.json from"),
-    ("text_config", 3, "config.json: 'text_config' must be an object."),
+    ("text_config", 3, "config.json: 'text_config' must be an object, not a number."),
     ("canvas_length", REMOVE, "config.json: 'canvas_length' is missing"),
     ("canvas_length", 0, "config.json: 'canvas_length' must be a positive integer, not 0."),
     ("eos_token_id", "x", "config.json: 'eos_token_id' must be a token id or a list of them"),
@@ -136,6 +142,31 @@ WRONG = [
             "rope_parameters",
         )
     ],
+    ("text_config", [], "config.json: 'text_config' must be an object, not a list."),
+    ("text_config.hidden_size", 10**30, "config.json: 'text_config.hidden_size' must be at most 1"),
+    ("text_config.num_experts", 10**12, "config.json: 'text_config.num_experts' must be at most"),
+    ("text_config.rms_norm_eps", float("inf"), "config.json: 'text_config.rms_norm_eps' must be a"),
+    ("text_config.rms_norm_eps", float("nan"), "config.json: 'text_config.rms_norm_eps' must be a"),
+    (
+        f"text_config.rope_parameters.{FULL}.rope_theta",
+        float("inf"),
+        f"config.json: 'text_config.rope_parameters.{FULL}.rope_theta' must be at most 1e+30, not",
+    ),
+    ("text_config.per_layer_config", [], "config.json: 'text_config.per_layer_config' must be an"),
+    ("text_config.per_layer_config", "x", "config.json: 'text_config.per_layer_config' must be an"),
+    ("text_config.per_layer_config", {"²": {}}, "config.json: 'text_config.per_layer_config' has"),
+    (
+        "text_config.per_layer_config",
+        {"2": {"head_dim": 64}},
+        "config.json: 'text_config.global_head_dim' is",
+    ),
+    ("quantization", {"bits": [4]}, "config.json: 'quantization.bits' must be a positive integer"),
+    ("quantization", "4bit", "config.json: 'quantization' must be an object, not a text."),
+    (
+        "quantization_config",
+        {"quant_method": "gptq", "bits": 4},
+        "config.json: 'quantization_config' is not in MLX form but that of GPTQ; convert the orig",
+    ),
     ("text_config.attention_bias", True, "config.json: 'text_config.attention_bias' must be false"),
     ("text_config.head_dim", REMOVE, "config.json: 'text_config (layer 0).head_dim' is missing"),
     (
@@ -164,7 +195,7 @@ WRONG = [
     (
         "text_config.per_layer_config",
         {"1": 3},
-        "config.json: 'text_config.per_layer_config.1' must be an object.",
+        "config.json: 'text_config.per_layer_config.1' must be an object, not a number.",
     ),
     (
         f"text_config.rope_parameters.{FULL}",

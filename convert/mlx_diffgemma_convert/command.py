@@ -14,6 +14,7 @@ from typing import Any
 from mlx_diffgemma.checkpoint.names import is_quantizable, module_path
 from mlx_diffgemma.checkpoint.quantization import FLOATS, RECIPES, Format, Recipe, Rule
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.reading import os_reason, shown
 from mlx_diffgemma_convert.hub import HubSource, open_source
 from mlx_diffgemma_convert.job import Progress, check_target, convert
 from mlx_diffgemma_convert.journal import Journal
@@ -106,16 +107,18 @@ def named_recipe(name: str) -> Recipe:
     """A recipe by name, or from a JSON file that `measure --budget` wrote."""
     if name in RECIPES:
         return RECIPES[name]
-    path = Path(name).expanduser()
-    if path.is_file():
-        try:
-            content = json.loads(path.read_text())
+    try:
+        path = Path(name).expanduser()
+        if path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
             return Recipe.of(content["name"], content["rules"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(
-                f"{path} is no recipe ({error}); measure --budget writes one."
-            ) from None
-    raise UsageError(f"recipe '{name}' is unknown; known are {', '.join(RECIPES)}.")
+    except UsageError as error:
+        raise UsageError(f"{shown(name)}: {error}") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise UsageError(
+            f"{shown(name)} is no recipe ({os_reason(error)}); measure --budget writes one."
+        ) from None
+    raise UsageError(f"recipe {shown(name)} is unknown; known are {', '.join(RECIPES)}.")
 
 
 def _plan(source: Source, recipe: Recipe, rules: list[Rule], conversion: Conversion) -> Plan:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlx_diffgemma.checkpoint.locate import DEMO, locate
-from mlx_diffgemma.checkpoint.shards import read_json
 from mlx_diffgemma.errors import CheckpointError, UsageError
+from mlx_diffgemma.reading import read_object
 from mlx_diffgemma_convert.source import (
     ITEM_BYTES,
     FolderSource,
@@ -101,7 +101,7 @@ class HubSource:
         if "config.json" not in self._sizes:
             raise CheckpointError(f"{repository} has no config.json; name another repository.")
         self._fetch("config.json", revision)  # notes in the cache what the revision's name means
-        self.config: Mapping[str, Any] = read_json(self._fetch("config.json"))
+        self.config: Mapping[str, Any] = read_object(self._fetch("config.json"))
         self.tensors = self._headers(api)
 
     def shard_path(self, shard: str) -> Path:

@@ -18,6 +18,7 @@ from typing import Any
 
 from mlx_diffgemma import disk
 from mlx_diffgemma.errors import CheckpointError, UsageError
+from mlx_diffgemma.reading import read_object
 from mlx_diffgemma_convert.plan import Plan
 from mlx_diffgemma_convert.source import ShardReader
 from mlx_diffgemma_convert.stream import Written, source_digest
@@ -75,7 +76,20 @@ class Journal:
         complete, only this folder was not removed."""
         if not (self.target.exists() and self.begun) or self.result.exists():
             return False
-        return json.loads(self._file.read_text())["fingerprint"] == plan.fingerprint
+        return bool(self._read()["fingerprint"] == plan.fingerprint)
+
+    def _read(self) -> dict[str, Any]:
+        """The journal of an earlier run.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        mend = "add --restart to begin anew"
+        state = read_object(self._file, mend=mend)
+        objects = [state.get(key) for key in ("settings", "identities", "done")]
+        if not all(isinstance(each, dict) for each in objects) or "fingerprint" not in state:
+            raise CheckpointError(f"{self._file} is damaged (it is no journal of ours); {mend}.")
+        return state
 
     def open(self, plan: Plan, restart: bool) -> None:
         """Begin, or go on where an earlier run of the same plan stopped.
@@ -87,7 +101,7 @@ class Journal:
         if restart:
             self.discard()
         if self.begun:
-            self._state = json.loads(self._file.read_text())
+            self._state = self._read()
             self._compare(plan)
             self.done = {f: d for f, d in self._state["done"].items() if self._is_there(f, d)}
             self.current = self._state["current"]

@@ -29,6 +29,7 @@ from mlx_diffgemma.checkpoint.quantization import (
     Format,
     Recipe,
     formats_from_config,
+    named_format,
 )
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import CheckpointError, UsageError
@@ -240,6 +241,8 @@ def _targets(
             raise CheckpointError(
                 f"tensor {to_hugging_face(name)} is missing; fetch the weights again."
             )
+        if before is not None:
+            _check_packed(path, shape, before, tensors)
         parts = {
             part: pieces_of(keys[part], shape if before is None else found[0].shape, found)
             for part, found in tensors.items()
@@ -254,7 +257,13 @@ def _targets(
         targets.append(
             Target(name, shape, fmt, _value_dtype(kept, fmt, dtype, before), parts, before)
         )
+    packed = {} if keep_formats else _packed_vision(config, gathered)
     for name, found in gathered.items():
+        path = module_path(name)
+        if path in packed:
+            if name.endswith(".weight"):
+                targets.append(_unpacked(name, packed[path], gathered, dtype))
+            continue
         if not is_vision(name):
             raise CheckpointError(
                 f"tensor {found[0].name} in {found[0].shard} has no place in the model that "
@@ -263,6 +272,64 @@ def _targets(
         whole = {"weight": pieces_of(name, found[0].shape, found)}
         targets.append(Target(name, found[0].shape, Format(KEEP), found[0].dtype, whole))
     return targets
+
+
+def _check_packed(
+    path: str, shape: tuple[int, ...], fmt: Format, tensors: Mapping[str, list[SourceTensor]]
+) -> None:
+    """Raise CheckpointError where packed weights, scales or biases are not of the type and shape
+    that their format has."""
+    groups = (*shape[:-1], shape[-1] // fmt.group_size)
+    wanted = {
+        "weight": (*shape[:-1], shape[-1] * fmt.bits // 32),
+        "scales": groups,
+        "biases": groups,
+    }
+    floats = tuple(FLOAT_DTYPES.values())
+    kinds = {"weight": ("U32",), "scales": floats if fmt.mode == "affine" else ("U8",)}
+    for part, found in tensors.items():
+        for tensor in found:
+            known = kinds.get(part, floats)
+            if tensor.dtype not in known or tensor.shape != wanted[part]:
+                raise CheckpointError(
+                    f"tensor {tensor.name} in {tensor.shard} is {tensor.dtype} of shape "
+                    f"{list(tensor.shape)}, and {fmt.name} has {' or '.join(known)} of shape "
+                    f"{list(wanted[part])} there; fetch or convert the weights again."
+                )
+    missing = next((part for part, found in tensors.items() if not found), None)
+    if missing is not None:
+        raise CheckpointError(f"tensor {path}.{missing} is missing; fetch the weights again.")
+
+
+def _packed_vision(
+    config: ModelConfig, gathered: Mapping[str, list[SourceTensor]]
+) -> dict[str, Format]:
+    """The format of every packed matrix of the vision tower, by path. Nothing else says what its
+    shapes are, so the config is believed."""
+    formats = {}
+    for name in gathered:
+        path = module_path(name)
+        if is_vision(name) and name.endswith(".scales") and f"{path}.weight" in gathered:
+            formats[path] = named_format(config, path)
+    return formats
+
+
+def _unpacked(
+    name: str, fmt: Format, gathered: Mapping[str, list[SourceTensor]], dtype: str | None
+) -> Target:
+    """A packed matrix of the vision tower as a plain one."""
+    path, packed = module_path(name), gathered[name][0]
+    shape = (*packed.shape[:-1], packed.columns * 32 // fmt.bits)
+    tensors = {part: gathered.get(f"{path}.{part}", []) for part in _PARTS}
+    if fmt.mode != "affine":
+        del tensors["biases"]
+    _check_packed(path, shape, fmt, tensors)
+    parts = {
+        part: pieces_of(found[0].name, found[0].shape, found) for part, found in tensors.items()
+    }
+    kept = tensors["scales" if fmt.mode == "affine" else "weight"][0]
+    keep = Format(KEEP)
+    return Target(name, shape, keep, _value_dtype(kept, keep, dtype, fmt), parts, fmt)
 
 
 def _other(recipe: Recipe) -> Format:

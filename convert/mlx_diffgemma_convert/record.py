@@ -12,6 +12,7 @@ from typing import Any
 from mlx_diffgemma import __version__
 from mlx_diffgemma.disk import write_atomically
 from mlx_diffgemma.errors import CheckpointError
+from mlx_diffgemma.reading import os_reason
 from mlx_diffgemma_convert.plan import Plan
 from mlx_diffgemma_convert.repository import json_bytes
 
@@ -57,12 +58,14 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has no {RECORD}; only what this converter wrote can be verified."
         ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({os_reason(error)}).") from None
     try:
         record = json.loads(content)
         checksum = record.pop("checksum", None)
         intact = checksum == _checksum(record)
         intact = intact and json_bytes({**record, "checksum": checksum}) == content
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         intact = False
     if not intact:
         raise CheckpointError(f"{path} is not as it was written; convert again.")

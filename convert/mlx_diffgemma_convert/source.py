@@ -18,8 +18,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mlx_diffgemma.checkpoint.shards import read_json, stored_tensors
+from mlx_diffgemma.checkpoint.shards import stored_tensors
 from mlx_diffgemma.errors import CheckpointError
+from mlx_diffgemma.reading import os_reason, read_object
 
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1, "I8": 1, "I32": 4, "I64": 8,
@@ -91,7 +92,7 @@ class FolderSource:
         self.folder = folder
         self.name = name or str(folder)
         self.revision = revision
-        self.config = read_json(folder / "config.json")
+        self.config: Mapping[str, Any] = read_object(folder / "config.json")
         self.tensors: dict[str, SourceTensor] = {}
         for shard in sorted({t.shard for t in stored_tensors(folder).values()}):
             self.tensors |= read_header(shard)
@@ -149,7 +150,9 @@ def read_header(path: Path) -> dict[str, SourceTensor]:
             for name, e in header.items()
         }
         ends = {name: entry["data_offsets"][1] for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except OSError as error:
+        raise CheckpointError(f"shard {path} cannot be read ({os_reason(error)}).") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(
             f"shard {path} has a damaged header ({error!r}); fetch the file again."
         ) from None

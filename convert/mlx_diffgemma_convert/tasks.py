@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.reading import os_reason
 
 PROMPTS = (
     "Why is the sky blue? Answer in three sentences.",
@@ -40,10 +41,10 @@ def read_tasks(path: Path | None, count: int) -> list[Task]:
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
         tasks = [Task(row["prompt"], row.get("answer")) for row in rows[:count]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(
-            f"{path} is no file of prompts ({error}); write one JSON object with a 'prompt' on "
-            "each line."
+            f"{path} is no file of prompts ({os_reason(error)}); write one JSON object with a "
+            "'prompt' on each line."
         ) from None
     if not tasks:
         raise UsageError(f"{path} holds no prompts.")

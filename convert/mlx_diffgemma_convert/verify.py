@@ -16,9 +16,9 @@ from mlx_diffgemma.checkpoint.names import (
     module_path,
 )
 from mlx_diffgemma.checkpoint.quantization import Recipe, formats_from_config
-from mlx_diffgemma.checkpoint.shards import read_json
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import CheckpointError
+from mlx_diffgemma.reading import read_object
 from mlx_diffgemma_convert.pack import (
     MX_DTYPES,
     Block,
@@ -112,7 +112,7 @@ def _check_shard(path: Path, entry: Mapping[str, Any]) -> dict[str, SourceTensor
 
 
 def _check_complete(folder: Path, tensors: Mapping[str, SourceTensor]) -> None:
-    config = ModelConfig.from_dict(read_json(folder / "config.json"))
+    config = ModelConfig.from_dict(read_object(folder / "config.json"))
     shapes = {canonical_name(t.name) or t.name: t.shape for t in tensors.values()}
     formats = formats_from_config(config, shapes)
     for name, shape in expected_shapes(config).items():

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_diffgemma.checkpoint.locate import RELEASE
-from mlx_diffgemma.checkpoint.shards import read_json
 from mlx_diffgemma.config import FULL, SLIDING
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.reading import read_object
 
 SMALL = "small-262k"
 
@@ -83,7 +83,7 @@ def config_like(name: str, layers: int | None = None) -> dict[str, Any]:
             "text_config": _TEXT[name],
         }
     elif (Path(name).expanduser() / "config.json").exists():
-        config = dict(read_json(Path(name).expanduser() / "config.json"))
+        config = dict(read_object(Path(name).expanduser() / "config.json"))
         # The weights are made here, in a format of their own.
         config = {k: v for k, v in config.items() if not k.startswith("quantization")}
     else:

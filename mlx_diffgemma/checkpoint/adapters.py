@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from mlx_diffgemma.checkpoint.shards import read_json
 from mlx_diffgemma.errors import CheckpointError, UsageError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.reading import is_there, os_reason, read_object, shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 ADAPTABLE = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
@@ -38,6 +39,8 @@ def load_adapters(
     Raises:
         CheckpointError: the folder has no adapters, they are damaged, or of another base.
     """
+    if not isinstance(adapter_path, (str, Path)):
+        raise UsageError(f"adapter_path must be a folder, not {shown(adapter_path)}.")
     folder = Path(adapter_path).expanduser()
     config = read_adapter_config(folder)
     trained_on = config.get("fingerprint")
@@ -52,6 +55,7 @@ def load_adapters(
     _require_slots(model, weights, config, folder)
     model.load_weights(list(weights.items()), strict=False)
     model.adapted = True
+    model.adaptations += 1
     model.eval()
 
 
@@ -61,13 +65,15 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: a file is missing or damaged.
     """
+    if is_there(folder / "adapter_model.safetensors") and not is_there(folder / WEIGHTS):
+        raise CheckpointError(
+            f"{folder} holds adapters in the form of PEFT, which this program does not read; train "
+            "them with `mlx-diffgemma train`."
+        )
     for file in (CONFIG, WEIGHTS):
-        if not (folder / file).exists():
+        if not is_there(folder / file):
             raise CheckpointError(f"{folder} has no {file}; name the folder that training wrote.")
-    config = read_json(folder / CONFIG)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / CONFIG} is damaged: it is no JSON object.")
-    return config
+    return read_object(folder / CONFIG, mend="copy it again")
 
 
 def add_adapters(
@@ -177,7 +183,9 @@ def _add_layers(model: DiffusionGemma, config: Mapping[str, Any], folder: Path) 
         count = int(config["num_layers"])
         keys = parameters.get("keys")
         keys = None if keys is None else [str(key) for key in keys]
-    except (AssertionError, KeyError, TypeError, ValueError):
+        assert settings["rank"] > 0 and isfinite(settings["scale"])
+        assert 0 <= settings["dropout"] < 1
+    except (AssertionError, KeyError, TypeError, ValueError, OverflowError):
         raise CheckpointError(
             f"{folder / CONFIG}: num_layers and lora_parameters (rank, scale, dropout, keys) are "
             "not as mlx-lm writes them; train again, or mend the file."
@@ -211,9 +219,8 @@ def layer_prefixes(model: DiffusionGemma, num_layers: int) -> list[str]:
 def _read_weights(path: Path) -> dict[str, mx.array]:
     try:
         return dict(mx.load(str(path)))  # type: ignore[arg-type]
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} is damaged ({reason}); copy it again.") from None
+    except (RuntimeError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({os_reason(error)}); copy it again.") from None
 
 
 def _require_slots(

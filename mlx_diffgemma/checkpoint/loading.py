@@ -13,13 +13,16 @@ from mlx.utils import tree_flatten
 from mlx_diffgemma import cpu
 from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.checkpoint.locate import locate
-from mlx_diffgemma.checkpoint.names import canonical_name, expert_piece, is_vision
+from mlx_diffgemma.checkpoint.names import canonical_name, expected_shapes, expert_piece, is_vision
 from mlx_diffgemma.checkpoint.quantization import formats_from_config
-from mlx_diffgemma.checkpoint.shards import StoredTensor, read_json, stored_tensors
+from mlx_diffgemma.checkpoint.shards import StoredTensor, stored_tensors
+from mlx_diffgemma.checks import check_flag
 from mlx_diffgemma.config import ModelConfig, check_generation_ids
-from mlx_diffgemma.errors import CheckpointError
+from mlx_diffgemma.errors import CheckpointError, UsageError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.reading import is_there, read_object, shown
 
+_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _ITEM_BYTES = {"F64": 8, "F32": 4, "U32": 4, "F16": 2, "BF16": 2, "U8": 1}
 
@@ -54,6 +57,10 @@ def load_model(
     Raises:
         CheckpointError, ConfigError, MemoryShortageError: each in one line.
     """
+    if dtype is not None and dtype not in _DTYPES:
+        raise UsageError(f"dtype must be float32, float16 or bfloat16 of mlx, not {shown(dtype)}.")
+    for flag, value in (("lazy", lazy), ("check", check)):
+        check_flag(flag, value)
     folder = locate(path_or_repo, revision)
     raw = read_config(folder)
     config = ModelConfig.from_dict(raw)
@@ -72,6 +79,7 @@ def load_model(
         )
         memory.require(estimate, name or str(path_or_repo))
 
+    _compare_sizes(config, stored)
     model = DiffusionGemma(config)
     _quantize_modules(model, config, stored)
     _require_shapes(model, stored)
@@ -90,10 +98,15 @@ def load_model(
 
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json`, with `generation_config.json` inside it where there is one."""
-    raw = read_json(folder / "config.json")
+    if not is_there(folder / "config.json") and is_there(folder / "adapter_config.json"):
+        raise CheckpointError(
+            f"{folder} holds adapters and no model; name their base with --model and this folder "
+            "with --adapter-path."
+        )
+    raw = read_object(folder / "config.json")
     generation = folder / "generation_config.json"
-    if isinstance(raw, dict) and generation.exists():
-        raw["generation_config"] = read_json(generation)
+    if is_there(generation):
+        raw["generation_config"] = read_object(generation)
     return raw
 
 
@@ -151,6 +164,26 @@ def _quantize_modules(
     nn.quantize(model, class_predicate=parameters)
 
 
+def _compare_sizes(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> None:
+    """Sizes that no stored matrix has are refused before a model of them is made.
+
+    Raises:
+        CheckpointError: naming the first tensor of another shape.
+    """
+    for name, shape in expected_shapes(config).items():
+        tensor = stored.get(name)
+        packed = tensor is not None and tensor.dtype not in _FLOATS
+        if tensor is not None and not packed and tensor.shape != shape:
+            raise _of_another_shape(tensor, shape)
+
+
+def _of_another_shape(tensor: StoredTensor, shape: tuple[int, ...]) -> CheckpointError:
+    return CheckpointError(
+        f"tensor {tensor.name} in {tensor.shard.name} has shape {list(tensor.shape)}, config.json "
+        f"asks for {list(shape)}; they are of different models."
+    )
+
+
 def _require_shapes(model: DiffusionGemma, stored: Mapping[str, StoredTensor]) -> None:
     """Every parameter must be stored, in its shape and a type that it can take; nothing else may.
 
@@ -163,12 +196,10 @@ def _require_shapes(model: DiffusionGemma, stored: Mapping[str, StoredTensor]) -
             raise CheckpointError(f"tensor {name} is missing; fetch or convert the weights again.")
         tensor = stored[name]
         if tensor.shape != parameter.shape:
-            raise CheckpointError(
-                f"tensor {tensor.name} in {tensor.shard.name} has shape {list(tensor.shape)}, "
-                f"config.json asks for {list(parameter.shape)}; they are of different models."
-            )
+            raise _of_another_shape(tensor, parameter.shape)
         packed = not mx.issubdtype(parameter.dtype, mx.floating)
-        fits = tensor.dtype in ("U32", "U8") if packed else tensor.dtype in _FLOATS
+        kind = "U8" if parameter.dtype == mx.uint8 else "U32"
+        fits = tensor.dtype == kind if packed else tensor.dtype in _FLOATS
         if not fits:
             kind = "packed integers" if packed else "floating-point numbers"
             raise CheckpointError(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mlx_diffgemma.errors import CheckpointError
+from mlx_diffgemma.errors import CheckpointError, UsageError
+from mlx_diffgemma.reading import is_there, os_reason, shown
 
 DEMO = "demo"
 RELEASE = "google/diffusiongemma-26B-A4B-it"
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # `./typo` is a path
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 
 
@@ -23,17 +24,38 @@ def locate(path_or_repo: str | Path, revision: str | None = None) -> Path:
     """
     if path_or_repo == DEMO:
         return Path(__file__).parents[1] / "demo" / "checkpoint"
-    path = Path(path_or_repo).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    if not isinstance(path_or_repo, (str, Path)) or not str(path_or_repo):
+        raise UsageError(
+            f'a model is named by a folder, a repository or "{DEMO}", not {shown(path_or_repo)}.'
+        )
+    if revision is not None and (not isinstance(revision, str) or not revision.isprintable()):
+        raise UsageError(
+            f"revision must be a branch, tag or commit of the repository, not {shown(revision)}."
+        )
+    try:
+        path = Path(path_or_repo).expanduser()
+        if path.is_dir():
+            return path
+    except (RuntimeError, OSError, ValueError) as error:  # no such user's home, a null byte
+        raise CheckpointError(
+            f"{shown(str(path_or_repo))} cannot be read ({os_reason(error)})."
+        ) from None
+    if is_there(path):
+        try:
+            path.stat()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{_spelt(path)} cannot be read ({os_reason(error)}).") from None
         raise CheckpointError(f"{path} is a file; name the folder that holds config.json.")
     if not _REPOSITORY.fullmatch(str(path_or_repo)):
         raise CheckpointError(
-            f"{path_or_repo}: no such folder; give a folder, a Hugging Face repository "
+            f"{_spelt(path_or_repo)}: no such folder; give a folder, a Hugging Face repository "
             f'("owner/name"), or "{DEMO}".'
         )
     return _download(str(path_or_repo), revision)
+
+
+def _spelt(name: str | Path) -> str:
+    return str(name) if str(name).isprintable() else shown(str(name))
 
 
 def _download(repository: str, revision: str | None) -> Path:
@@ -51,7 +73,7 @@ def _download(repository: str, revision: str | None) -> Path:
     except errors.LocalEntryNotFoundError:
         why = "is not in the local cache and the hub cannot be reached; check the network"
     except errors.HfHubHTTPError as error:
-        why = f"cannot be downloaded ({str(error).splitlines()[0]})"
-    except OSError as error:
-        why = f"cannot be downloaded ({error.strerror or error})"
+        why = f"cannot be downloaded ({os_reason(error):.200})"
+    except (OSError, ValueError) as error:  # ValueError: the hub takes no such name
+        why = f"cannot be downloaded ({os_reason(error):.200})"
     raise CheckpointError(f"{repository}{at} {why}.")

@@ -22,6 +22,7 @@ from mlx_diffgemma.checkpoint.names import (
 )
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import CheckpointError, UsageError
+from mlx_diffgemma.reading import Section, shown
 
 AFFINE = "affine"
 FLOATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -291,7 +292,8 @@ def formats_from_config(
             continue
         stored = _stored_format(path, full[f"{path}.weight"], shapes, scales)
         entry = block.get(path)
-        if entry is not None:
+        # mlx-lm writes `true` for what has the default format, whichever that is.
+        if entry is not None and entry is not True:
             named = _entry_format(path, entry)
             if named != stored:
                 raise CheckpointError(
@@ -300,7 +302,8 @@ def formats_from_config(
                 )
         formats[path] = stored
     for path, entry in block.items():
-        if isinstance(entry, Mapping) and f"{path}.weight" in shapes and path not in formats:
+        wanted = entry is True or isinstance(entry, Mapping)
+        if wanted and not is_vision(path) and f"{path}.weight" in shapes and path not in formats:
             raise CheckpointError(
                 f"tensor {path}.scales is missing, though config.json says that {path} is "
                 "quantized; convert the weights again."
@@ -308,12 +311,33 @@ def formats_from_config(
     return formats
 
 
+def named_format(config: ModelConfig, path: str) -> Format:
+    """The format that `config.json` names for a module that is stored with scales: its own, or the
+    default.
+
+    Raises:
+        CheckpointError, ConfigError: mlx has no such format.
+    """
+    block = config.quantization or {}
+    entry = block.get(path)
+    if isinstance(entry, Mapping):
+        return _entry_format(path, entry)
+    default = {key: block[key] for key in ("bits", "group_size", "mode") if key in block}
+    return _entry_format(path, default)
+
+
 def _entry_format(path: str, entry: Any) -> Format:
     if entry is False:
         return Format(KEEP)
+    section = Section(entry, f"quantization.{path}")
+    mode = section.get("mode", AFFINE)
+    if not isinstance(mode, str):
+        raise section.fail("mode", f"must be a text, not {shown(mode)}")
+    bits = section.size("bits") if section.has("bits") else None
+    group = section.size("group_size") if section.has("group_size") else None
     try:
-        return Format.make(entry.get("mode", AFFINE), entry.get("bits"), entry.get("group_size"))
-    except (AttributeError, UsageError) as error:
+        return Format.make(mode, bits, group)
+    except UsageError as error:
         raise CheckpointError(f"config.json: quantization of {path}: {error}") from None
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from mlx_diffgemma.errors import CheckpointError
+from mlx_diffgemma.reading import AGAIN, is_there, kind_of, os_reason, read_object, shown
 
 INDEX = "model.safetensors.index.json"
-_AGAIN = "fetch the file again"
+_SHARD = re.compile(r"[\w.+-][\w.+ -]*\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,6 @@ class StoredTensor:
     dtype: str
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file of a checkpoint.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}; name the folder of a whole checkpoint."
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged ({error}); {_AGAIN}.") from None
-
-
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint in `folder`, by name.
 
@@ -49,11 +33,11 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         CheckpointError: a shard is missing, truncated or damaged, or index and shards disagree.
     """
     index = folder / INDEX
-    weight_map = _weight_map(index) if index.exists() else None
+    weight_map = _weight_map(index) if is_there(index) else None
     if weight_map is None:
         shards = sorted(folder.glob("model*.safetensors"))
         if not shards:
-            raise CheckpointError(f"{folder} holds no model*.safetensors; {_AGAIN}s.")
+            raise CheckpointError(f"{folder} holds no model*.safetensors; fetch the files again.")
     else:
         shards = [folder / name for name in sorted(set(weight_map.values()))]
     tensors: dict[str, StoredTensor] = {}
@@ -71,10 +55,16 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map; {_AGAIN}.")
+        raise CheckpointError(f"{index} has no weight_map of tensors and files; {AGAIN}.")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            what = shown(shard) if isinstance(shard, str) else kind_of(shard)
+            raise CheckpointError(
+                f"{index}: 'weight_map' names {what} as the file of {shown(name)}, which is no "
+                f"name of a safetensors file; {AGAIN}."
+            )
     return weight_map
 
 
@@ -87,10 +77,11 @@ def _header(shard: Path) -> list[StoredTensor]:
                 for name, part in slices.items()
             ]
     except FileNotFoundError:
-        raise CheckpointError(f"shard {shard} is missing; {_AGAIN}.") from None
+        raise CheckpointError(f"shard {shard} is missing; {AGAIN}.") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"shard {shard} is truncated or damaged ({error}); {_AGAIN}."
+            f"shard {shard} cannot be read, or is truncated or damaged ({os_reason(error)}); "
+            f"{AGAIN}."
         ) from None
 
 
@@ -101,7 +92,8 @@ def _require_listed(
         if name not in tensors or tensors[name].shard.name != shard:
             where = f"is in {tensors[name].shard.name}" if name in tensors else "is in no shard"
             raise CheckpointError(
-                f"{index.name} says that {name} is in {shard}, but it {where}; fetch both again."
+                f"{index.name} says that {_spelt(name)} is in {shard}, but it {where}; "
+                "fetch both again."
             )
     unlisted = next((name for name in tensors if name not in weight_map), None)
     if unlisted is not None:
@@ -109,3 +101,8 @@ def _require_listed(
             f"{tensors[unlisted].shard.name} holds {unlisted}, which {index.name} does not list; "
             "fetch both again."
         )
+
+
+def _spelt(name: str) -> str:
+    """The name of a tensor for a message."""
+    return name if name.isprintable() and len(name) < 200 else shown(name)

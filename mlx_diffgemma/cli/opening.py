@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from mlx_diffgemma.cli.output import note
 from mlx_diffgemma.cli.settings import DEFAULT_MODEL, Asking, Loading
 from mlx_diffgemma.errors import CheckpointError, MemoryShortageError
+from mlx_diffgemma.reading import read_object
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def end_at(opened: Opened, asking: Asking) -> None:
 def _base_of(adapters: Path) -> str | None:
     """The model that adapters were trained on, as their folder says it."""
     try:
-        config = json.loads((adapters / "adapter_config.json").read_text(encoding="utf-8"))
-        return str(config["model"]) if config.get("model") else None
-    except (OSError, ValueError, AttributeError):  # loading them will say what is wrong
+        model = read_object(adapters / "adapter_config.json").get("model")
+    except CheckpointError:  # loading them will say what is wrong
         return None
+    return model if isinstance(model, str) and model else None

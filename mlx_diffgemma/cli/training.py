@@ -142,11 +142,11 @@ def _filled(given: Given, read: Mapping[str, object]) -> Given:
 
 def _earlier(folder: Path) -> dict[str, Any]:
     from mlx_diffgemma.checkpoint.adapters import CONFIG
-    from mlx_diffgemma.checkpoint.shards import read_json
+    from mlx_diffgemma.reading import read_object
 
     if not (folder / CONFIG).exists() or not (folder / _STATE).exists():
         raise UsageError(f"{folder} holds no run that could be resumed; leave --resume out.")
-    return dict(read_json(folder / CONFIG))
+    return read_object(folder / CONFIG)
 
 
 def run(job: TrainingJob) -> None:

@@ -156,7 +156,8 @@ def tiled_pass(
         mx.async_eval(state.arrays(), [soft.arrays() for _, soft in sums])
         mx.eval(before.arrays())
 
-    log_sum = state.maximum + mx.log(state.total)
+    # What is not finite shows in `weighted` alone: the softcap made the logits finite.
+    log_sum = state.maximum + mx.log(state.total) + state.weighted * 0.0
     draw = draw_log_p = standing_log_p = None
     if drawn is not None:
         draw, logit = _draw(state, logits, drawn[-1])

@@ -16,6 +16,7 @@ from mlx_diffgemma.diffusion.constraints import FREE, Layout
 from mlx_diffgemma.diffusion.noise import Noise
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.model.cache import KeysValues
+from mlx_diffgemma.reading import shown
 
 
 @dataclass(frozen=True)
@@ -223,8 +224,9 @@ def _checked(initial: Sequence[int], length: int, vocab: int) -> list[int]:
     if len(initial) != length:
         raise UsageError(f"initial_canvas has {len(initial)} tokens; the canvas has {length}.")
     for place, token in enumerate(initial):
-        if not 0 <= token < vocab:
+        whole = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
+        if not whole or not 0 <= token < vocab:
             raise UsageError(
-                f"initial_canvas: token {place} is {token}; ids go from 0 to {vocab - 1}."
+                f"initial_canvas: token {place} is {shown(token)}; ids go from 0 to {vocab - 1}."
             )
     return list(initial)

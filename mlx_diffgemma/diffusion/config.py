@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from mlx_diffgemma.checks import check_integer, check_number, overridden
+from mlx_diffgemma.checks import check_flag, check_integer, check_number, overridden
 from mlx_diffgemma.errors import ConfigError, UsageError
+from mlx_diffgemma.reading import Section, shown
 from mlx_diffgemma.settings import Setting
 
 SAMPLERS = ("entropy-bound", "confidence-threshold", "block-refinement", "ddim")
+_COLDEST = 1e-4
 _SAMPLER = "EntropyBoundSamplerConfig"
 _LOOP, _SPEED = "Denoising", "What a profile sets"  # headings of a command's help
 
@@ -129,14 +131,20 @@ class DiffusionConfig:
         if self.soft_cutoff is not None:
             check_number("soft_cutoff", self.soft_cutoff, 0.0)
         if self.sampler not in SAMPLERS:
-            raise UsageError(f"unknown sampler '{self.sampler}'; known are {', '.join(SAMPLERS)}.")
+            raise UsageError(
+                f"unknown sampler {shown(self.sampler)}; known are {', '.join(SAMPLERS)}."
+            )
+        for name in ("stop_at_eos", "shrink_canvas", "forbid_empty"):
+            check_flag(name, getattr(self, name))
         check_number("accept_threshold", self.accept_threshold, 0.0)
         if not isinstance(self.eos_token_ids, tuple):
-            raise UsageError(f"eos_token_ids must be a tuple, not {self.eos_token_ids!r}.")
+            raise UsageError(f"eos_token_ids must be a tuple, not {shown(self.eos_token_ids)}.")
         for token in (*self.eos_token_ids, self.pad_token_id):
             check_integer("a token id", token, 0)
         check_number("t_min", self.t_min, 0.0, inclusive=True)
         check_number("t_max", self.t_max, 0.0)
+        if self.t_max < _COLDEST:  # logits divided by less leave the range of float32
+            raise UsageError(f"t_max must be at least {_COLDEST:g}, not {self.t_max:g}.")
         check_number("entropy_bound", self.entropy_bound, 0.0)
         check_number("confidence_threshold", self.confidence_threshold, 0.0)
         check_number("eos_certainty", self.eos_certainty, 0.0)
@@ -165,13 +173,12 @@ class DiffusionConfig:
         Raises:
             ConfigError: the sampler is unknown or a value is out of range.
         """
-        sampler = data.get("sampler_config") or {}
-        if not isinstance(sampler, Mapping):
-            raise ConfigError("generation_config.json: 'sampler_config' must be an object.")
+        whole = Section(data, file="generation_config.json")
+        sampler = whole.section("sampler_config", {}).data
         name = sampler.get("_cls_name", _SAMPLER)
         if name != _SAMPLER:
             raise ConfigError(
-                f"generation_config.json: sampler '{name}' is unknown; known is '{_SAMPLER}'."
+                f"generation_config.json: sampler {shown(name)} is unknown; known is '{_SAMPLER}'."
             )
         eos = data.get("eos_token_id")
         settings = {

@@ -86,7 +86,7 @@ def checked_seed(seed: int | None) -> int:
     """
     if seed is None:
         return secrets.randbelow(2**32)
-    check_integer("seed", seed, 0)
+    check_integer("seed", seed, 0, (1 << 128) - 1)
     return seed
 
 

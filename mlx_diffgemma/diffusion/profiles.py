@@ -7,6 +7,7 @@ command that measures it.
 from __future__ import annotations
 
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.reading import shown
 
 EXACT: dict[str, object] = {}
 BALANCED: dict[str, object] = {
@@ -33,6 +34,6 @@ def profile_settings(name: str) -> dict[str, object]:
     Raises:
         UsageError: there is no such profile.
     """
-    if name not in PROFILES:
-        raise UsageError(f"unknown profile '{name}'; known are {', '.join(PROFILES)}.")
+    if not isinstance(name, str) or name not in PROFILES:
+        raise UsageError(f"unknown profile {shown(name)}; known are {', '.join(PROFILES)}.")
     return dict(PROFILES[name])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_diffgemma.checkpoint import memory
+from mlx_diffgemma.checks import check_flag, check_integer, check_text, check_texts
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.editing.scoring import Option, comparable, option_log_probs, softmax
 from mlx_diffgemma.editing.session import Session
@@ -83,11 +84,15 @@ def choose(
         UsageError: fewer than two choices, two that are the same, one that the vocabulary cannot
             write, or a frame without its `{}` or too long for a canvas.
     """
+    if not isinstance(questions, str):
+        check_texts("questions", questions)
+    check_texts("choices", choices)
+    check_text("frame", frame)
+    check_flag("bare", bare)
     asked = [questions] if isinstance(questions, str) else list(questions)
     if not asked:
         raise UsageError("no question: give at least one.")
-    if draws < 1:
-        raise UsageError(f"draws must be at least 1, not {draws}.")
+    check_integer("draws", draws, 1)
     before, after = _frame(frame)
     prompts = [_prompt(question, choices, bare=bare) for question in asked]
     session = Session(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlx_diffgemma.checkpoint import memory
+from mlx_diffgemma.checks import check_lengths, check_share, check_text
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.constraints import FREE
 from mlx_diffgemma.editing.files import split_lines, unified_diff
@@ -19,6 +20,7 @@ from mlx_diffgemma.editing.session import OnStep, Session
 from mlx_diffgemma.editing.window import Gap, Window, lay_out
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.prompt import Prompt
 
 _SCALES = (0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 2.0)  # candidate lengths, of the present one
@@ -94,8 +96,14 @@ def edit(
             range.
         PromptError: the text is longer than the context.
     """
-    if not 0.0 <= strength <= 1.0:
-        raise UsageError(f"strength must be between 0 and 1, not {strength:g}.")
+    check_text("text", text)
+    check_text("instruction", instruction)
+    check_share("strength", strength)
+    check_lengths("lines", lines)
+    if len(lines) != 2:
+        raise UsageError(f"lines must be the first and the last line, not {shown(lines)}.")
+    if lengths is not None:
+        check_lengths("lengths", lengths)
     left, present, right = around_lines(text, lines)
     if prompt is None:
         which = f"line {lines[0]}" if lines[0] == lines[1] else f"lines {lines[0]} to {lines[1]}"

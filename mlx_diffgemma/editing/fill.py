@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_diffgemma.checkpoint import memory
+from mlx_diffgemma.checks import check_lengths, check_text
 from mlx_diffgemma.diffusion.closing import Closer
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.constraints import token_mask
@@ -81,6 +82,8 @@ def fill(
         UsageError: the template is malformed, a slot cannot be satisfied, or does not fit.
         PromptError: the text is longer than the context.
     """
+    check_text("template", template)
+    check_lengths("lengths", lengths)
     literals, slots = parse_template(template)
     session = Session(
         model,

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_diffgemma.checkpoint import memory
+from mlx_diffgemma.checks import check_lengths, check_sequence, check_text
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.editing.gaps import Filled, FilledText, fill_gaps
 from mlx_diffgemma.editing.session import OnStep, Session
 from mlx_diffgemma.editing.window import Gap
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.prompt import Prompt
 
 HOLE = "[[?]]"
@@ -75,6 +77,8 @@ def infill(
         UsageError: no hole, or lengths that do not fit the text or the canvas.
         PromptError: the text is longer than the context.
     """
+    check_text("text", text)
+    check_text("hole", hole)
     literals = split_at_holes(text, hole)
     candidates = lengths_of_holes(lengths, len(literals) - 1)
     if prompt is None:
@@ -104,7 +108,9 @@ def split_at_holes(text: str, hole: str) -> list[str]:
         raise UsageError("the mark of a hole is empty; give some characters, such as [[?]].")
     literals = re.split(re.escape(hole), text)
     if len(literals) == 1:
-        raise UsageError(f"the text has no hole; mark one with {hole}.")
+        raise UsageError(
+            f"the text has no hole; mark one with {hole if hole.isprintable() else shown(hole)}."
+        )
     return literals
 
 
@@ -116,12 +122,16 @@ def lengths_of_holes(
     Raises:
         UsageError: there are none, one is below 1, or there are more or fewer than holes.
     """
+    check_sequence("lengths", lengths)
     each = [item for item in lengths if not isinstance(item, int)]
     if each and len(each) != holes:
         raise UsageError(f"lengths for {len(each)} holes were given, and the text has {holes}.")
     same = tuple(item for item in lengths if isinstance(item, int))
+    for item in each:
+        check_sequence("lengths of a hole", item)
     candidates = [tuple(item) for item in each] or [same] * holes
     for found in candidates:
+        check_lengths("lengths", found)
         if not found or min(found) < 1:
             raise UsageError(f"a hole takes at least 1 token; its lengths are {list(found)}.")
     return candidates

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_diffgemma.checks import check_callable, check_integer
 from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.constraints import Layout
@@ -23,6 +24,7 @@ from mlx_diffgemma.generation import configured, fit_to_context
 from mlx_diffgemma.model.cache import Prefix
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.text.prompt import Prompt, Tools, encode_prompt
+from mlx_diffgemma.text.tokenizer import check_tokenizer
 
 OnStep = Callable[[DenoisingStep], None]
 
@@ -82,9 +84,13 @@ class Session:
                 )
         self.model = model
         # How long a canvas is follows from what must be in it.
+        check_tokenizer(tokenizer)
         self.config = replace(
             configured(model, tokenizer, profile, config, **settings), shrink_canvas=False
         )
+        if prefill_step_size is not None:
+            check_integer("prefill_step_size", prefill_step_size, 1)
+        check_callable("on_step", on_step)
         self.seed = checked_seed(seed)
         self.vocabulary = Vocabulary(
             tokenizer, model.config.text.vocab_size, self.config.eos_token_ids

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlx_diffgemma.checkpoint import memory
+from mlx_diffgemma.checks import check_text, check_texts
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.events import CanvasCommitted
 from mlx_diffgemma.diffusion.matching import BrokenOffError, MatchingSettings, generate_matching
@@ -27,6 +28,7 @@ from mlx_diffgemma.editing.validated import Lenient, UnmetConstraintError, first
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.generation import fit_to_context
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.prompt import Prompt
 
 
@@ -102,6 +104,12 @@ def generate_structured(
     given = [constraint for constraint in (json_schema, regex, choices) if constraint is not None]
     if len(given) != 1:
         raise UsageError("give one of json_schema, regex and choices.")
+    if json_schema is not None and not isinstance(json_schema, (Mapping, bool, Lenient)):
+        raise UsageError(f"json_schema must be an object, not {shown(json_schema)}.")
+    if regex is not None:
+        check_text("regex", regex)
+    if choices is not None:
+        check_texts("choices", choices)
     if validate is not None:
         if json_schema is None or isinstance(json_schema, Lenient):
             raise UsageError("validate is for a json_schema.")

@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from mlx_diffgemma.config import TextConfig
 from mlx_diffgemma.errors import CheckpointError, UsageError
+from mlx_diffgemma.reading import shown
 
 KeysValues = tuple[mx.array, mx.array]
 
@@ -216,6 +217,7 @@ class PrefixCache:
     def __init__(self, prefix: Prefix, identity: Callable[[], str]) -> None:
         self.prefix, self.mark_bytes = prefix, MARK_BYTES
         self._identity = identity
+        self._weights = 0
         self._lock = threading.Lock()
 
     @property
@@ -246,16 +248,25 @@ class PrefixCache:
             self._lock.release()
 
     def require_model(self, model: MakesCaches) -> None:
-        """Raise UsageError unless the cache is of this model, or of one with the same weights."""
+        """Raise UsageError unless the cache is of this model with the weights that it has now, or
+        of one with the same weights."""
         # Methods are equal where they are of the same model, and that takes no time to see.
         if self._identity != model.identity and self._identity() != model.identity():
             raise UsageError(
                 "this prefix_cache belongs to another model; take one from model.make_cache()."
             )
+        if self._weights != model.adaptations and len(self.prefix):
+            raise UsageError(
+                "adapters were loaded since this prefix_cache was filled; clear() it, or take "
+                "another from model.make_cache()."
+            )
+        self._weights = model.adaptations
 
     def snapshot(self) -> PrefixCache:
         """Another cache that holds the same prefix. Nothing is copied until one of them grows."""
-        return PrefixCache(self.prefix, self._identity)
+        other = PrefixCache(self.prefix, self._identity)
+        other._weights = self._weights
+        return other
 
     def clear(self) -> None:
         """Forget the prefix."""
@@ -308,6 +319,8 @@ class PrefixCache:
 class MakesCaches(Protocol):
     """A model, as far as a cache needs it."""
 
+    adaptations: int
+
     def make_cache(self) -> PrefixCache: ...
 
     def identity(self) -> str: ...
@@ -330,6 +343,8 @@ def _loaded_layers(
 
 def _safetensors(path: str | Path) -> Path:
     """MLX adds the suffix where it is missing."""
+    if not isinstance(path, (str, Path)) or not str(path).isprintable():
+        raise CheckpointError(f"{shown(path)} is no name of a file; give another.")
     file = Path(path)
     return file if file.suffix == ".safetensors" else file.with_name(f"{file.name}.safetensors")
 

@@ -19,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_diffgemma.config import ModelConfig, TextConfig
+from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.kernels.activation import softcap
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
 from mlx_diffgemma.kernels.materialized import whole_pass
@@ -101,6 +102,8 @@ class DiffusionGemma(nn.Module):
         vocabulary_pass: how hidden states become predictions; loading puts a CPU's form in.
         prefill_step_size: tokens of a prompt to encode at a time.
         adapted: whether an adapter is part of the weights.
+        adaptations: how many times adapters were loaded; what was encoded before knows nothing of
+            them.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -109,6 +112,7 @@ class DiffusionGemma(nn.Module):
         self.model = _Backbone(config.text)
         self.prefill_step_size = _PREFILL_STEP_SIZE
         self.adapted = False
+        self.adaptations = 0
         small = config.text.vocab_size <= _SMALL_VOCABULARY
         self.vocabulary_pass: VocabularyPass = whole_pass if small else vocabulary_pass
 
@@ -132,7 +136,9 @@ class DiffusionGemma(nn.Module):
 
     def make_cache(self) -> PrefixCache:
         """A place for a prefix from one call to the next."""
-        return PrefixCache(self.empty_prefix(), self.identity)
+        cache = PrefixCache(self.empty_prefix(), self.identity)
+        cache.require_model(self)
+        return cache
 
     def identity(self) -> str:
         """A fingerprint of the weights: equal for equal weights, and hardly ever for others."""
@@ -154,6 +160,10 @@ class DiffusionGemma(nn.Module):
         final norm are then never computed.
         """
         lengths = [len(row) for row in ids]
+        if not all(lengths):
+            raise UsageError(
+                "there is nothing to encode in an empty row of token ids; leave it out."
+            )
         x = self.embed(mx.array([token for row in ids for token in row], mx.int32)[None])
         layers: list[list[LayerPrefix]] = [[] for _ in prefixes]
         scalars = self.model.encoder.language_model.layers
@@ -237,7 +247,10 @@ class DiffusionGemma(nn.Module):
     def logits(self, hidden: mx.array) -> mx.array:
         """[..., D] -> [..., V] in float32, soft-capped."""
         table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
-        return softcap(table.product(hidden), self.config.text.final_logit_softcapping)
+        raw = table.product(hidden).astype(mx.float32)
+        # The softcap makes an infinity finite; a sum of products does not.
+        poison = raw.sum(axis=-1, keepdims=True) * 0.0
+        return softcap(raw, self.config.text.final_logit_softcapping) + poison
 
     def soft_embeddings(self, processed_logits: mx.array) -> mx.array:
         """The embedding that the model expects at each position: [..., V] -> [..., D].

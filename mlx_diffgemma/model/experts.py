@@ -34,7 +34,9 @@ class Router(nn.Module):
         chosen = mx.stop_gradient(chosen)
         # Probabilities over all experts, brought to a sum of 1 among the chosen, are these.
         weights = mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1)
-        return chosen, weights * self.per_expert_scale[chosen]
+        # An expert whose score is NaN or -inf is not chosen, and would go unseen.
+        poison = scores.sum(axis=-1, keepdims=True) * 0.0
+        return chosen, weights * self.per_expert_scale[chosen] + poison
 
 
 class Experts(nn.Module):

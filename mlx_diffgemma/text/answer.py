@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.parts import End, Part, Parts, Text, Thought
 from mlx_diffgemma.text.tool_calls import ToolCall
 
@@ -176,11 +177,13 @@ def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     Raises:
         UsageError: one of them is empty, or no text.
     """
+    if stop is not None and not isinstance(stop, Sequence):
+        raise UsageError(f"stop must be a text or a list of texts, not {shown(stop)}.")
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     for each in stops:
         if not isinstance(each, str) or not each:
             raise UsageError(
-                f"a stop string must be a text of at least one character, not {each!r}."
+                f"a stop string must be a text of at least one character, not {shown(each)}."
             )
     return stops
 

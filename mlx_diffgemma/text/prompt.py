@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, TypeAlias
 
+from mlx_diffgemma.checks import check_flag, check_text
 from mlx_diffgemma.errors import PromptError, UsageError
 from mlx_diffgemma.text.chat_template import render, template_text
 from mlx_diffgemma.text.control_tokens import (
@@ -22,7 +23,7 @@ from mlx_diffgemma.text.messages import (
     text_of,
     with_plain_content,
 )
-from mlx_diffgemma.text.tokenizer import hf_tokenizer
+from mlx_diffgemma.text.tokenizer import check_tokenizer, hf_tokenizer
 
 Prompt: TypeAlias = "str | Sequence[Any] | Mapping[str, Any] | Any"
 """A text, messages, or token ids in a list, a tuple, an array or a `BatchEncoding`."""
@@ -99,6 +100,12 @@ def encode(
         UsageError: the settings contradict each other, or the template cannot do what they ask.
         CheckpointError: the chat template is missing or broken.
     """
+    check_tokenizer(tokenizer)
+    if system_prompt is not None:
+        check_text("system_prompt", system_prompt)
+    for name, value in (("raw", raw), ("thinking", thinking)):
+        if value is not None:
+            check_flag(name, value)
     if prefill_response is not None and not (
         isinstance(prefill_response, str) and prefill_response.strip()
     ):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_diffgemma.checks import check_text
 from mlx_diffgemma.errors import CheckpointError, UsageError
+from mlx_diffgemma.reading import is_there, os_reason, read_json, read_text, shown
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model")
+_COPY = "copy it again from the original checkpoint"
 _CONTROL = re.compile(r"<\|\w+\|?>|<\w+\|>")  # and not `|>`, which is a word of some languages
 
 
@@ -49,13 +50,15 @@ def load_tokenizer(
     from mlx_lm.tokenizer_utils import load
 
     override = None if chat_template is None else _read_template(chat_template)
-    if not any((path / name).is_file() for name in _VOCABULARIES):
+    if not any(is_there(path / name) for name in _VOCABULARIES):
         raise CheckpointError(
             f"{path} has no tokenizer ({' or '.join(_VOCABULARIES)}); copy the tokenizer's files "
             "from the original checkpoint."
         )
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         _check_json(path / name)
+    for name in ("tokenizer.model", "chat_template.jinja", "chat_template.json"):
+        _check_readable(path / name)
     try:
         tokenizer = load(
             path,
@@ -64,7 +67,10 @@ def load_tokenizer(
         )
     except Exception as error:
         # The Rust library raises bare Exceptions; other types that are no reading error are bugs.
-        reading = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError)
+        reading = (
+            OSError, ValueError, LookupError, TypeError, AttributeError, ImportError,
+            RecursionError,
+        )  # fmt: skip
         if type(error) is not Exception and not isinstance(error, reading):
             raise
         raise _unreadable(path, error) from error
@@ -115,6 +121,12 @@ def add_end_tokens(tokenizer: TokenizerWrapper, tokens: Iterable[str]) -> None:
         tokenizer.add_eos_token(str(found))
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise UsageError where `tokenizer` is something else."""
+    if isinstance(tokenizer, str) or not hasattr(tokenizer, "encode"):
+        raise UsageError(f"tokenizer must be what `load` returns, not {shown(tokenizer)}.")
+
+
 def _flag_special_tokens(tokenizer: Any, *, symbols: bool) -> None:
     """Have the control tokens of a `tokenizer.model` treated as those of a `tokenizer.json`:
     sentencepiece knows them as user-defined symbols, which would be printed as text. Transformers
@@ -134,32 +146,43 @@ def _flag_special_tokens(tokenizer: Any, *, symbols: bool) -> None:
 
 
 def _read_template(chat_template: str) -> str:
+    check_text("chat_template", chat_template)
     if "{" in chat_template or "\n" in chat_template:
         return chat_template
     try:
         return Path(chat_template).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError:
         why = "is not a text file in UTF-8"
-    except OSError as error:
-        why = f"cannot be read ({error.strerror})"
+    except (OSError, ValueError, RuntimeError) as error:
+        why = f"cannot be read ({os_reason(error)})"
     raise UsageError(f"chat template {chat_template!r} {why}; give a Jinja file or its text.")
 
 
 def _check_json(path: Path) -> None:
-    if not path.is_file():
+    if not is_there(path):
         return
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (JSONDecodeError, UnicodeDecodeError) as error:
-        raise _damaged(path, str(error)) from error
+    content = read_json(path, mend=_COPY)
     if not isinstance(content, dict):
-        raise _damaged(path, "not a JSON object")
+        raise _damaged(path, "it is not a JSON object")
     if path.name == "tokenizer.json" and not isinstance(content.get("model"), dict):
         raise _damaged(path, "it has no 'model'")
 
 
+def _check_readable(path: Path) -> None:
+    if not is_there(path):
+        return
+    if path.suffix != ".model":
+        read_text(path, mend=_COPY)
+        return
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({os_reason(error)}); {_COPY}.") from None
+
+
 def _damaged(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged: {why}; copy it again from the original checkpoint.")
+    return CheckpointError(f"{path} is damaged ({why}); {_COPY}.")
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:

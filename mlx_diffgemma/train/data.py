@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_diffgemma.checks import check_text
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.text.control_tokens import control_tokens_of
 from mlx_diffgemma.text.response import encode_answered, end_of_text, end_of_turn
@@ -150,6 +151,7 @@ class _Reader:
         return Example((*prompt, *response), len(prompt))
 
     def _document(self, text: str) -> Example:
+        check_text("the text", text)
         if not text:
             raise UsageError("the text is empty; give some.")
         plain = self._controls.encode_text(text)
@@ -187,6 +189,9 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
             raise UsageError(f"{where}: is not UTF-8 text; encode the file anew.") from None
         except json.JSONDecodeError as error:
             raise UsageError(f"{where}: is no JSON ({error.msg} at {error.colno}).") from None
+        except (RecursionError, ValueError) as error:
+            reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+            raise UsageError(f"{where}: cannot be read ({reason}).") from None
 
 
 def _from_hub(name: str, wanted: Sequence[str]) -> dict[str, Records | None]:

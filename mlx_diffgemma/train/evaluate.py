@@ -12,6 +12,7 @@ from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.events import Finished
 from mlx_diffgemma.diffusion.generate import generate_canvases
 from mlx_diffgemma.diffusion.noise import seeded
+from mlx_diffgemma.errors import NumericalError, not_finite
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.train.batches import Drawn, Sizes, check, clean_canvases, draw_canvas, lay_out
 from mlx_diffgemma.train.config import EVALUATED_NOISE, TrainConfig
@@ -40,7 +41,11 @@ def held_out_loss(
     model: DiffusionGemma, examples: Sequence[Example], config: TrainConfig, sizes: Sizes
 ) -> HeldOut:
     """Loss on `config.val_batches` batches of `examples`, without self-conditioning; tokens are
-    replaced one by one. Canvases and noise are the same each time."""
+    replaced one by one. Canvases and noise are the same each time.
+
+    Raises:
+        NumericalError: the loss is not finite.
+    """
     limit = len(examples) if config.val_batches == -1 else config.val_batches * config.batch_size
     rng = np.random.default_rng(_SEED)
     drawn = [draw_canvas(check(one, config, sizes), rng, sizes.canvas) for one in examples[:limit]]
@@ -50,6 +55,11 @@ def held_out_loss(
         part = drawn[at : at + config.batch_size]
         sums += len(part) * _losses(model, part, config, sizes, rng)
     means = (sums / len(drawn)).tolist()
+    if not np.isfinite(means).all():
+        float16 = model.dtype == mx.float16
+        raise NumericalError(
+            not_finite("the loss on held-out examples", float16=float16, adapter=model.adapted)
+        )
     return HeldOut(dict(zip(EVALUATED_NOISE, means, strict=False)), means[-1])
 
 

@@ -33,6 +33,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise UsageError(f"--config {path} cannot be read ({reason}).") from None
+    except (RecursionError, ValueError):
+        raise UsageError(
+            f"--config {path} cannot be read (nested too deep, or a null byte)."
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

@@ -19,7 +19,12 @@ from mlx_diffgemma.checkpoint.locate import locate
 from mlx_diffgemma.checkpoint.names import to_hugging_face
 from mlx_diffgemma.checkpoint.shards import INDEX
 from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.errors import CheckpointError, ConfigError, MemoryShortageError
+from mlx_diffgemma.errors import (
+    CheckpointError,
+    ConfigError,
+    MemoryShortageError,
+    UsageError,
+)
 
 NORM = "model.decoder.norm.weight"
 EXPERTS = "model.decoder.layers.0.experts.down_proj"
@@ -314,3 +319,96 @@ def test_repository_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match=r"nobody/nothing is not in the local cache"):
         locate("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("./typo", "./typo: no such folder; give a folder"),
+        ("../typo", "../typo: no such folder; give a folder"),
+        ("/no/such/folder", "/no/such/folder: no such folder; give a folder"),
+        ("typo", "typo: no such folder; give a folder"),
+        ("a\nb", "'a\\nb': no such folder; give a folder"),
+        ("a\0b", "cannot be read (embedded null"),
+        ("~nobody-of-that-name/x", "cannot be read (Could not determine home"),
+        ("loop", "cannot be read (its symbolic links lead round in a circle)"),
+        ("x" * 300, "cannot be read (File name too long)"),
+    ],
+)
+def test_what_is_no_model_is_said_without_asking_the_hub(tmp_path, monkeypatch, name, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(CheckpointError) as caught:
+        locate(name)
+    assert words in str(caught.value) and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", [None, 5, "", b"demo", ["demo"]])
+def test_a_model_is_named_by_a_text_or_a_path(name):
+    with pytest.raises(UsageError, match="a model is named by"):
+        locate(name)
+
+
+def test_a_folder_of_adapters_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    fails(tmp_path, "holds adapters and no model", "--adapter-path")
+
+
+def test_adapters_of_peft_are_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    model, _ = load_model(checkpoint.write())
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    (adapters / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (adapters / "adapter_model.safetensors").write_text("")
+    with pytest.raises(CheckpointError, match=r"in the form of PEFT"):
+        load_adapters(model, adapters)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "modelopt"])
+def test_packing_of_others_is_named(checkpoint: Checkpoint, method: str) -> None:
+    checkpoint.config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 64}
+    fails(checkpoint.write(), "config.json: 'quantization_config' is not in MLX form but that of")
+
+
+def test_sizes_of_another_model_are_refused_before_one_is_made(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.config["text_config"]["num_experts"] = 1 << 24
+    checkpoint.config["text_config"]["vocab_size"] = 1 << 24
+    checkpoint.write()
+    monkeypatch.setattr(memory, "require", lambda *_, **__: None)
+    fails(checkpoint.folder, "has shape", "of different models")
+
+
+def test_an_index_names_files_in_its_folder(checkpoint: Checkpoint) -> None:
+    checkpoint.write(shards=2)
+    for shard in (5, None, [], "../x.safetensors", "x.bin", "a\nb.safetensors"):
+        checkpoint.write_index({**dict.fromkeys(checkpoint.weights, "x.safetensors"), NORM: shard})
+        fails(checkpoint.folder, INDEX, NORM, "no name of a safetensors file")
+
+
+def test_a_cache_that_was_filled_before_adapters_came_is_refused(checkpoint: Checkpoint) -> None:
+    model, _ = load_model(checkpoint.write())
+    filled, empty = model.make_cache(), model.make_cache()
+    _, filled.prefix = encoded(model, [7, 8, 9])
+    copied = filled.snapshot()
+    write_adapters(model, checkpoint.folder / "adapters")
+    load_adapters(model, checkpoint.folder / "adapters")
+    empty.require_model(model)
+    model.make_cache().require_model(model)
+    for cache in (filled, copied):
+        with pytest.raises(UsageError, match=r"^adapters were loaded since this prefix_cache was"):
+            cache.require_model(model)
+        cache.clear()
+        cache.require_model(model)
+
+
+def write_adapters(model, folder: Path) -> None:
+    path = "model.decoder.layers.0.mlp.gate_proj"
+    outputs, inputs = model.model.decoder.layers[0].mlp.gate_proj.weight.shape
+    folder.mkdir()
+    parameters = {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": [path]}
+    config = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": parameters}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    weights = {f"{path}.lora_a": mx.ones((inputs, 2)), f"{path}.lora_b": mx.ones((2, outputs))}
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)

@@ -14,7 +14,7 @@ from mlx_diffgemma.checkpoint.quantization import (
     quantization_entry,
 )
 from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.errors import CheckpointError, UsageError
+from mlx_diffgemma.errors import CheckpointError, ConfigError, UsageError
 
 LAYERS = 6
 DATA = {
@@ -213,16 +213,25 @@ def test_entries_without_a_mode_are_affine():
         ({"bits": 4, "group_size": 64}, "8bit", "config.json says 4bit/64, the stored tensors are"),
         (False, "8bit", "config.json says none, the stored tensors are 8bit/64"),
         ({"bits": 7, "group_size": 64}, "8bit", "affine has no bits 7"),
-        ("8bit", "8bit", f"quantization of {ATTN}"),
+        ("8bit", "8bit", f"quantization.{ATTN}"),
+        ({"bits": 8, "mode": ["affine"]}, "8bit", f"'quantization.{ATTN}.mode' must be a text"),
+        ({"bits": "8"}, "8bit", f"'quantization.{ATTN}.bits' must be a positive integer, not '8'"),
+        (True, "none", f"tensor {ATTN}.scales is missing"),
         ({"bits": 8, "group_size": 64}, "none", f"tensor {ATTN}.scales is missing"),
     ],
 )
 def test_contradictions_are_named(entry, stored, message):
     shapes = stored_shapes({ATTN: Format.parse(stored)})
     block = {"group_size": 64, "bits": 8, "mode": "affine", ATTN: entry}
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises((CheckpointError, ConfigError)) as error:
         formats_from_config(config_with(block), shapes)
     assert message in str(error.value)
+
+
+def test_mlx_lm_writes_true_for_the_default():
+    formats = {ATTN: Format.parse("8bit")}
+    block = {"group_size": 64, "bits": 4, ATTN: True}
+    assert formats_from_config(config_with(block), stored_shapes(formats)) == formats
 
 
 def test_shapes_of_no_format_are_named():

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import shutil
+
 import mlx.core as mx
 import pytest
 from checkpoints import (
@@ -176,3 +179,58 @@ def test_another_kind_of_model_is_refused(source):
     edit_config(source, lambda config: config.update(model_type="gemma3"))
     with pytest.raises(ConfigError, match="model_type is 'gemma3'"):
         plan_of(source)
+
+
+PACKED = "model.decoder.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda w: w.update({f"{PACKED}.weight": w[f"{PACKED}.weight"].view(mx.float32)}),
+            f"tensor {PACKED}.weight in model.safetensors is F32 of shape",
+        ),
+        (
+            lambda w: w.update({f"{PACKED}.biases": w[f"{PACKED}.biases"][:, :1]}),
+            f"tensor {PACKED}.biases in model.safetensors is BF16 of shape",
+        ),
+        (
+            lambda w: w.update({f"{PACKED}.scales": w[f"{PACKED}.scales"].view(mx.uint16)}),
+            "U16",
+        ),
+    ],
+)
+def test_packed_weights_that_lie_are_named(tiny_4bit, tmp_path, change, message):
+    folder = shutil.copytree(tiny_4bit, tmp_path / "lies")
+    change_weights(folder, change)
+    with pytest.raises(CheckpointError) as error:
+        plan_of(folder, dequantize=True)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_packed_vision_tower_is_unpacked(tiny_4bit, tmp_path):
+    folder = shutil.copytree(tiny_4bit, tmp_path / "vision")
+    plain = {}
+
+    def pack(weights):
+        matrices = [n for n in weights if ".vision_tower." in n and n.endswith(".weight")]
+        for name in matrices:
+            if weights[name].ndim != 2 or weights[name].shape[-1] % 32:
+                continue
+            packed = mx.quantize(weights[name], group_size=32, bits=8)
+            path = name.removesuffix(".weight")
+            weights |= dict(zip((name, f"{path}.scales", f"{path}.biases"), packed, strict=True))
+            plain[name] = mx.dequantize(*packed, group_size=32, bits=8)
+
+    change_weights(folder, pack)
+    config = json.loads((folder / "config.json").read_text())
+    entry = {"group_size": 32, "bits": 8, "mode": "affine"}
+    config["quantization"] |= {name.removesuffix(".weight"): entry for name in plain}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert plain
+    convert_to(tmp_path / "out", plan_of(folder, dequantize=True))
+    found = read_weights(tmp_path / "out")
+    for name, weight in plain.items():
+        assert mx.array_equal(found[name], weight)
+        assert f"{name.removesuffix('.weight')}.scales" not in found

@@ -27,7 +27,7 @@ class MockModel:
     def __init__(self) -> None:
         text = SimpleNamespace(vocab_size=VOCAB)
         self.config = SimpleNamespace(text=text, canvas_length=LENGTH)
-        self.dtype, self.adapted = mx.float32, False
+        self.dtype, self.adapted, self.adaptations = mx.float32, False, 0
         self.prefill_step_size = 512
         self.encoded: list[list[int]] = []
 

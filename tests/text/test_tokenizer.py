@@ -106,16 +106,16 @@ def test_no_tokenizer(folder):
     ("name", "content", "why"),
     [
         ("tokenizer.json", '{"model": ', "Expecting value: line 1 column 11 (char 10)"),
-        ("tokenizer.json", "[1]", "not a JSON object"),
+        ("tokenizer.json", "[1]", "it is not a JSON object"),
         ("tokenizer.json", "{}", "it has no 'model'"),
         ("tokenizer_config.json", "", "Expecting value: line 1 column 1 (char 0)"),
-        ("tokenizer_config.json", '"text"', "not a JSON object"),
+        ("tokenizer_config.json", '"text"', "it is not a JSON object"),
     ],
 )
 def test_a_damaged_file_is_named(folder, name, content, why):
     (folder / name).write_text(content, encoding="utf-8")
     assert error_of(CheckpointError, folder) == (
-        f"{folder / name} is damaged: {why}; copy it again from the original checkpoint."
+        f"{folder / name} is damaged ({why}); copy it again from the original checkpoint."
     )
 
 

@@ -1,0 +1,213 @@
+"""Every public function and every option of every command, with wrong values of every kind: what
+does not work is one line of ours. What is tried follows from signatures and from the commands
+themselves, so a new option is tried by itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer
+from demo_checkpoint import CHECKPOINT
+from editing.small_models import tiny
+from typer.testing import CliRunner
+
+import mlx_diffgemma
+from mlx_diffgemma import generation
+from mlx_diffgemma.checkpoint import loading, locate
+from mlx_diffgemma.cli.main import app
+from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.errors import CheckpointError, DiffGemmaError
+from mlx_diffgemma.model.cache import PrefixCache
+from mlx_diffgemma_convert.cli import app as convert_app
+
+
+class Thing:
+    """A value of a type that nothing takes."""
+
+    def __repr__(self) -> str:
+        return "<a\nthing>"
+
+
+VALUES: tuple[Any, ...] = (
+    None, True, -1, 1.5, 10**400, 10**5000, float("nan"), float("inf"), -float("inf"), "", "text",
+    "\udcff", "\0", "a\nb", b"bytes", [], [None], ["a", "a"], [1.5], [-1], [10**30], {}, {"a": 1},
+    (), Thing(), Path("nowhere"), lambda *_: None,
+)  # fmt: skip
+
+SETTINGS = {field.name for field in fields(DiffusionConfig)}
+BASES: dict[str, dict[str, Any]] = {
+    "load": {"path_or_repo": "nowhere/at-all/"},
+    "load_model": {"path_or_repo": "nowhere/at-all/"},
+    "generate": {"prompt": "ab"},
+    "stream_generate": {"prompt": "ab"},
+    "batch_generate": {"prompts": ["ab"]},
+    "choose": {"questions": "ab", "choices": ["a", "b"]},
+    "edit": {"text": "ab\nb", "instruction": "c", "lines": (1, 1), "lengths": [2]},
+    "fill": {"template": "a {x}", "lengths": [1]},
+    "infill": {"text": "a [[?]]", "lengths": [1]},
+    "generate_structured": {"prompt": "ab", "choices": ["a", "b"]},
+    "DiffusionConfig": {},
+}
+NO_FUNCTION = {"DiffGemmaError", "GenerationResponse"}
+QUICK = {"seed": 0, "max_denoising_steps": 1, "max_tokens": 8}
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    """The names of the arguments of a function; where it takes any settings, those as well."""
+    found = inspect.signature(function).parameters.values()
+    names = [each.name for each in found if each.kind is not each.VAR_KEYWORD]
+    open_ended = len(names) < len(found)
+    return names + (["no_such_setting", *sorted(SETTINGS - set(names))] if open_ended else [])
+
+
+def test_every_public_name_is_in_the_catalogue():
+    assert set(mlx_diffgemma.__all__) == set(BASES) | NO_FUNCTION
+
+
+def is_one_line(error: BaseException) -> None:
+    assert isinstance(error, DiffGemmaError)
+    assert str(error).isprintable() and len(str(error)) < 600 and error.exit_code in (1, 2)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_wrong_values_given_to_a_function(name, monkeypatch, tmp_path):
+    """Either it works with the value, or it says in a line why it does not."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    function = getattr(mlx_diffgemma, name)
+    model, tokenizer = tiny(12)
+    base = dict(BASES[name])
+    if "model" in parameters(function):
+        base |= {"model": model, "tokenizer": tokenizer, **QUICK}
+        if "max_tokens" not in parameters(function) or name == "choose":
+            base.pop("max_tokens")
+    wrong = []
+    for parameter in parameters(function):
+        for value in VALUES:
+            try:
+                found = function(**{**base, parameter: value})
+                if isinstance(found, Iterator):
+                    list(found)
+            except DiffGemmaError as error:
+                if not (str(error).isprintable() and len(str(error)) < 600):
+                    wrong.append(f"{parameter}={value!r:.30}: {str(error)!r:.200}")
+            except Exception as error:
+                wrong.append(f"{parameter}={_shown(value)}: {type(error).__name__}: {error!s:.200}")
+    assert not wrong, "\n".join(wrong)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.30}"
+    except ValueError:
+        return "many digits"
+
+
+def test_wrong_values_given_to_a_cache(tmp_path):
+    model, _ = tiny(12)
+    cache = model.make_cache()
+    for place in (tmp_path, tmp_path / "no" / "such", tmp_path / "a\0b"):
+        with pytest.raises(DiffGemmaError) as caught:
+            PrefixCache.load(place, model)
+        is_one_line(caught.value)
+    for place in (tmp_path / "no" / "such", tmp_path / "a\0b"):
+        with pytest.raises(DiffGemmaError) as caught:
+            cache.save(place)
+        is_one_line(caught.value)
+    with pytest.raises(DiffGemmaError) as caught:
+        model.encode([[]], [model.empty_prefix()])
+    is_one_line(caught.value)
+
+
+# Commands.
+
+TEXTS = ("", "\udcff", "a\nb", "nowhere/at/all", "/", "-1", "10" * 300, "nan", "{", "\x00")
+NUMBERS = ("x", "", "1.5", "-1", "0", "1" * 400, "nan", "inf", "1e999", "-1e999")
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "generate": ("-p", "ab"),
+    "chat": (),
+    "infill": ("--text", "a [[?]]"),
+    "edit": ("FILE", "--lines", "1:1", "-i", "c"),
+    "fill": ("a {x}",),
+    "choose": ("a", "b", "--question", "c"),
+    "demo": (),
+    "train": ("--data", "DATA", "--model", "demo", "--iters", "1"),
+    "fuse": ("--model", "demo", "--adapter-path", "DATA"),
+    "bench": (),
+}
+CONVERT: dict[str, tuple[str, ...]] = {
+    "": ("--model", str(CHECKPOINT), "--mlx-path", "made", "--plan"),
+    "verify": ("FOLDER",),
+    "upload": ("FOLDER", "--upload-repo", "a/b"),
+    "measure": ("FOLDER", "FOLDER"),
+}
+
+
+def command_of(program: typer.Typer, name: str) -> click.Command:
+    whole = typer.main.get_command(program)
+    return whole.commands[name] if name else whole  # type: ignore[attr-defined]
+
+
+def test_every_command_is_in_the_catalogue():
+    assert set(typer.main.get_command(app).commands) == {*COMMANDS, "convert"}  # type: ignore[attr-defined]
+    assert {*typer.main.get_command(convert_app).commands, ""} == set(CONVERT)  # type: ignore[attr-defined]
+
+
+def tries(command: click.Command) -> Iterator[tuple[str, ...]]:
+    """What to add to the arguments of a command: each of its options with each value, and an
+    argument more."""
+    for option in command.params:
+        if isinstance(option, click.Option) and not option.is_flag:
+            number = isinstance(option.type, (click.types.IntParamType, click.types.FloatParamType))
+            number |= isinstance(option.type, (click.IntRange, click.FloatRange))
+            for value in NUMBERS if number else TEXTS:
+                yield (f"{max(option.opts, key=len)}={value}",)
+    yield ("--no-such-option",)
+    yield ("one", "more", "\udcff")
+
+
+@pytest.mark.parametrize(
+    ("program", "name"),
+    [*((app, name) for name in COMMANDS), *((convert_app, name) for name in CONVERT)],
+    ids=lambda value: value or "convert" if isinstance(value, str) else "",
+)
+def test_wrong_values_given_to_a_command(program, name, monkeypatch, tmp_path):
+    """Where nothing can be loaded, every run fails, and says why in a line."""
+
+    def nothing(*_: Any, **__: Any) -> Any:
+        raise CheckpointError("nothing is loaded in this test.")
+
+    if program is app:
+        monkeypatch.setattr(generation, "load", nothing)
+        monkeypatch.setattr(loading, "load_model", nothing)
+        monkeypatch.setattr(locate, "locate", nothing)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("ab\nb\n")
+    for folder in ("DATA", "FOLDER"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "DATA" / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    base = (COMMANDS if program is app else CONVERT)[name]
+    wrong = []
+    for more in [(), *tries(command_of(program, name))]:
+        arguments = [*([name] if name else []), *base, *more]
+        result = CliRunner().invoke(program, arguments, input="", prog_name="program")
+        complaints = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        text = result.output
+        fine = result.exception is None or isinstance(result.exception, SystemExit)
+        fine &= result.exit_code in (0, 1, 2)
+        # Typer's own errors are of several lines, and call an argument too many unexpected.
+        typers = "Usage:" in text
+        fine &= typers or "unexpected" not in text.lower()
+        fine &= "Traceback" not in text
+        fine &= result.exit_code == 0 or len(complaints) == 1 or typers
+        if not fine:
+            shown = [f"{each:.40}" for each in more]
+            wrong.append(f"{shown}: {result.exit_code} {result.exception!r:.150} {text:.300}")
+    assert not wrong, "\n".join(wrong)
