@@ -11,8 +11,8 @@ from mlx_diffgemma import __version__
 from mlx_diffgemma.cli import options
 from mlx_diffgemma.cli.bench import bench
 from mlx_diffgemma.cli.chat import chat
-from mlx_diffgemma.cli.choose import choose
 from mlx_diffgemma.cli.convert import convert
+from mlx_diffgemma.cli.decide import app as decide
 from mlx_diffgemma.cli.demo import demo
 from mlx_diffgemma.cli.edit import edit
 from mlx_diffgemma.cli.fill import fill
@@ -33,7 +33,7 @@ app.command()(chat)
 app.command()(infill)
 app.command()(edit)
 app.command()(fill)
-app.command()(choose)
+app.add_typer(decide, name="decide")
 app.command()(demo)
 app.command()(train)
 app.command()(fuse)

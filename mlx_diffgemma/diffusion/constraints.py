@@ -25,10 +25,12 @@ class Layout:
     """Attributes:
     tokens: [C] the token that each position must hold, or `FREE`.
     allowed: the bit masks [W] of the free positions that may not hold anything.
+    candidates: the same for positions that may hold few tokens, as the list of them.
     """
 
     tokens: tuple[int, ...]
     allowed: Mapping[int, np.ndarray] = field(default_factory=dict)
+    candidates: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     @cached_property
     def fixed(self) -> np.ndarray:
@@ -40,15 +42,26 @@ class Layout:
         """[C] which positions are not fixed."""
         return self.fixed == FREE
 
+    @cached_property
+    def few(self) -> tuple[tuple[int, ...], ...] | None:
+        """The candidates of every free position, in their order; None where one of them has none,
+        or none is free."""
+        places = np.flatnonzero(self.open).tolist()
+        if not places or any(place not in self.candidates for place in places):
+            return None
+        return tuple(self.candidates[place] for place in places)
+
     def words(self, vocab: int) -> np.ndarray | None:
         """[C, W] uint32, bit v of a position is set where token v is allowed; None where every free
         position may hold anything. Made once, for all the steps of a canvas."""
-        if not self.allowed:
+        if not self.allowed and not self.candidates:
             return None
         if vocab not in self._words:
             words = np.tile(every_token(vocab), (len(self.tokens), 1))
             for place, mask in self.allowed.items():
                 words[place] = mask
+            for place, tokens in self.candidates.items():
+                words[place] = token_mask(tokens, vocab)
             self._words[vocab] = words
         return self._words[vocab]
 
@@ -71,6 +84,11 @@ class Layout:
                 )
             if self.fixed[place] == FREE and not mask.any():
                 raise UsageError(f"position {place} allows no token at all.")
+        for place, tokens in self.candidates.items():
+            if not 0 <= place < length or not tokens:
+                raise UsageError(f"position {place} has no candidates, or is outside the canvas.")
+            if not all(0 <= token < vocab for token in tokens):
+                raise UsageError(f"a candidate is outside the vocabulary of {vocab}.")
 
     @cached_property
     def _words(self) -> dict[int, np.ndarray]:

@@ -34,6 +34,8 @@ class Row:
             token as argmax and draw, with entropy 0, and takes no part in the pass.
         allowed: [C, W] uint32 bit masks of the tokens that a position may take (see
             `pack_allowed`); None allows all.
+        candidates: the tokens that each position that is not bound may take, in their order, where
+            they are few; such a row needs no `allowed`, and goes by `few_tokens_pass`.
         need_soft: whether soft embeddings are wanted, √D · (p @ table).
         soft_cutoff: tokens e^-soft_cutoff times less likely than the likeliest are left out of
             them; None leaves out none.
@@ -46,6 +48,7 @@ class Row:
     key: mx.array | None = None
     fixed: np.ndarray | None = None
     allowed: np.ndarray | None = None
+    candidates: tuple[tuple[int, ...], ...] | None = None
     need_soft: bool = True
     soft_cutoff: float | None = None
     likely: bool | np.ndarray = False
