@@ -187,7 +187,11 @@ def decide(
     shifts = max(len(question.options) for question in asked) if how.rotate else 1
 
     def prompt(shift: int, among: Sequence[Question]) -> list[int]:
-        behind = "" if frame is not None or not among else f"\n\n{listing(among, labels, shift)}"
+        behind = (
+            ""
+            if frame is not None or not among
+            else f"\n\n{listing(among, labels[: len(among)], shift)}"
+        )
         return encode_prompt(
             tokenizer,
             text + behind,

@@ -220,11 +220,12 @@ def _single(
 
 
 class _Labels:
-    """What is known of the labels of a tokenizer: one token each in a line among others."""
+    """What is known of the labels of a tokenizer. Those of one question are one token each in a
+    line among others, and leave the tokens around them alike: where a vocabulary joins letters with
+    the space before them, and digits not, the two cannot be options of one question."""
 
     def __init__(self) -> None:
-        self._found: list[str] = []
-        self._ids: set[int] = set()
+        self._tried: list[tuple[str, int, tuple[int, ...]]] = []
         self._more: Iterator[str] | None = None
         self._sides: list[str] | None = None
 
@@ -236,28 +237,41 @@ class _Labels:
         return self._sides or None
 
     def usable(self, vocabulary: Vocabulary, labels: Sequence[str]) -> list[str] | None:
-        """These labels, if each is one token and each another one."""
-        ids = [self._token(vocabulary, label) for label in labels]
-        return None if None in ids or len(set(ids)) < len(ids) else list(labels)
+        """These labels, if they can be those of one question."""
+        seen = [_in_a_line(vocabulary, label) for label in labels]
+        found = [each for each in seen if each is not None]
+        alike = len({around for _, around in found}) == 1
+        different = len({token for token, _ in found}) == len(labels)
+        return list(labels) if alike and different else None
 
     def first(self, vocabulary: Vocabulary, count: int) -> list[str]:
-        """The first `count` labels, or as many as there are."""
+        """The first `count` labels of one question, or as many as there are."""
+        groups: dict[tuple[int, ...], dict[int, str]] = {}
+        for label, token, around in self._known(vocabulary):
+            group = groups.setdefault(around, {})
+            group.setdefault(token, label)
+            if len(group) == count:
+                return list(group.values())
+        return list(max(groups.values(), key=len, default={}).values())
+
+    def _known(self, vocabulary: Vocabulary) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+        """Every label with its token and the tokens around it, in an order that is always the
+        same."""
+        yield from list(self._tried)
         if self._more is None:
             self._more = _candidates(vocabulary)
-        while len(self._found) < count:
-            label = next(self._more, None)
-            if label is None:
-                break
-            token = self._token(vocabulary, label)
-            if token is not None and token not in self._ids:
-                self._found.append(label)
-                self._ids.add(token)
-        return self._found[:count]
+        for label in self._more:
+            seen = _in_a_line(vocabulary, label)
+            if seen is not None:
+                self._tried.append((label, *seen))
+                yield self._tried[-1]
 
-    @staticmethod
-    def _token(vocabulary: Vocabulary, label: str) -> int | None:
-        seen = _single(vocabulary, "1: A\n2: ", label, "\n3: A\n")
-        return None if seen is None else seen[0][seen[1]]
+
+def _in_a_line(vocabulary: Vocabulary, label: str) -> tuple[int, tuple[int, ...]] | None:
+    """The token of a label in a line among others, and the tokens around it; None where it is none
+    of its own."""
+    seen = _single(vocabulary, "1: A\n2: ", label, "\n3: A\n")
+    return None if seen is None else (seen[0][seen[1]], tuple(_others(seen)))
 
 
 _by_tokenizer: weakref.WeakKeyDictionary[Any, _Labels] = weakref.WeakKeyDictionary()

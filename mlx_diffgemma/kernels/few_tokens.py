@@ -54,9 +54,9 @@ def few_tokens_pass(
         draw = tokens[chosen]
         draw_log_p = mx.take_along_axis(log_p, chosen[:, None], axis=-1)[:, 0]
     if any(row.need_soft for row in rows):
-        expected = p @ table.take(tokens, mx.float32)
-        every = np.arange(len(positions.places))
-        soft = positions.soft_embeddings([(every, expected)], table, hidden.dtype)
+        wanted = np.flatnonzero(positions.of_rows(lambda row: row.need_soft, np.bool_))
+        expected = p[mx.array(wanted)] @ table.take(tokens, mx.float32)
+        soft = positions.soft_embeddings([(wanted, expected)], table, hidden.dtype)
     fixed = mx.array(positions.fixed)
     return VocabularyResult(
         argmax=positions.spread(tokens[best], fixed),

@@ -35,13 +35,14 @@ def test_probabilities_are_the_softmax_of_the_references_logits(seed):
     vocabulary, asked = Vocabulary(tokenizer, 416, (1, 5)), read_questions(QUESTIONS)
     labels = labels_for(tokenizer, vocabulary, asked)
     (frame,) = lines(vocabulary, asked, labels, 48)
+    assert found.canvases == (16,)
     prompt = np.array([tokenizer.encode(f"a b\n\n{listing(asked, labels)}")])
     prefix = Prefix(theirs, np.ones_like(prompt))
     prefix.encode(prompt)
     chances = {name: [] for name in QUESTIONS}
     for draw in range(3):
-        canvas = np.array([[*frame.tokens, *[5] * (32 - len(frame.tokens))]])
-        noise = np.array(SeededNoise(seed).initial(draw, 32, 416))
+        canvas = np.array([[*frame.tokens, *[5] * (16 - len(frame.tokens))]])
+        noise = np.array(SeededNoise(seed).initial(draw, 16, 416))
         canvas[0] = np.where(canvas[0] == FREE, noise, canvas[0])
         logits = prefix.logits(canvas)[0].astype(np.float64)
         for (_, place, tokens), name in zip(frame.slots, QUESTIONS, strict=True):
