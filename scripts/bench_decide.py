@@ -111,27 +111,33 @@ def speed(state_length: int, repeats: int) -> None:
     state = "".join(rng.choice(list(string.ascii_letters + " "), state_length).tolist())
     given = {"seed": 0, "raw": True}
     print(f"{config.text.vocab_size:,} words, a state of {state_length:,} tokens, CPU")
-    print("questions  passes  canvases  s  one by one  ratio  (state known)  head's share")
+    print("questions  passes  canvases  s  one by one  ratio  with the state known  head's share")
     for count in (1, 3, 12, 40):
         asked = questions(count)
         ask = partial(decide, model, tokenizer, state)
         together = partial(ask, asked, **given)
         found = together()
-        cache = model.make_cache()
+        other = model.make_cache()
+        ask({"other": questions(1)["q0"] | {"instructions": "?"}}, prefix_cache=other, **given)
 
         def one_by_one(
-            ask: Callable[..., object] = ask, asked: dict[str, Any] = asked, **more: Any
+            cached: bool, ask: Any = ask, asked: Any = asked, other: Any = other
         ) -> None:
             for name, question in asked.items():
+                more = {"prefix_cache": other.snapshot()} if cached else {}
                 ask({name: question}, **given, **more)
 
-        alone, whole = seconds(one_by_one, repeats), seconds(together, repeats)
-        ask(asked, prefix_cache=cache, **given)
-        known = seconds(partial(one_by_one, prefix_cache=cache), repeats)
+        def with_state_known(ask: Any = ask, asked: Any = asked, other: Any = other) -> None:
+            ask(asked, prefix_cache=other.snapshot(), **given)
+
+        alone = seconds(partial(one_by_one, False), repeats)
+        whole = seconds(together, repeats)
+        known = seconds(with_state_known, repeats)
+        known_alone = seconds(partial(one_by_one, True), repeats)
         share = share_of_head(model, together, repeats)
         print(
             f"{count:9}  {found.passes:6}  {'+'.join(map(str, found.canvases)):8}  {whole:.3f}  "
-            f"{alone:10.3f}  {whole / alone:.3f}  {whole / known:13.3f}  {share:.1%}",
+            f"{alone:10.3f}  {whole / alone:.3f}  {known:.3f} / {known_alone:.3f} = {known / known_alone:.3f}  {share:.1%}",
             flush=True,
         )
     asked = questions(12)

@@ -326,6 +326,10 @@ def test_the_first_question_that_does_not_fit_is_named():
     asked = {f"q{n}": CHOICE | {"instructions": "y" * 300} for n in range(40)}
     with pytest.raises(PromptError) as error:
         decide(model, tokenizer, "x", asked, seed=0, raw=True)
-    assert str(error.value).startswith(
-        "question 'q11', number 12 of 40, does not fit in the model's"
+    assert str(error.value).startswith("question 'q12', number 13 of 40, does not fit in the ")
+    read = read_questions(asked)
+    twelve, thirteen = (
+        len(f"x\n\n{listing(read[:count], [['A', 'B']] * count)}") for count in (12, 13)
     )
+    # A token a character, and the longest of the canvases that hold 40 lines.
+    assert twelve + 64 <= 4096 < thirteen + 64
