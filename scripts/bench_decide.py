@@ -137,7 +137,8 @@ def speed(state_length: int, repeats: int) -> None:
         share = share_of_head(model, together, repeats)
         print(
             f"{count:9}  {found.passes:6}  {'+'.join(map(str, found.canvases)):8}  {whole:.3f}  "
-            f"{alone:10.3f}  {whole / alone:.3f}  {known:.3f} / {known_alone:.3f} = {known / known_alone:.3f}  {share:.1%}",
+            f"{alone:10.3f}  {whole / alone:.3f}  {known:.3f} / {known_alone:.3f} = "
+            f"{known / known_alone:.3f}  {share:.1%}",
             flush=True,
         )
     asked = questions(12)
