@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import string
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,9 @@ def example(puzzle: sudoku.Puzzle) -> dict[str, Any]:
     }
 
 
-def quality(count: int, length: int | None, seed: int, plot: Path | None) -> None:
+def quality(
+    count: int, length: int | None, every: Sequence[int], seed: int, plot: Path | None
+) -> None:
     model, tokenizer = load("demo")
     rng = np.random.default_rng(seed)
     examples = [example(sudoku.make_puzzle(rng)) for _ in range(count)]
@@ -180,7 +182,7 @@ def quality(count: int, length: int | None, seed: int, plot: Path | None) -> Non
     print("| steps | draws | accuracy | Brier | after | calib. error | after | temperature |")
     print("|---|---|---|---|---|---|---|---|")
     found: dict[tuple[int, int], float] = {}
-    for steps in STEPS:
+    for steps in every:
         seen: dict[int, list[Example]] = {draws: [] for draws in DRAWS}
         for number, each in enumerate(examples):
             decided = decide(
@@ -208,12 +210,13 @@ def quality(count: int, length: int | None, seed: int, plot: Path | None) -> Non
         low = min(found.values())
         up = linear_axis("share of blanks that are right", low, 1.0)
         chart = Chart(linear_axis("draws", 0, 8), up)
-        for steps, colour in COLOURS.items():
+        for steps in every:
+            colour = COLOURS[steps]
             points = [(float(draws), found[steps, draws]) for draws in DRAWS]
             chart.line(points, colour)
             for point in points:
                 chart.dot(*point, colour)
-        chart.legend([(f"{n} step{'s' * (n > 1)}", colour) for n, colour in COLOURS.items()])
+        chart.legend([(f"{n} step{'s' * (n > 1)}", COLOURS[n]) for n in every])
         chart.write(plot)
 
 
@@ -223,11 +226,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quality", type=int, help="number of sudokus to ask the demo model")
     parser.add_argument("--canvas", type=int, help="length of the canvas")
+    parser.add_argument(
+        "--steps", type=int, action="append", choices=STEPS, help="passes over a canvas"
+    )
     parser.add_argument("--seed", type=int, default=1709)
     parser.add_argument("--plot", type=Path, help="SVG file for accuracy over draws")
     arguments = parser.parse_args()
     if arguments.quality:
-        quality(arguments.quality, arguments.canvas, arguments.seed, arguments.plot)
+        every = arguments.steps or STEPS
+        quality(arguments.quality, arguments.canvas, every, arguments.seed, arguments.plot)
     else:
         speed(arguments.state, arguments.repeats)
 
