@@ -6,10 +6,10 @@ one token, the label of the answer. Letters: R orders of the options, K options 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import numpy as np
@@ -298,7 +298,9 @@ def _unless_thinking(tokenizer: Any) -> bool | None:
     return False if "enable_thinking" in template_text(hf_tokenizer(tokenizer)) else None
 
 
-def _refuse_too_long(length_with: Any, questions: Sequence[Question], room: int) -> None:
+def _refuse_too_long(
+    length_with: Callable[[int], int], questions: Sequence[Question], room: int
+) -> NoReturn:
     """Name the first question that does not fit; `length_with` counts the tokens of a prompt of so
     many questions."""
     if length_with(0) > room:
