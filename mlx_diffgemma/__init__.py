@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlx_diffgemma.checkpoint.loading import load_model
     from mlx_diffgemma.diffusion.config import DiffusionConfig
-    from mlx_diffgemma.editing.choose import choose
+    from mlx_diffgemma.editing.decide import calibrate, decide
     from mlx_diffgemma.editing.edit import edit
     from mlx_diffgemma.editing.fill import fill
     from mlx_diffgemma.editing.infill import infill
@@ -32,7 +32,8 @@ _HOMES = {
     "DiffusionConfig": "mlx_diffgemma.diffusion.config",
     "GenerationResponse": "mlx_diffgemma.generation",
     "batch_generate": "mlx_diffgemma.generation",
-    "choose": "mlx_diffgemma.editing.choose",
+    "calibrate": "mlx_diffgemma.editing.decide",
+    "decide": "mlx_diffgemma.editing.decide",
     "edit": "mlx_diffgemma.editing.edit",
     "fill": "mlx_diffgemma.editing.fill",
     "generate": "mlx_diffgemma.generation",
@@ -48,7 +49,8 @@ __all__ = [
     "DiffusionConfig",
     "GenerationResponse",
     "batch_generate",
-    "choose",
+    "calibrate",
+    "decide",
     "edit",
     "fill",
     "generate",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import cycle
 from math import ceil, floor, log10
 from pathlib import Path
 
 WIDTH, HEIGHT = 720, 440
+_COLOURS = ("#c44", "#26a", "#e90", "#084", "#848", "#555")
 _LEFT, _RIGHT, _TOP, _BOTTOM = 80, 24, 24, 56
 
 
@@ -109,3 +111,22 @@ class Chart:
             f'<path d="M{x:.1f} {_TOP}V{HEIGHT - _BOTTOM}" stroke="#eee"/>'
             f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 18}" text-anchor="middle">{text}</text>'
         )
+
+
+def reliability_chart(
+    curves: Mapping[str, Sequence[tuple[float, float, int]]],
+) -> Chart:
+    """How often answers are right over how probable they were held to be, by name of the curve;
+    points are mean probability, share of right answers and their number. On the diagonal the two
+    agree."""
+    axis = linear_axis("probability of the answer", 0.0, 1.0)
+    chart = Chart(axis, linear_axis("share of right answers", 0.0, 1.0))
+    chart.line([(0.0, 0.0), (1.0, 1.0)], "#bbb")
+    legend = []
+    for (name, points), colour in zip(curves.items(), cycle(_COLOURS), strict=False):
+        chart.line([(mean, share) for mean, share, _ in points], colour)
+        for mean, share, _ in points:
+            chart.dot(mean, share, colour)
+        legend.append((name, colour))
+    chart.legend(legend)
+    return chart

@@ -14,7 +14,7 @@ from mlx_diffgemma.cli import errors, streams
 from mlx_diffgemma.cli.command import Debug
 
 COMMANDS = (
-    "generate", "chat", "infill", "edit", "fill", "choose", "demo", "train", "fuse", "bench",
+    "generate", "chat", "infill", "edit", "fill", "decide", "demo", "train", "fuse", "bench",
     "convert",
 )  # fmt: skip
 """Each is the function of this name in the module of this name."""
@@ -31,8 +31,10 @@ class Program(errors.Program):
             return None
         if cmd_name not in self.commands:
             function = getattr(import_module(f"mlx_diffgemma.cli.{cmd_name}"), cmd_name)
-            alone = typer.Typer(add_completion=False)
-            alone.command(cmd_name, **getattr(function, "parsing", {}))(function)
+            alone = getattr(function, "program", None)
+            if alone is None:
+                alone = typer.Typer(add_completion=False)
+                alone.command(cmd_name, **getattr(function, "parsing", {}))(function)
             self.commands[cmd_name] = typer.main.get_command(alone)
         return self.commands[cmd_name]
 

@@ -25,10 +25,12 @@ class Layout:
     """Attributes:
     tokens: [C] the token that each position must hold, or `FREE`.
     allowed: the bit masks [W] of the free positions that may not hold anything.
+    candidates: the same for positions that may hold few tokens, as the list of them.
     """
 
     tokens: tuple[int, ...]
     allowed: Mapping[int, np.ndarray] = field(default_factory=dict)
+    candidates: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     @cached_property
     def fixed(self) -> np.ndarray:
@@ -44,6 +46,23 @@ class Layout:
     def pins(self) -> bool:
         """Whether any position is fixed."""
         return not bool(self.open.all())
+
+    @cached_property
+    def few(self) -> tuple[tuple[int, ...], ...] | None:
+        """The candidates of every free position, in their order; None where one of them has none,
+        or none is free."""
+        places = np.flatnonzero(self.open).tolist()
+        if not places or any(place not in self.candidates for place in places):
+            return None
+        return tuple(self.candidates[place] for place in places)
+
+    def masks(self, vocab: int) -> Mapping[int, np.ndarray]:
+        """The bit mask [W] of each position that may not hold anything, those with candidates
+        among them."""
+        if not self.candidates:
+            return self.allowed
+        few = {place: token_mask(tokens, vocab) for place, tokens in self.candidates.items()}
+        return {**self.allowed, **few}
 
     def pin(self, tokens: mx.array) -> mx.array:
         """Tokens [C] with every fixed position set."""
@@ -66,6 +85,11 @@ class Layout:
                 )
             if self.fixed[place] == FREE and not mask.any():
                 raise UsageError(f"position {place} allows no token at all.")
+        for place, tokens in self.candidates.items():
+            if not 0 <= place < length or not tokens:
+                raise UsageError(f"position {place} has no candidates, or is outside the canvas.")
+            if not all(0 <= token < vocab for token in tokens):
+                raise UsageError(f"a candidate is outside the vocabulary of {vocab}.")
 
 
 def not_at_first(tokens: Iterable[int], length: int, vocab: int) -> Layout:

@@ -1,6 +1,7 @@
 """The denoising step, and the loop over it: the only place that runs passes over canvases.
 
-Letters: C canvas, N positions of all canvases of a step, D hidden, K candidate tokens.
+Letters: C canvas, N positions of all canvases of a step, D hidden, K candidate tokens, U of all
+positions together, S positions that have candidates.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mlx_diffgemma.diffusion.predict import Passed, Predict, Predictor
 from mlx_diffgemma.diffusion.sampler import propose
 from mlx_diffgemma.diffusion.stopping import as_shown, has_converged
 from mlx_diffgemma.errors import NumericalError, not_finite
+from mlx_diffgemma.kernels.few_tokens import gathered
 from mlx_diffgemma.kernels.vocabulary import Row
 from mlx_diffgemma.model.cache import Prefix
 from mlx_diffgemma.model.diffusion_gemma import CanvasView, DiffusionGemma
@@ -88,7 +90,11 @@ class Denoiser:
     def look(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> list[Look]:
         """What the model believes at the sight of canvases as they stand, at temperature 1."""
         looks: list[Look] = []
-        for views, rows, allowed in self._few_at_a_time(canvases, prefixes):
+        for start, stop in self.few_at_a_time(canvases):
+            some = canvases[start:stop]
+            views = _views(some, prefixes[start:stop])
+            rows = [len(canvas) for canvas in some]
+            allowed = [{} if c.layout is None else c.layout.masks(c.vocab) for c in some]
             hidden = self.model.decode(views)
             standing = mx.concatenate([view.tokens for view in views])
             asked = [
@@ -113,19 +119,39 @@ class Denoiser:
         """The log-probability at temperature 1 of each of a canvas's `candidates` at one of its
         positions, [K] in nats for each canvas."""
         found: list[np.ndarray] = []
-        for views, rows, _ in self._few_at_a_time(canvases, prefixes):
-            some = range(len(found), len(found) + len(views))
-            at = [start + places[n] for n, (start, _) in zip(some, _spans(rows), strict=True)]
+        for first, last in self.few_at_a_time(canvases):
+            some = range(first, last)
+            views = _views(canvases[first:last], prefixes[first:last])
+            spans = _spans([len(canvases[n]) for n in some])
+            at = [start + places[n] for n, (start, _) in zip(some, spans, strict=True)]
             hidden = self.model.decode(views)[mx.array(at)]
             asked = [Row(length=1, temperature=1.0, need_soft=False)] * len(views)
             log_sum = self.model.predict(hidden, asked).log_sum
-            most = max(len(candidates[n]) for n in some)
-            ids = [[*candidates[n], *[0] * (most - len(candidates[n]))] for n in some]
-            log_p = self.model.logits_of(hidden, mx.array(ids)) - log_sum[:, None]
-            values = np.array(log_p)
+            ids, _ = gathered([candidates[n] for n in some])
+            values = np.array(self.model.logits_of(hidden, mx.array(ids)) - log_sum[:, None])
             self._require_finite(values, "a look at answers")
-            found += [row[: len(candidates[n])] for n, row in zip(some, values, strict=True)]
+            found += _columns(values, ids, [candidates[n] for n in some])
         return found
+
+    def weigh(
+        self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]
+    ) -> list[list[np.ndarray]]:
+        """How the candidates at each free position of canvases compare after one more pass, in one
+        batch: for each canvas and each of its S positions the logits [K] of its candidates, at
+        temperature 1. No other word of the vocabulary is looked at.
+
+        Raises:
+            NumericalError: the model returned values that are not finite.
+        """
+        few = [None if canvas.layout is None else canvas.layout.few for canvas in canvases]
+        candidates = [each for of_canvas in few for each in of_canvas or ()]
+        ids, _ = gathered(candidates)
+        is_open = np.concatenate([c.layout.open for c in canvases if c.layout is not None])
+        hidden = self.model.decode(_views(canvases, prefixes))[mx.array(np.flatnonzero(is_open))]
+        values = np.array(self.model.logits_of(hidden, mx.array(ids)))
+        self._require_finite(values, "a look at answers")
+        rows = iter(_columns(values, ids, candidates))
+        return [[next(rows) for _ in of_canvas or ()] for of_canvas in few]
 
     def _require_finite(self, values: np.ndarray, where: str) -> None:
         if not np.isfinite(values).all():
@@ -135,10 +161,9 @@ class Denoiser:
         float16 = self.model.dtype == mx.float16
         return NumericalError(not_finite(where, float16=float16, adapter=self.model.adapted))
 
-    def _few_at_a_time(
-        self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]
-    ) -> Iterator[tuple[list[CanvasView], list[int], list[Mapping[int, np.ndarray]]]]:
-        """As many canvases at a time as fit in a fixed budget: views, lengths, allowed tokens."""
+    def few_at_a_time(self, canvases: Sequence[Canvas]) -> Iterator[tuple[int, int]]:
+        """As many canvases at a time as fit in a fixed budget: the first, and the one after the
+        last."""
         text = self.model.config.text
         widest = text.top_k_experts * (3 * text.moe_intermediate_size + 2 * text.hidden_size)
         layer = widest * self.model.dtype.size
@@ -150,12 +175,7 @@ class Denoiser:
             while stop < len(canvases) and positions + len(canvases[stop]) <= most:
                 positions += len(canvases[stop])
                 stop += 1
-            some = canvases[start:stop]
-            yield (
-                [CanvasView(c.tokens, p) for c, p in zip(some, prefixes[start:stop], strict=True)],
-                [len(canvas) for canvas in some],
-                [{} if c.layout is None else c.layout.allowed for c in some],
-            )
+            yield start, stop
             start = stop
 
 
@@ -264,6 +284,23 @@ def _after(canvas: Canvas, passed: Passed, wanted: np.ndarray) -> Canvas:
     converged = passed.whole and has_converged(after)
     used_up = after.step > canvas.settings.max_denoising_steps
     return replace(after, converged=converged, done=not canvas.endless and (converged or used_up))
+
+
+def _views(canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> list[CanvasView]:
+    return [
+        CanvasView(canvas.tokens, prefix, canvas.soft_embeddings)
+        for canvas, prefix in zip(canvases, prefixes, strict=True)
+    ]
+
+
+def _columns(
+    values: np.ndarray, ids: np.ndarray, candidates: Sequence[Sequence[int]]
+) -> list[np.ndarray]:
+    """Of values [P, U] for the tokens `ids` [U], ascending, those of each row's candidates."""
+    return [
+        row[np.searchsorted(ids, np.array(each))]
+        for row, each in zip(values, candidates, strict=True)
+    ]
 
 
 def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:

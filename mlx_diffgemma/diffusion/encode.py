@@ -23,6 +23,7 @@ def encode(
     step_size: int | None = None,
     room: int = 0,
     marks: Sequence[int] = (),
+    ahead: bool = False,
 ) -> Iterator[PrefillProgress]:
     """Make the prefix in `cache` that of `ids`, from the longest beginning of them that it can go
     back to. Yields before the first chunk and after each, and may be left there: the cache then
@@ -33,12 +34,15 @@ def encode(
             None takes the model's.
         room: positions to make room for behind `ids`.
         marks: how many of the `ids` precede each place to come back to later.
+        ahead: hand the work to the device without waiting for it where it is no more than one chunk
+            of tokens, for a caller that has more to queue.
     """
     cache.prefix = cache.prefix.back_to(ids)
     start, total = len(cache.prefix), len(ids)
     cache.prefix = cache.prefix.with_room(total - start + room)
     yield PrefillProgress(row, 0, total - start)
     size = step_size or model.prefill_step_size
+    finish = mx.async_eval if ahead and total - start <= size else mx.eval
     edges = sorted({start, *(mark for mark in marks if start < mark < total), total})
     # Behind a mark whole chunks begin anew: every chunk reads all weights.
     firsts = [first for a, b in pairwise(edges) for first in range(a, b, size)]
@@ -46,7 +50,7 @@ def encode(
         # The shorter prefix is given up as soon as the longer one is there, whose arrays may then
         # be written where its own were.
         cache.prefix = model.encode([ids[first:last]], [cache.prefix])[1][0]
-        mx.eval(cache.prefix.arrays())
+        finish(cache.prefix.arrays())
         mx.clear_cache()
         if last in marks:
             cache.prefix = cache.prefix.marked(cache.mark_bytes)

@@ -58,17 +58,7 @@ class Predictor:
             _row(canvas, np.arange(len(canvas)) if place is None else place)
             for canvas, place in zip(canvases, places, strict=True)
         ]
-        seen = self.model.predict(hidden, rows, mx.concatenate([_computed(view) for view in views]))
-        assert seen.draw is not None and seen.draw_log_probability is not None
-        whole = Prediction(
-            argmax=seen.argmax,
-            draw=seen.draw,
-            entropy=seen.entropy,
-            confidence=mx.exp(seen.draw_log_probability),
-            soft_embeddings=seen.soft_embeddings,
-            dropped_mass=seen.dropped_mass,
-        )
-        parts = split(whole, [row.length for row in rows])
+        parts = self._predicted(hidden, rows, [_computed(view) for view in views])
         return [
             Passed(
                 part if place is None else remembered(canvas, part, place),
@@ -77,6 +67,33 @@ class Predictor:
             )
             for canvas, part, place, kept in zip(canvases, parts, places, layers, strict=True)
         ]
+
+    def _predicted(
+        self, hidden: mx.array, rows: Sequence[Row], standing: Sequence[mx.array]
+    ) -> list[Prediction]:
+        """The prediction of each row. Those that may take few tokens go by themselves: in a pass
+        over the vocabulary they would be drawn from other random numbers than alone."""
+        few = [row.candidates is not None for row in rows]
+        spans = list(pairwise(accumulate((row.length for row in rows), initial=0)))
+        found: dict[int, Prediction] = {}
+        for kind in sorted(set(few)):
+            some = [n for n in range(len(rows)) if few[n] == kind]
+            states = hidden
+            if len(some) < len(rows):
+                states = mx.concatenate([hidden[slice(*spans[n])] for n in some])
+            asked = [rows[n] for n in some]
+            seen = self.model.predict(states, asked, mx.concatenate([standing[n] for n in some]))
+            assert seen.draw is not None and seen.draw_log_probability is not None
+            whole = Prediction(
+                argmax=seen.argmax,
+                draw=seen.draw,
+                entropy=seen.entropy,
+                confidence=mx.exp(seen.draw_log_probability),
+                soft_embeddings=seen.soft_embeddings,
+                dropped_mass=seen.dropped_mass,
+            )
+            found.update(zip(some, split(whole, [row.length for row in asked]), strict=True))
+        return [found[n] for n in range(len(rows))]
 
 
 def split(prediction: Prediction, lengths: Sequence[int]) -> list[Prediction]:
@@ -91,7 +108,8 @@ def _row(canvas: Canvas, places: np.ndarray) -> Row:
     """What is asked of the vocabulary for a canvas of which the positions `places` are computed. No
     step follows the last one, so it needs no soft embeddings."""
     layout, settings = canvas.layout, canvas.settings
-    allowed = {} if layout is None else layout.allowed
+    few = None if layout is None or len(places) < len(canvas) else layout.few
+    allowed = {} if layout is None or few else layout.masks(canvas.vocab)
     if len(places) < len(canvas):
         allowed = {
             at: allowed[place] for at, place in enumerate(places.tolist()) if place in allowed
@@ -102,6 +120,7 @@ def _row(canvas: Canvas, places: np.ndarray) -> Row:
         key=canvas.noise.draw_key(canvas.index, canvas.step),
         fixed=layout.fixed if layout is not None and layout.pins else None,
         allowed=allowed,
+        candidates=few,
         need_soft=not canvas.is_last_step,
         soft_cutoff=settings.soft_cutoff,
         likely=canvas.few_suffice[places],

@@ -33,6 +33,8 @@ class Row:
             token as argmax and draw, with entropy 0, and takes no part in the pass.
         allowed: the uint32 bit mask [W] of the tokens that a position may take (see
             `pack_allowed`), for each of the C positions that may not take all.
+        candidates: the tokens that each position that is not bound may take, in their order, where
+            they are few; such a row needs no `allowed`, and goes by `few_tokens_pass`.
         need_soft: whether soft embeddings are wanted, √D · (p @ table).
         soft_cutoff: tokens e^-soft_cutoff times less likely than the likeliest are left out of
             them; None leaves out none.
@@ -45,6 +47,7 @@ class Row:
     key: mx.array | None = None
     fixed: np.ndarray | None = None
     allowed: Mapping[int, np.ndarray] = field(default_factory=dict)
+    candidates: tuple[tuple[int, ...], ...] | None = None
     need_soft: bool = True
     soft_cutoff: float | None = None
     likely: bool | np.ndarray = False

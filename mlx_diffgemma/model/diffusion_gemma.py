@@ -22,6 +22,7 @@ from mlx_diffgemma.config import ModelConfig, TextConfig
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.kernels.activation import softcap
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
+from mlx_diffgemma.kernels.few_tokens import few_tokens_pass, products
 from mlx_diffgemma.kernels.materialized import whole_pass
 from mlx_diffgemma.kernels.vocabulary import (
     Row,
@@ -231,18 +232,22 @@ class DiffusionGemma(nn.Module):
         self, hidden: mx.array, rows: Sequence[Row], standing: mx.array | None = None
     ) -> VocabularyResult:
         """What hidden states [N, D] say of the vocabulary; `rows` say what is asked of them, and
-        `standing` [N] of which tokens the probability is wanted."""
+        `standing` [N] of which tokens the probability is wanted. Where every row names its
+        candidates, no other word is looked at."""
         table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
         cap = self.config.text.final_logit_softcapping
-        return self.vocabulary_pass(hidden, table, rows, softcap=cap, standing=standing)
+        few = all(row.candidates is not None for row in rows)
+        run: VocabularyPass = few_tokens_pass if few else self.vocabulary_pass
+        return run(hidden, table, rows, softcap=cap, standing=standing)
 
     def logits_of(self, hidden: mx.array, ids: mx.array) -> mx.array:
-        """Hidden states [P, D] and token ids [P, K] -> the soft-capped logits of these tokens
-        alone, [P, K] in float32."""
+        """Hidden states [P, D] and token ids [U] -> the soft-capped logits of these tokens alone,
+        [P, U] in float32."""
         table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
-        rows = table.take(ids, mx.float32)
-        raw = (rows @ hidden.astype(mx.float32)[..., None])[..., 0]
-        return softcap(raw, self.config.text.final_logit_softcapping)
+        raw = products(hidden, table, ids)
+        # The softcap makes an infinity finite; a sum of products does not.
+        poison = raw.sum(axis=-1, keepdims=True) * 0.0
+        return softcap(raw, self.config.text.final_logit_softcapping) + poison
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[..., D] -> [..., V] in float32, soft-capped."""

@@ -142,19 +142,54 @@ def test_fill_gives_text_and_slots(tmp_path):
     assert set(found["details"]) == {"id", "state"}
 
 
-def test_choose_ranks_the_choices():
-    question = "sudoku\n" + GRID.replace("532461", "5324.1")
-    arguments = ["--question", question, "--bare", "--model", "demo", "--seed", "1"]
-    arguments += ["--frame", "5324{}1" + GRID[6:], "--draws", "2", "--choices"]
-    plain = run("choose", *arguments, "4", "5", "6")
-    assert plain.stdout.splitlines()[0].startswith("6  1.000 ± 0.000")
-    assert len(plain.stdout.splitlines()) == 3
-    found = json.loads(run("choose", *arguments, "4", "5", "6", "--json").stdout)
-    (each,) = found["questions"]
-    assert each["best"] == "6"
-    assert sum(each["probabilities"].values()) == pytest.approx(1)
-    assert [len(each["tokens"][choice]) for choice in "456"] == [1, 1, 1]
-    assert found["passes"] == 2
+CELL = {"cell": {"type": "choice", "criteria": dict.fromkeys("456")}}
+STATE = "sudoku\n" + GRID.replace("532461", "5324.1")
+DECIDE = ["decide", "--model", "demo", "--seed", "1"]
+
+
+def test_decide_answers_questions_from_text_and_files(tmp_path):
+    state, frame = tmp_path / "state.txt", "5324{cell}1" + GRID[6:]
+    state.write_text(STATE)
+    arguments = ["--questions", json.dumps(CELL), "--frame", frame, "--draws", "2"]
+    plain = run(*DECIDE, "--state", str(state), *arguments)
+    first, best, *rest = plain.stdout.splitlines()
+    assert first.startswith("cell (confidence 0.99") or first == "cell (confidence 1.000)"
+    assert best.startswith("  6  1.000 ± 0.000") and len(rest) == 2
+    assert "1 forward pass, seed 1" in plain.stderr
+    found = json.loads(run(*DECIDE, "--state", STATE, *arguments, "--json").stdout)
+    assert found["answers"]["cell"]["choice"] == "6" and found["canvases"] == [48]
+    assert found["usage"]["output_tokens"] == 1 and found["usage"]["input_tokens"] > 40
+    piped = run(*DECIDE, "--state", "-", *arguments, "--json", input=STATE)
+    assert json.loads(piped.stdout)["answers"] == found["answers"]
+
+
+def test_decide_reads_json_states_and_refuses_deep_ones():
+    questions = [
+        "--questions",
+        '{"n": {"type": "noul"}, "s": {"type": "score", "criteria": [1, 2]}}',
+    ]
+    given = json.loads(run(*DECIDE, "--state", '{"a":  [1]}', *questions, "--json").stdout)
+    spaced = json.loads(run(*DECIDE, "--state", '{ "a": [1 ] }', *questions, "--json").stdout)
+    assert given == spaced and given["answers"]["s"]["legend"] == {"0": 1, "1": 2}
+    deep = run(*DECIDE, "--state", "[" * 99_999 + "]" * 99_999, *questions, code=2)
+    assert deep.stderr == "error: the state is nested more than 64 levels deep; flatten it.\n"
+
+
+def test_decide_calibrate_writes_a_fit_and_a_plot(tmp_path):
+    data, save = tmp_path / "data.jsonl", tmp_path / "c.json"
+    lines = [
+        {"state": f"case {n}", "questions": {"q": {"type": "noul"}}, "answers": {"q": n % 3 > 0}}
+        for n in range(21)
+    ]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    shown = run("decide", "calibrate", "--data", str(data), "--save", str(save), "--model", "demo")
+    assert shown.stdout.splitlines()[1].startswith("noul         21 ")
+    assert (tmp_path / "c.svg").read_text().startswith("<svg")
+    arguments = ["--state", "x", "--questions", '{"q": {"type": "noul"}}', "--json"]
+    plain = json.loads(run(*DECIDE, *arguments).stdout)["answers"]["q"]["noul"]
+    fitted = run(*DECIDE, *arguments, "--calibration", str(save), "--draws", "2")
+    assert json.loads(fitted.stdout)["answers"]["q"]["noul"] != pytest.approx(plain, abs=1e-4)
+    assert "made with another setting of draws" in fitted.stderr
 
 
 @pytest.mark.parametrize(
@@ -196,8 +231,21 @@ def test_generate_is_always_valid(tmp_path, constraint):
             "--range 'x' must be lines such as 10:20 or 7.",
         ),
         (
-            ["choose", "a", "-q", "x"],
-            "give at least two choices, all of them different.",
+            ["decide", "--state", "x", "--questions", '{"q": {"type": "noul"}, "q": {}}'],
+            "question 'q' is asked twice; give each a name of its own.",
+        ),
+        (
+            ["decide", "--questions", "{}"],
+            "no state: give a file, text or JSON with --state; - reads stdin.",
+        ),
+        (
+            ["decide", "--state", "x", "--questions", "none.json"],
+            "--questions 'none.json' is neither a file nor JSON.",
+        ),
+        (
+            ["decide", "--state", "x", "--questions", "{"],
+            "--questions is not JSON: line 1, column 2: Expecting property name enclosed in double "
+            "quotes.",
         ),
         (
             ["generate", "-p", "x", "yes"],

@@ -20,7 +20,7 @@ from mlx_diffgemma.bench.presets import SMALL, config_like
 from mlx_diffgemma.bench.random_model import random_model
 from mlx_diffgemma.checkpoint.quantization import Recipe
 from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.editing.choose import choose
+from mlx_diffgemma.editing.decide import decide
 from mlx_diffgemma.editing.edit import edit
 from mlx_diffgemma.editing.fill import fill
 from mlx_diffgemma.editing.infill import infill
@@ -61,8 +61,15 @@ RUNS: dict[str, Callable[..., object]] = {
         lengths=(1, 2),
         **SETTINGS,
     ),
-    "choose among sixteen": lambda of: choose(
-        of, big(), ["q", "r"], [str(number) for number in range(1000, 1016)], **SETTINGS
+    "decide among sixteen": lambda of: decide(
+        of,
+        big(),
+        "q",
+        {"q": {"type": "choice", "criteria": dict.fromkeys(map(str, range(1000, 1016)))}},
+        raw=True,
+        seed=0,
+        draws=4,
+        canvas_length=CANVAS,
     ),
 }
 
