@@ -129,7 +129,7 @@ def _unique(schema: dict[str, Any], root: Schema) -> list[Schema]:
     if schema["uniqueItems"] is False or (most is not None and most < 2):
         del schema["uniqueItems"]
         return []
-    items = schema.get("items")
+    items: Any = schema.get("items")
     target = items.get("$ref") if isinstance(items, Mapping) else None
     if isinstance(target, str) and len(items) == 1:
         items = resolved(target, root)

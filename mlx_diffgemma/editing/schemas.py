@@ -165,7 +165,7 @@ class _Reader:
                 why = "names nothing" if self._known else "cannot be followed beside an inner '$id'"
                 raise refusal("", f"its reference '{target}' {why}")
             outer, _, last = place.rpartition("/")
-            parent = resolved("#" + outer, read)
+            parent: Any = resolved("#" + outer, read)
             key: Any = last.replace("~1", "/").replace("~0", "~")
             parent[int(key) if isinstance(parent, list) else key] = self.read(value, place)
 
