@@ -44,9 +44,15 @@ def evaluated(model: Any, _: Any) -> float:
     return held_out_loss(model, examples, TrainConfig(batch_size=1, val_batches=1), sizes_of(model))
 
 
+def decided(model: Any, tokenizer: Any) -> list[float]:
+    question = {"type": "choice", "instructions": "c", "criteria": {"a": None, "b": None}}
+    found = mlx_diffgemma.decide(model, tokenizer, "ab", {"q": question}, seed=0, steps=2)
+    return list(found.answers["q"].probabilities)
+
+
 WAYS: dict[str, Callable[[Any, Any], Any]] = {
     "generate": lambda *m: mlx_diffgemma.generate(*m, "ab", 12, **QUICK),
-    "choose": lambda *m: mlx_diffgemma.choose(*m, "ab", ["a", "b"], **QUICK),
+    "decide": decided,
     "fill a list": lambda *m: mlx_diffgemma.fill(*m, "a {x:a|b}", **QUICK).text,
     "fill": lambda *m: mlx_diffgemma.fill(*m, "a {x}", lengths=[1, 2], **QUICK).text,
     "infill": lambda *m: mlx_diffgemma.infill(*m, "a [[?]]", lengths=[1, 2], **QUICK).text,
@@ -105,7 +111,7 @@ def test_whatever_form_the_pass_over_the_vocabulary_takes(form, monkeypatch):
     monkeypatch.setattr(model, "vocabulary_pass", form)
     names = ("model.decoder.embed_tokens.weight", "model.decoder.norm.weight")
     values = {name: list(VALUES) for name in names}
-    assert [missed(way, values) for way in ("generate", "choose")] == [[], []]
+    assert [missed(way, values) for way in ("generate", "decide")] == [[], []]
 
 
 def test_a_row_of_the_embedding_that_is_not_finite_is_an_error():
@@ -118,7 +124,7 @@ def test_a_row_of_the_embedding_that_is_not_finite_is_an_error():
         broken[place, 3] = value
         table.weight = mx.array(broken)
         try:
-            for way in ("generate", "choose", "structured"):
+            for way in ("generate", "decide", "structured"):
                 with pytest.raises(mlx_diffgemma.DiffGemmaError, match="NaN or infinity"):
                     WAYS[way](model, tokenizer)
         finally:

@@ -176,9 +176,9 @@ def disjoint(one: Schema, other: Schema, root: Schema, left: int = _REFERENCES) 
         return True
     if _types_of(one) & _types_of(other) != {"object"}:
         return False
-    mine, theirs = one.get("properties", {}), other.get("properties", {})
+    here, there = one.get("properties", {}), other.get("properties", {})
     return any(
-        disjoint(mine.get(name, True), theirs.get(name, True), root, left - 1)
+        disjoint(here.get(name, True), there.get(name, True), root, left - 1)
         for name in {*one.get("required", ()), *other.get("required", ())}
     )
 

@@ -129,9 +129,10 @@ def _unique(schema: dict[str, Any], root: Schema) -> list[Schema]:
     if schema["uniqueItems"] is False or (most is not None and most < 2):
         del schema["uniqueItems"]
         return []
-    items = schema.get("items")
-    if isinstance(items, Mapping) and len(items) == 1 and isinstance(items.get("$ref"), str):
-        items = resolved(items["$ref"], root)
+    items: Any = schema.get("items")
+    target = items.get("$ref") if isinstance(items, Mapping) else None
+    if isinstance(target, str) and len(items) == 1:
+        items = resolved(target, root)
     values = listed(items) if isinstance(items, (Mapping, bool)) else None
     if values is None or "prefixItems" in schema:
         raise BeyondError("'uniqueItems' can be enforced for items of an enum alone")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from threading import RLock
@@ -22,6 +22,7 @@ from mlx_diffgemma.text.tokenizer import hf_tokenizer
 
 Kind = Literal["text", "line", "digits", "word"]
 
+_BYTE = r"<0x[0-9A-Fa-f]{2}>"
 _RESERVED = r"<unused_?\d+>|\[unused\d+\]|<reserved_?\d+>"
 _TURN_ENDS = ("<turn|>", "<end_of_turn>")
 _SPACE = "\u2581"  # what sentencepiece writes for a space
@@ -308,18 +309,9 @@ def _names(tokenizer: Any, size: int) -> list[str]:
 
 
 def _turn_ends(tokenizer: Any, names: Sequence[str]) -> list[int]:
-    return [token for token, _ in _known(tokenizer, names, _TURN_ENDS)]
-
-
-def _known(
-    tokenizer: Any, names: Sequence[str], wanted: Iterable[str]
-) -> Iterator[tuple[int, str]]:
-    """The tokens of these names, as far as there are some."""
-    for name in wanted:
-        token = tokenizer.convert_tokens_to_ids(name)
-        # A name that is unknown has the id of the unknown token, or none.
-        if token is not None and 0 <= token < len(names) and names[token] == name:
-            yield token, name
+    found = [(name, tokenizer.convert_tokens_to_ids(name)) for name in _TURN_ENDS]
+    # A name that is unknown has the id of the unknown token, or none.
+    return [i for name, i in found if i is not None and 0 <= i < len(names) and names[i] == name]
 
 
 def _decoding(tokenizer: Any) -> list[dict[str, Any]]:
@@ -351,9 +343,8 @@ def _spell(tokenizer: Any, names: list[str]) -> list[bytes]:
     apart = _APART.encode(errors="surrogatepass")
     pieces = joined.encode(errors="surrogatepass").split(apart)
     if "ByteFallback" in kinds:
-        spellings = {f"<0x{byte:{case}}>": byte for byte in range(256) for case in ("02X", "02x")}
-        for token, name in _known(tokenizer, names, spellings):
-            pieces[token] = bytes([spellings[name]])
+        for token, name in _named(tokenizer, names, _BYTE).items():
+            pieces[token] = bytes.fromhex(name[3:5])
     return pieces
 
 

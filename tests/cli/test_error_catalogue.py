@@ -5,12 +5,12 @@ themselves, so a new option is tried by itself."""
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import typer
 from demo_checkpoint import CHECKPOINT
@@ -22,6 +22,7 @@ from mlx_diffgemma import generation
 from mlx_diffgemma.checkpoint import loading, locate
 from mlx_diffgemma.cli.main import app
 from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.editing.questions import DecisionSettings
 from mlx_diffgemma.errors import CheckpointError, DiffGemmaError
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma_convert.cli import app as convert_app
@@ -40,6 +41,7 @@ VALUES: tuple[Any, ...] = (
     (), Thing(), Path("nowhere"), lambda *_: None,
 )  # fmt: skip
 
+QUESTION = {"type": "choice", "instructions": "c", "criteria": {"a": None, "b": None}}
 SETTINGS = {field.name for field in fields(DiffusionConfig)}
 BASES: dict[str, dict[str, Any]] = {
     "load": {"path_or_repo": "nowhere/at-all/"},
@@ -47,7 +49,8 @@ BASES: dict[str, dict[str, Any]] = {
     "generate": {"prompt": "ab"},
     "stream_generate": {"prompt": "ab"},
     "batch_generate": {"prompts": ["ab"]},
-    "choose": {"questions": "ab", "choices": ["a", "b"]},
+    "decide": {"state": "ab", "questions": {"q": QUESTION}},
+    "calibrate": {"examples": []},
     "edit": {"text": "ab\nb", "instruction": "c", "lines": (1, 1), "lengths": [2]},
     "fill": {"template": "a {x}", "lengths": [1]},
     "infill": {"text": "a [[?]]", "lengths": [1]},
@@ -63,7 +66,9 @@ def parameters(function: Callable[..., Any]) -> list[str]:
     found = inspect.signature(function).parameters.values()
     names = [each.name for each in found if each.kind is not each.VAR_KEYWORD]
     open_ended = len(names) < len(found)
-    return names + (["no_such_setting", *sorted(SETTINGS - set(names))] if open_ended else [])
+    decides = function in (mlx_diffgemma.decide, mlx_diffgemma.calibrate)
+    settings = {field.name for field in fields(DecisionSettings)} if decides else SETTINGS
+    return names + (["no_such_setting", *sorted(settings - set(names))] if open_ended else [])
 
 
 def test_every_public_name_is_in_the_catalogue():
@@ -84,9 +89,8 @@ def test_wrong_values_given_to_a_function(name, monkeypatch, tmp_path):
     model, tokenizer = tiny(12)
     base = dict(BASES[name])
     if "model" in parameters(function):
-        base |= {"model": model, "tokenizer": tokenizer, **QUICK}
-        if "max_tokens" not in parameters(function) or name == "choose":
-            base.pop("max_tokens")
+        base |= {"model": model, "tokenizer": tokenizer}
+        base |= {each: value for each, value in QUICK.items() if each in parameters(function)}
     wrong = []
     for parameter in parameters(function):
         for value in VALUES:
@@ -135,7 +139,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "infill": ("--text", "a [[?]]"),
     "edit": ("FILE", "--lines", "1:1", "-i", "c"),
     "fill": ("a {x}",),
-    "choose": ("a", "b", "--question", "c"),
+    "decide": ("--state", "ab", "--questions", json.dumps({"q": QUESTION})),
     "demo": (),
     "train": ("--data", "DATA", "--model", "demo", "--iters", "1"),
     "fuse": ("--model", "demo", "--adapter-path", "DATA"),
@@ -149,23 +153,23 @@ CONVERT: dict[str, tuple[str, ...]] = {
 }
 
 
-def command_of(program: typer.Typer, name: str) -> click.Command:
-    whole = typer.main.get_command(program)
-    return whole.commands[name] if name else whole  # type: ignore[attr-defined]
+def command_of(program: typer.Typer, name: str) -> Any:
+    whole: Any = typer.main.get_command(program)
+    return whole.get_command(None, name) if name else whole
 
 
 def test_every_command_is_in_the_catalogue():
-    assert set(typer.main.get_command(app).commands) == {*COMMANDS, "convert"}  # type: ignore[attr-defined]
-    assert {*typer.main.get_command(convert_app).commands, ""} == set(CONVERT)  # type: ignore[attr-defined]
+    for program, known in ((app, {*COMMANDS, "convert"}), (convert_app, {*CONVERT} - {""})):
+        whole: Any = typer.main.get_command(program)
+        assert set(whole.list_commands(None)) == known
 
 
-def tries(command: click.Command) -> Iterator[tuple[str, ...]]:
+def tries(command: Any) -> Iterator[tuple[str, ...]]:
     """What to add to the arguments of a command: each of its options with each value, and an
     argument more."""
     for option in command.params:
-        if isinstance(option, click.Option) and not option.is_flag:
-            number = isinstance(option.type, (click.types.IntParamType, click.types.FloatParamType))
-            number |= isinstance(option.type, (click.IntRange, click.FloatRange))
+        if option.param_type_name == "option" and not option.is_flag:
+            number = option.type.name in ("int", "integer", "float", "integer range", "float range")
             for value in NUMBERS if number else TEXTS:
                 yield (f"{max(option.opts, key=len)}={value}",)
     yield ("--no-such-option",)
