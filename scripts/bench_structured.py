@@ -186,10 +186,12 @@ def daily(size: int, seeds: int, max_tokens: int) -> None:
     for name, schema in DAILY.items():
         row = np.zeros(5)
         for seed in range(seeds):
+            way = json_schema_matcher(vocabulary, schema).way_out(4096, thorough=True)
+            room = max(max_tokens, 8 + len(way or ()))
             made.clear()
             spent[0] = 0.0
             found = generate_structured(
-                model, tokenizer, "x", max_tokens, json_schema=schema, seed=seed, **shared
+                model, tokenizer, "x", room, json_schema=schema, seed=seed, **shared
             )
             json.loads(found.text)
             plain = 0
