@@ -31,7 +31,7 @@ from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.answer import Answer, stop_strings
 from mlx_diffgemma.text.parts import EndReason, Parts
 from mlx_diffgemma.text.prompt import Encoded, Prompt, Tools, encode, rows_of
-from mlx_diffgemma.text.tokenizer import end_token_ids
+from mlx_diffgemma.text.tokenizer import check_tokenizer, end_token_ids
 from mlx_diffgemma.text.tool_calls import ToolCall
 
 if TYPE_CHECKING:
@@ -189,14 +189,23 @@ def configured(
     Raises:
         ConfigError, UsageError: as for `diffusion_config`.
     """
+    check_tokenizer(tokenizer)
     if config is None:
         config = diffusion_config(model, profile, **overrides)
+    elif not isinstance(config, DiffusionConfig):
+        raise UsageError(f"config must be a DiffusionConfig, not {shown(config)}.")
     else:
         config = config.override(**overrides)
     if overrides.get("eos_token_ids") is not None:
         return config
     more = sorted(end_token_ids(tokenizer) - set(config.eos_token_ids))
     return replace(config, eos_token_ids=(*config.eos_token_ids, *more))
+
+
+def check_prefix_cache(given: Any) -> None:
+    """Raise UsageError where something else is given for a prefix cache."""
+    if given is not None and not isinstance(given, PrefixCache):
+        raise UsageError(f"prefix_cache must come from model.make_cache(), not be {shown(given)}.")
 
 
 def generate(
@@ -278,10 +287,7 @@ def stream_generate(
     if prefill_step_size is not None:
         check_integer("prefill_step_size", prefill_step_size, 1)
     seed, stops = checked_seed(seed), stop_strings(stop)
-    if prefix_cache is not None and not isinstance(prefix_cache, PrefixCache):
-        raise UsageError(
-            f"prefix_cache must come from model.make_cache(), not be {shown(prefix_cache)}."
-        )
+    check_prefix_cache(prefix_cache)
     if initial_canvas is not None and not hasattr(initial_canvas, "__len__"):
         raise UsageError(f"initial_canvas must be token ids, not {shown(initial_canvas)}.")
     check_flag("draft", draft)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
 
+_SIZE = re.compile(r"[0-9]{1,9}(TB|GB|MB|KB)", re.IGNORECASE)
 _RESULT, _WEIGHTS, _NETWORK = "Result", "Formats of weights", "Network"
 
 
@@ -87,6 +89,13 @@ class Conversion:
     quiet: Annotated[bool, Setting("No progress bar.")] = False
 
     def __post_init__(self) -> None:
+        if not _SIZE.fullmatch(self.max_shard_size):
+            raise UsageError(
+                f"--max-shard-size must be a number and a unit, as 5GB, "
+                f"not {self.max_shard_size!r}."
+            )
+        if not self.mlx_path.name or "\0" in str(self.mlx_path):
+            raise UsageError(f"--mlx-path must name a folder to make, not '{self.mlx_path}'.")
         if self.retries < 0:
             raise UsageError(f"--retries must be at least 0, not {self.retries}.")
 

@@ -43,7 +43,7 @@ class Program(TyperGroup):
 
 def _refuse(error: Any) -> int:
     """Say what the parser found wrong; the exit code."""
-    message = error.format_message().rstrip(".")
+    message = error.format_message().rstrip(".").replace("Got unexpected extra", "Too many")
     if error.ctx is None or "\n" in message:  # the help, where no command was given
         print(error.format_message(), file=sys.stderr)
     else:
@@ -86,6 +86,10 @@ def run(command: Callable[[], None], *, debug: bool = False) -> None:
             wrong = error  # of a stdout without a buffer, or of a file
         if isinstance(wrong, OSError):
             complain(f"the output cannot be written ({wrong.strerror}); make room and run again.")
+            raise typer.Exit(1) from None
+        if isinstance(error, OSError) and error.strerror:
+            where = f"{str(error.filename)[:80]}: " if error.filename else ""
+            complain(f"{where}{error.strerror}; check the path.")
             raise typer.Exit(1) from None
         message = next(iter(str(error).splitlines()), "")
         named = f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma.checkpoint import memory
-from mlx_diffgemma.checks import overridden
+from mlx_diffgemma.checks import check_integer, check_text, overridden
 from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.denoiser import Denoiser
@@ -32,12 +32,13 @@ from mlx_diffgemma.editing.questions import (
 )
 from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import PromptError, UsageError
-from mlx_diffgemma.generation import diffusion_config, fit_to_context
+from mlx_diffgemma.generation import check_prefix_cache, diffusion_config, fit_to_context
 from mlx_diffgemma.model.cache import Prefix, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.chat_template import template_text
 from mlx_diffgemma.text.prompt import encode_prompt
-from mlx_diffgemma.text.tokenizer import hf_tokenizer
+from mlx_diffgemma.text.tokenizer import check_tokenizer, hf_tokenizer
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,18 @@ def decide(
         PromptError: the state is empty, or state and questions are longer than the context.
     """
     how = overridden(DecisionSettings(), settings)
+    config = diffusion_config(model, max_denoising_steps=how.steps)
+    check_tokenizer(tokenizer)
+    check_prefix_cache(prefix_cache)
+    if prefill_step_size is not None:
+        check_integer("prefill_step_size", prefill_step_size, 1)
+    if frame is not None:
+        check_text("frame", frame)
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise UsageError(f"calibration must come from calibrate, not be {shown(calibration)}.")
     asked, text, seed = read_questions(questions), state_text(state), checked_seed(seed)
     if calibration is not None:
         calibration.require_model(model)
-    config = diffusion_config(model, max_denoising_steps=how.steps)
     vocabulary = Vocabulary(tokenizer, model.config.text.vocab_size, config.eos_token_ids)
     longest = how.canvas_length or model.config.canvas_length
     labels, frames = _frames(tokenizer, vocabulary, asked, frame, how, longest)
@@ -213,6 +222,10 @@ def calibrate(
     Raises:
         UsageError: an example is malformed, or there are too few.
     """
+    seed = checked_seed(seed)
+    diffusion_config(model)
+    if isinstance(examples, (str, bytes)) or not isinstance(examples, Iterable):
+        raise UsageError(f"examples must be a list of them, not {shown(examples)}.")
     cache = model.make_cache()
     seen: list[Example] = []
     for number, example in enumerate(examples):

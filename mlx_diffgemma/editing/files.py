@@ -32,6 +32,8 @@ def read_text(path: str | Path) -> str:
         ) from None
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError:
+        raise FileError("a name of a file has no null byte; check the path.") from None
 
 
 def check_writable(path: str | Path) -> None:
@@ -41,6 +43,8 @@ def check_writable(path: str | Path) -> None:
         mode = Path(path).stat().st_mode
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError:
+        raise FileError("a name of a file has no null byte; check the path.") from None
     if not mode & 0o222 or not os.access(path, os.W_OK):
         raise FileError(f"{path} is read-only; --force writes it all the same.")
 

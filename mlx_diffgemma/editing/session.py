@@ -24,7 +24,6 @@ from mlx_diffgemma.generation import configured, fit_to_context
 from mlx_diffgemma.model.cache import Prefix
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.text.prompt import Prompt, Tools, encode_prompt
-from mlx_diffgemma.text.tokenizer import check_tokenizer
 
 OnStep = Callable[[DenoisingStep], None]
 
@@ -84,7 +83,6 @@ class Session:
                 )
         self.model = model
         # How long a canvas is follows from what must be in it.
-        check_tokenizer(tokenizer)
         self.config = replace(
             configured(model, tokenizer, profile, config, **settings), shrink_canvas=False
         )

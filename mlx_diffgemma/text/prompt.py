@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from mlx_diffgemma.checks import check_flag, check_text
 from mlx_diffgemma.errors import PromptError, UsageError
+from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.chat_template import render, template_text
 from mlx_diffgemma.text.control_tokens import (
     ControlTokens,
@@ -242,7 +243,7 @@ def _variables(
 ) -> dict[str, Any]:
     """The variables of the chat template that the caller sets."""
     if given is not None and not isinstance(given, Mapping):
-        raise UsageError(f"chat_template_kwargs must be an object, not {given!r:.40}.")
+        raise UsageError(f"chat_template_kwargs must be an object, not {shown(given)}.")
     variables = dict(given or {})
     for name in variables:
         if not isinstance(name, str) or name in _OURS:

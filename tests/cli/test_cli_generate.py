@@ -68,7 +68,8 @@ def test_every_option_arrives(program):
         "--stability-threshold 2 --confidence-threshold 0.01 --sampler ddim "
         "--accept-threshold 0.5 --profile fast --no-stop-at-eos --shrink-canvas --soft-cutoff 8 "
         "--allow-empty --eos-certainty 0.2 --confident-after 6 --settled-after 2 --no-watch "
-        "--stop END"
+        "--stop END "
+        """--chat-template-config {"a":1} --prefill-response so"""
     )
     assert program(*arguments.split()).exit_code == 0
     assert program.script.loads == [
@@ -88,6 +89,10 @@ def test_every_option_arrives(program):
         "system_prompt": "s",
         "thinking": False,
         "raw": False,
+        "markers": False,
+        "tools": None,
+        "chat_template_kwargs": {"a": 1},
+        "prefill_response": "so",
         "draft": False,
         "stop": ("END",),
         "prefill_step_size": 64,

@@ -131,8 +131,10 @@ def test_wrong_values_given_to_a_cache(tmp_path):
 
 # Commands.
 
-TEXTS = ("", "\udcff", "a\nb", "nowhere/at/all", "/", "-1", "10" * 300, "nan", "{", "\x00")
-NUMBERS = ("x", "", "1.5", "-1", "0", "1" * 400, "nan", "inf", "1e999", "-1e999")
+TEXTS = (
+    "", "x", "\udcff", "a\nb", "nowhere/at/all", "/", "{", "\x00", "-1", "0", "1.5", "10" * 300,
+    "nan", "inf", "1e999",
+)  # fmt: skip
 COMMANDS: dict[str, tuple[str, ...]] = {
     "generate": ("-p", "ab"),
     "chat": (),
@@ -169,8 +171,7 @@ def tries(command: Any) -> Iterator[tuple[str, ...]]:
     argument more."""
     for option in command.params:
         if option.param_type_name == "option" and not option.is_flag:
-            number = option.type.name in ("int", "integer", "float", "integer range", "float range")
-            for value in NUMBERS if number else TEXTS:
+            for value in TEXTS:
                 yield (f"{max(option.opts, key=len)}={value}",)
     yield ("--no-such-option",)
     yield ("one", "more", "\udcff")
