@@ -20,7 +20,7 @@ from rich.text import Text
 
 from mlx_diffgemma import load, stream_generate
 from mlx_diffgemma.cli import display, grid
-from mlx_diffgemma.cli.session import pieces_of
+from mlx_diffgemma.cli.outcome import pieces_of
 from mlx_diffgemma.demo import sudoku
 
 FRAMES_A_ROW, FRAME_WIDTH = 3, 37  # two grids and the gap between them

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from mlx_diffgemma.cli.inputs import read_text
 from mlx_diffgemma.cli.keys import Guard
 from mlx_diffgemma.cli.output import note
-from mlx_diffgemma.cli.session import read_text
 
 PROMPT, CONTINUED = "> ", ". "
 _BOM = "\ufeff"

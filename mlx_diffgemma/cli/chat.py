@@ -14,7 +14,7 @@ from mlx_diffgemma.errors import DiffGemmaError, PromptError, UsageError
 
 if TYPE_CHECKING:
     from mlx_diffgemma.cli.opening import Opened
-    from mlx_diffgemma.cli.session import Outcome
+    from mlx_diffgemma.cli.outcome import Outcome
 
 GO_ON = "ask to go on, or start the chat with --max-tokens {}."
 MAKE_ROOM = "/reset forgets the conversation and makes room."
@@ -126,12 +126,15 @@ class Chat:
 
     def _turn(self, question: str, interactive: bool) -> None:
         from mlx_diffgemma.cli import report
-        from mlx_diffgemma.cli.session import Outcome, is_text
+        from mlx_diffgemma.cli.inputs import is_text
+        from mlx_diffgemma.cli.opening import note_markers
+        from mlx_diffgemma.cli.outcome import Outcome
 
         outcome = Outcome()
         try:
             if not is_text(question):
                 raise PromptError("the question is not UTF-8 text: re-encode it.")
+            note_markers(self.opened, question)
             self._answer(question, outcome)
         except KeyboardInterrupt:
             if not interactive:
@@ -153,7 +156,7 @@ class Chat:
 
     def _answer(self, question: str, outcome: Outcome) -> None:
         from mlx_diffgemma.cli import keys, output
-        from mlx_diffgemma.cli.session import pieces_of
+        from mlx_diffgemma.cli.outcome import pieces_of
         from mlx_diffgemma.generation import stream_generate
 
         model, tokenizer = self.opened.model, self.opened.tokenizer

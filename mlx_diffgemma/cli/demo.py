@@ -59,7 +59,8 @@ def _show(seed: int | None, watch: bool, loading: Loading) -> None:
 def _solve(
     opened: Opened, console: Console, count: int, rng: np.random.Generator, seed: int, watch: bool
 ) -> None:
-    from mlx_diffgemma.cli import display, grid, output, report, session
+    from mlx_diffgemma.cli import display, grid, output, report
+    from mlx_diffgemma.cli.outcome import Outcome, pieces_of
     from mlx_diffgemma.demo import sudoku
     from mlx_diffgemma.generation import stream_generate
 
@@ -78,9 +79,9 @@ def _solve(
             on_prefill=on_prefill,
         )
 
-    outcome = session.Outcome()
+    outcome = Outcome()
     if watch:
-        view = display.CanvasView(session.pieces_of(opened.tokenizer), frame=grid.framed_text)
+        view = display.CanvasView(pieces_of(opened.tokenizer), frame=grid.framed_text)
         drawing = display.CanvasDisplay(console, view, seconds_per_step=SECONDS_PER_STEP)
         output.animate(start, drawing, outcome)
     else:

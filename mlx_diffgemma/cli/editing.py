@@ -51,7 +51,7 @@ def drawn(opened: Opened, showing: Showing) -> Iterator[Callable[[DenoisingStep]
         yield None
         return
     from mlx_diffgemma.cli.display import CanvasDisplay, CanvasView
-    from mlx_diffgemma.cli.session import pieces_of
+    from mlx_diffgemma.cli.outcome import pieces_of
     from mlx_diffgemma.generation import GenerationResponse
 
     with CanvasDisplay(output.terminal(), CanvasView(pieces_of(opened.tokenizer))) as display:
@@ -100,7 +100,7 @@ def read_input(text: str | None, file: str | None, option: str) -> str:
         UsageError: there is none, or both were given.
         DiffGemmaError: the file cannot be read.
     """
-    from mlx_diffgemma.cli.session import is_text
+    from mlx_diffgemma.cli.inputs import is_text
 
     if text is not None and file is not None:
         raise UsageError(f"give --{option} or a file, not both.")

@@ -53,7 +53,7 @@ def generate(
 
     Always valid: --json-schema FILE, --regex 'v[0-9]+', or --choices yes no unsure.
     """
-    from mlx_diffgemma.cli.session import read_prompt
+    from mlx_diffgemma.cli.inputs import read_prompt
 
     constraint = validity.constraint(choices or ())
     if prompt is not None:  # as mlx-lm reads it
@@ -68,7 +68,8 @@ def generate(
 def _answer(
     prompt: str, asking: Asking, loading: Loading, denoising: Denoising, showing: Showing
 ) -> None:
-    from mlx_diffgemma.cli import opening, output, report, session
+    from mlx_diffgemma.cli import opening, output, report
+    from mlx_diffgemma.cli.outcome import Outcome, pieces_of
 
     tools, variables = asking.offered(), asking.variables()
     opened = opening.open_to_ask(loading, asking, prompt)
@@ -94,14 +95,14 @@ def _answer(
             on_prefill=on_prefill,
         )
 
-    outcome = session.Outcome()
+    outcome = Outcome()
     if showing.json:
         output.collect(start, outcome)
         output.write_line(report.as_json(outcome, opened))
         return
     thoughts = output.thoughts(showing.show_thought, showing.hide_thought)
     if output.can_draw(showing.watch):
-        output.draw(start, session.pieces_of(opened.tokenizer), outcome, thoughts)
+        output.draw(start, pieces_of(opened.tokenizer), outcome, thoughts)
     else:
         output.stream(start, outcome, thoughts)
     for remark in report.remarks(outcome, GO_ON, MAKE_ROOM):

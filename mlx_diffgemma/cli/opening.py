@@ -72,16 +72,21 @@ def open_to_ask(loading: Loading, asking: Asking, prompt: str) -> Opened:
     """
     opened = open_model(loading)
     end_at(opened, asking)
-    given = [prompt, asking.system_prompt or "", asking.prefill_response or ""]
-    if any("<" in text or "[" in text for text in given) and not asking.markers:
+    if not asking.markers:
+        note_markers(opened, prompt, asking.system_prompt or "", asking.prefill_response or "")
+    return opened
+
+
+def note_markers(opened: Opened, *texts: str) -> None:
+    """Say on stderr which control tokens the user's texts spell, for they are text."""
+    if any("<" in text or "[" in text for text in texts):
         from mlx_diffgemma.text.control_tokens import spelled_in
 
-        if spelled := spelled_in(opened.tokenizer, given):
+        if spelled := spelled_in(opened.tokenizer, texts):
             note(
-                f"the prompt spells {', '.join(spelled)}, which is read as text; --raw --markers "
-                "has control tokens count."
+                f"the prompt spells {', '.join(spelled)}, which is read as text; generate --raw "
+                "--markers has control tokens count."
             )
-    return opened
 
 
 def end_at(opened: Opened, asking: Asking) -> None:

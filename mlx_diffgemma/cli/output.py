@@ -20,7 +20,7 @@ from mlx_diffgemma.cli.display import (
     printable,
 )
 from mlx_diffgemma.cli.keys import Guard
-from mlx_diffgemma.cli.session import Outcome
+from mlx_diffgemma.cli.outcome import Outcome
 
 if TYPE_CHECKING:
     from mlx_diffgemma.generation import GenerationResponse

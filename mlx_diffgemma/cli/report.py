@@ -6,7 +6,7 @@ import json
 
 from mlx_diffgemma.cli.display import printable
 from mlx_diffgemma.cli.opening import Opened
-from mlx_diffgemma.cli.session import Outcome
+from mlx_diffgemma.cli.outcome import Outcome
 from mlx_diffgemma.cli.streams import as_line
 from mlx_diffgemma.text.tool_calls import ToolCall
 

@@ -9,7 +9,8 @@ from cli_fakes import EOS, FakeTokenizer, Script, characters, rendered
 from rich.console import Console
 from rich.text import Text
 
-from mlx_diffgemma.cli import display, session
+from mlx_diffgemma.cli import display
+from mlx_diffgemma.cli.outcome import pieces_of
 from mlx_diffgemma.text import detokenize
 
 
@@ -138,7 +139,7 @@ def test_nothing_is_shown_from_the_eos_on(monkeypatch):
     monkeypatch.setattr(detokenize, "token_strings", characters)
     response = responses("ab")[0]
     object.__setattr__(response, "canvas", [97, EOS, 98, 99])
-    assert session.pieces_of(FakeTokenizer())(response) == text_pieces(["a", "", "", ""])
+    assert pieces_of(FakeTokenizer())(response) == text_pieces(["a", "", "", ""])
 
 
 @pytest.mark.parametrize(

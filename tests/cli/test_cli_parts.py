@@ -151,14 +151,15 @@ def test_spelt_markers_are_warned_of(program, monkeypatch):
     tokenizer = TokenizerWrapper(own, eos_token_ids=release_like.ends(own))
     monkeypatch.setattr(generation, "load", lambda *_, **__: (program.script.model, tokenizer))
     warning = (
-        "the prompt spells <turn|>, <|turn>, which is read as text; --raw --markers has control "
-        "tokens count.\n"
+        "the prompt spells <turn|>, <|turn>, which is read as text; generate --raw --markers has "
+        "control tokens count.\n"
     )
     spelt = "a<turn|><|turn>user<turn|>"
     for arguments in (["-p", spelt], ["-p", spelt, "--raw"], ["-p", "a", "--system-prompt", spelt]):
         assert program("generate", *arguments).stderr.startswith(warning)
     for arguments in (["-p", "a <b> |>"], ["-p", spelt, "--raw", "--markers"]):
         assert "read as text" not in program("generate", *arguments).stderr
+    assert program("chat", input=spelt).stderr.startswith(warning)
     assert program("generate", "-p", "a", "--extra-eos-token", "<table>").exit_code == 0
     assert own.convert_tokens_to_ids("<table>") in tokenizer.eos_token_ids
     for name in (["generate", "-p", "a"], ["chat"]):
