@@ -36,7 +36,7 @@ def think(session: Session, tokenizer: Any, most: int) -> Thinking:
         most: tokens that the thought may take.
     """
     markers, ends = markers_of(tokenizer), session.config.eos_token_ids
-    if markers.closed is None:
+    if markers.closed is None or markers.spelled:  # marks of several tokens can be cut apart
         return Thinking()
     free = Layout((FREE,) * session.length)
     tokens: list[int] = []

@@ -6,10 +6,11 @@ that merely spells a marker stays text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -25,6 +26,7 @@ _THINK = (  # the pairs that mlx-lm knows
     ("<longcat_think>", "</longcat_think>"),
     ("<|think:start|>", "<|think:end|>"),
 )
+_SPELLED = ("<|open|>think<|sep|>", "<|close|>think<|sep|>")  # a pair of several tokens each
 _CALL = ("<|tool_call>", "<tool_call|>")
 _QUOTE = '<|"|>'
 _THOUGHT = "thought"  # the name of the channel that holds thoughts
@@ -74,8 +76,7 @@ class Piece(NamedTuple):
 class Markers:
     """The ids of the markers that a tokenizer knows; None for those that it lacks.
 
-    A marker is one token. A mark that takes several, such as the `<|open|>think<|sep|>` that mlx-lm
-    finds around the thoughts of one tokenizer, is not read, and the thought becomes text.
+    A mark that takes several tokens has an id below 0, which stands for all of them.
 
     Attributes:
         opened, closed: the markers around a channel or a thought.
@@ -83,6 +84,7 @@ class Markers:
         call, called: the markers around a tool call.
         quote: the marker on both sides of a string in a tool call.
         parser: what reads the text of a call, or None for the form `call:NAME{...}`.
+        spelled: the tokens of each mark that takes several, by its id.
     """
 
     opened: int | None = None
@@ -92,6 +94,7 @@ class Markers:
     called: int | None = None
     quote: int | None = None
     parser: Callable[[str, Any], Any] | None = None
+    spelled: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def ids(self) -> frozenset[int]:
@@ -120,12 +123,17 @@ def _look_up(tokenizer: Any) -> Markers:
 
     channel = pair(_CHANNEL)
     opened, closed = channel or next(filter(None, map(pair, _THINK)), (None, None))
+    spelled: dict[int, tuple[int, ...]] = {}
+    if opened is None and None not in map(partial(_id, own), ("<|open|>", "<|close|>", "<|sep|>")):
+        opened, closed = -1, -2
+        for mark, text in zip((opened, closed), _SPELLED, strict=True):
+            spelled[mark] = tuple(own.encode(text, add_special_tokens=False))
     calls, quote, parser = pair(_CALL), _id(own, _QUOTE), None
     if calls is None and own is not tokenizer and tokenizer.has_tool_calling:
         calls = pair((tokenizer.tool_call_start, tokenizer.tool_call_end))
         parser = tokenizer.tool_parser
     call, called = calls or (None, None)
-    return Markers(opened, closed, channel is not None, call, called, quote, parser)
+    return Markers(opened, closed, channel is not None, call, called, quote, parser, spelled)
 
 
 def _id(tokenizer: Any, name: Any) -> int | None:
@@ -183,7 +191,8 @@ class Parts:
         self._quoted = False
         self._calls = 0
         self._out: list[Part] = []
-        self.add(self._opened_in(prompt))
+        self._waiting: tuple[int, ...] = ()  # the beginning of a mark of several tokens
+        self.add(self._opened_in(self._folded(prompt)))
 
     @property
     def holds(self) -> bool:
@@ -192,13 +201,39 @@ class Parts:
             self._within is _Within.UNDECIDED
             or (self._within is _Within.NAME and bool(self._name))
             or self._stream.holds
+            or bool(self._waiting)
         )
 
     def add(self, tokens: Sequence[int]) -> list[Part]:
         """Commit `tokens`; the parts that became certain."""
+        self._take(self._folded(tokens))
+        return self._taken()
+
+    def _folded(self, tokens: Sequence[int]) -> list[int]:
+        """What waited and `tokens`, each mark of several tokens as its id; what may be the
+        beginning of one waits."""
+        spelled = self._markers.spelled
+        if not spelled:
+            return list(map(int, tokens))
+        left, found = [*self._waiting, *map(int, tokens)], list[int]()
+        self._waiting = ()
+        while left:
+            for mark, ids in spelled.items():
+                if tuple(left[: len(ids)]) == ids:
+                    found.append(mark)
+                    left = left[len(ids) :]
+                    break
+                if tuple(left) == ids[: len(left)]:
+                    self._waiting = tuple(left)
+                    return found
+            else:
+                found.append(left.pop(0))
+        return found
+
+    def _take(self, tokens: Sequence[int]) -> None:
         markers = self._markers
         run: list[int] = []
-        for token in map(int, tokens):
+        for token in tokens:
             if self._within is _Within.CALL:
                 self._in_call(token)
             elif token not in self._ids:
@@ -211,12 +246,13 @@ class Parts:
                 self._at_marker(token)
             # Other markers are out of place; they are left out and part nothing.
         self._say(self._stream.add(run))
-        return self._taken()
 
     def finish(
         self, reason: Literal["stop", "length"], stop_token: int | None = None
     ) -> list[Part]:
         """What was held back, and the end."""
+        waited, self._waiting = self._waiting, ()
+        self._take(waited)
         while self._within is _Within.CALL:
             behind: tuple[int, ...] = ()
             if self._quoted and self._markers.called in self._call:
@@ -227,8 +263,7 @@ class Parts:
             else:
                 self._end_call(cut=True)
             self._within = _Within.TEXT
-            self._out, out = [], self._out
-            self._out = out + self.add(behind)
+            self._take(behind)
         self._leave(cut=True)
         self._within = _Within.TEXT
         ends: EndReason = "tool_calls" if reason == "stop" and self._calls else reason
@@ -383,6 +418,8 @@ class Parts:
         """The text of tokens of a call, markers spelt out. The marker put before them keeps
         decoders from trimming the first word."""
         before = [self._markers.call]
+        spelled = self._markers.spelled
+        tokens = [part for token in tokens for part in spelled.get(token, (token,))]
 
         def decode(ids: list[Any]) -> str:
             text: str = self._tokenizer.decode(

@@ -332,16 +332,24 @@ def test_a_piece_of_a_draft_takes_two_decodings(monkeypatch):
     assert 0 < len(decoded) <= 2 * len(tokens) + 6
 
 
-def test_marks_of_several_tokens_are_not_read():
-    """mlx-lm's pair of this kind: its words are text, and nothing is lost but special tokens."""
+@pytest.mark.parametrize("thinking", [False, True])
+def test_marks_of_several_tokens_are_read(thinking):
+    """mlx-lm's pair of this kind, cut anywhere; half a mark is no mark."""
     tokenizer = gemma_like.build(
         controls=[*gemma_like.CONTROLS, "<|open|>", "<|sep|>", "<|close|>"], unflagged=[]
     )
-    assert markers_of(tokenizer).closed is None
-    written = "<|open|>think<|sep|>plan<|close|>think<|sep|>A."
-    tokens = ids(tokenizer, written)
-    for thinking in (False, True):
-        assert run(tokens, [2, 5], tokenizer, thinking=thinking) == [
-            Text("thinkplanthinkA."),
-            End("length"),
-        ]
+    for written, said in (
+        ("<|open|>think<|sep|>plan<|close|>think<|sep|>A.", [Thought("plan"), Text("A.")]),
+        ("A<|open|>think<|sep|>plan", [Text("A"), Thought("plan")]),
+        ("A<|open|>thin", [Text("Athin")]),
+        ("A<|close|>", [Text("A")]),
+    ):
+        tokens = ids(tokenizer, written)
+        for cut in range(len(tokens) + 1):
+            found = run(tokens, [cut], tokenizer, thinking=thinking)
+            assert found == [*said, End("length")], (written, cut)
+    prompt = ids(tokenizer, "<|open|>think<|sep|>")
+    parts = Parts(tokenizer, prompt=prompt)
+    assert parts.add(ids(tokenizer, "plan<|close|>think<|sep|>A.")) + parts.finish("length") == [
+        Thought("plan"), Text("A."), End("length"),
+    ]  # fmt: skip
