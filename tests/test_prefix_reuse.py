@@ -460,11 +460,9 @@ def test_a_prompt_with_an_id_from_outside(demo, token) -> None:
         batch_generate(*demo, [[7, 8], [7, 8, token]], seed=0)
 
 
-def test_a_padding_id_from_outside_is_never_looked_up(demo) -> None:
-    """Nothing is padded any more."""
-    prompts = [PUZZLE, "copy\nabc"]
-    expected = batch_generate(*demo, prompts, seed=0)
-    assert batch_generate(*demo, prompts, seed=0, pad_token_id=2**30) == expected
+def test_a_padding_id_from_outside_is_refused(demo) -> None:
+    with pytest.raises(UsageError, match=r"^pad_token_id has 1073741824; ids go to 127\.$"):
+        batch_generate(*demo, [PUZZLE, "copy\nabc"], seed=0, pad_token_id=2**30)
 
 
 def test_each_prompt_of_a_batch_has_its_own_room(demo) -> None:

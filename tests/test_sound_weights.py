@@ -124,7 +124,7 @@ def test_a_row_of_the_embedding_that_is_not_finite_is_an_error():
         broken[place, 3] = value
         table.weight = mx.array(broken)
         try:
-            for way in ("generate", "decide", "structured"):
+            for way in ("generate", "fill a list", "structured"):
                 with pytest.raises(mlx_diffgemma.DiffGemmaError, match="NaN or infinity"):
                     WAYS[way](model, tokenizer)
         finally:
