@@ -31,13 +31,13 @@ def both(rng: np.random.Generator, length: int, temperature: float, soft: bool, 
         tuple(rng.choice(VOCAB, rng.integers(1, 9), replace=False).tolist())
         for _ in range(int((fixed < 0).sum()))
     )
-    words = np.full((length, -(-VOCAB // 32)), 0xFFFFFFFF, np.uint32)
-    words[np.flatnonzero(fixed < 0)] = [token_mask(each, VOCAB) for each in few]
+    places = np.flatnonzero(fixed < 0).tolist()
+    masks = {place: token_mask(each, VOCAB) for place, each in zip(places, few, strict=True)}
     shared = {
         "length": length, "temperature": temperature, "fixed": fixed, "need_soft": soft,
         "key": None if key is None else mx.random.key(key),
     }  # fmt: skip
-    return Row(**shared, candidates=few), Row(**shared, allowed=words)
+    return Row(**shared, candidates=few), Row(**shared, allowed=masks)
 
 
 @pytest.mark.parametrize("bits", [None, 4])
