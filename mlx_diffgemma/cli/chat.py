@@ -46,11 +46,11 @@ def chat(
     from mlx_diffgemma.cli.keys import Guard
     from mlx_diffgemma.cli.opening import end_at, open_model
 
-    asking.offered(), asking.variables()  # fail rather now than once the model is there
+    tools, variables = asking.offered(), asking.variables()
     with Guard():
         opened = open_model(loading)
         end_at(opened, asking)
-    Chat(opened, asking, denoising, showing, asking.system_prompt).run()
+    Chat(opened, asking, denoising, showing, asking.system_prompt, tools, variables).run()
 
 
 @dataclass
@@ -60,6 +60,8 @@ class Chat:
     Attributes:
         asking, denoising, showing: what the command line says of every question.
         system_prompt: what is put before the first turn.
+        tools: what the model may call.
+        variables: what the chat template gets besides.
         turns: the messages so far, questions and answers in turn.
     """
 
@@ -68,11 +70,12 @@ class Chat:
     denoising: Denoising = field(default_factory=Denoising)
     showing: Showing = field(default_factory=Showing)
     system_prompt: str | None = None
+    tools: list[dict[str, object]] | None = None
+    variables: dict[str, object] | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._cache = self.opened.model.make_cache()
-        self._tools, self._variables = self.asking.offered(), self.asking.variables()
         self._config = self.denoising.config(self.opened.model)
 
     def run(self) -> None:
@@ -173,8 +176,8 @@ class Chat:
                     on_prefill=on_prefill,
                     seed=self.denoising.seed,
                     thinking=self.asking.thinking,
-                    tools=self._tools,
-                    chat_template_kwargs=self._variables,
+                    tools=self.tools,
+                    chat_template_kwargs=self.variables,
                     prefill_step_size=self.asking.prefill_step_size,
                     config=self._config,
                     stop=self.asking.stop,

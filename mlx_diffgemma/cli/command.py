@@ -33,24 +33,17 @@ class Of:
     shows_defaults: bool = False
 
 
-@dataclass(frozen=True)
-class Without:
+class _Names:
+    def __init__(self, *names: str) -> None:
+        self.names = frozenset(names)
+
+
+class Without(_Names):
     """The annotation of a parameter that leaves some fields of its settings out."""
 
-    names: frozenset[str]
 
-    def __init__(self, *names: str) -> None:
-        object.__setattr__(self, "names", frozenset(names))
-
-
-@dataclass(frozen=True)
-class Only:
+class Only(_Names):
     """The annotation of a parameter that takes no more than some fields of its settings."""
-
-    names: frozenset[str]
-
-    def __init__(self, *names: str) -> None:
-        object.__setattr__(self, "names", frozenset(names))
 
 
 def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -93,9 +86,8 @@ def _command(function: Callable[..., None], examples: tuple[str, ...]) -> Callab
     run.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
     run.__annotations__ = {option.name: option.annotation for option in signature}
     summary, _, rest = inspect.cleandoc(function.__doc__ or "").partition("\n\n")
-    shown = "\n".join(
-        ["\b", "Examples:", *(f"  {example}" for example in examples)]
-    )  # \b: as it is
+    # A \b keeps the lines of a paragraph apart.
+    shown = "\n".join(["\b", "Examples:", *(f"  {example}" for example in examples)])
     run.__doc__ = "\n\n".join(filter(None, [summary, shown if examples else "", rest]))
     run.examples = examples  # type: ignore[attr-defined]
     return run
@@ -114,9 +106,8 @@ class _Taken:
         if _is_settings(kind):
             for name, field_kind, note, default in self._fields(kind):
                 yield _option(name, field_kind, note, default)
-        elif any(isinstance(note, Setting) for note in notes):
-            (note,) = (note for note in notes if isinstance(note, Setting))
-            yield _option(self.name, kind, note, self.default)
+        elif setting := next((note for note in notes if isinstance(note, Setting)), None):
+            yield _option(self.name, kind, setting, self.default)
         else:
             yield Parameter(
                 self.name, Parameter.KEYWORD_ONLY, default=self.default, annotation=self.hint

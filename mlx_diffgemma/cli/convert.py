@@ -8,7 +8,13 @@ import typer
 
 from mlx_diffgemma.cli import errors
 
+app = typer.Typer(add_completion=False)
 
+
+@app.command(  # the converter reads its own options
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
 def convert(ctx: typer.Context) -> None:
     """Turn Hugging Face weights into MLX form, quantized or not (see convert --help)."""
     arguments = list(ctx.args)
@@ -23,9 +29,3 @@ def convert(ctx: typer.Context) -> None:
         main()
 
     errors.run(body, debug=debug)
-
-
-convert.parsing = {  # type: ignore[attr-defined]  # the converter reads its own options
-    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
-    "add_help_option": False,
-}

@@ -199,9 +199,6 @@ def calibrate(
     output.note(f"calibration in {save}, reliability in {beside}")
 
 
-decide.program = app  # type: ignore[attr-defined]
-
-
 def _print_answers(found: Decisions, spread: bool) -> None:
     from mlx_diffgemma.cli.display import printable
 

@@ -17,7 +17,7 @@ COMMANDS = (
     "generate", "chat", "infill", "edit", "fill", "decide", "demo", "train", "fuse", "bench",
     "convert",
 )  # fmt: skip
-"""Each is the function of this name in the module of this name."""
+"""Each is the program `app` in the module of this name, or the function of this name there."""
 
 
 class Program(errors.Program):
@@ -30,11 +30,11 @@ class Program(errors.Program):
         if cmd_name not in COMMANDS:
             return None
         if cmd_name not in self.commands:
-            function = getattr(import_module(f"mlx_diffgemma.cli.{cmd_name}"), cmd_name)
-            alone = getattr(function, "program", None)
+            module = import_module(f"mlx_diffgemma.cli.{cmd_name}")
+            alone = getattr(module, "app", None)
             if alone is None:
                 alone = typer.Typer(add_completion=False)
-                alone.command(cmd_name, **getattr(function, "parsing", {}))(function)
+                alone.command(cmd_name)(getattr(module, cmd_name))
             self.commands[cmd_name] = typer.main.get_command(alone)
         return self.commands[cmd_name]
 

@@ -148,7 +148,7 @@ class Asking:
 
         tools: list[dict[str, object]] = []
         for path in self.tools:
-            found = _parsed(read_text(path), path)
+            found = parsed(read_text(path), path)
             try:
                 tools += checked_tools(found if isinstance(found, list) else [found])
             except UsageError as error:
@@ -163,13 +163,18 @@ class Asking:
         """
         if self.chat_template_config is None:
             return None
-        found = _parsed(self.chat_template_config, "--chat-template-config")
+        found = parsed(self.chat_template_config, "--chat-template-config")
         if not isinstance(found, dict):
             raise UsageError('--chat-template-config must be a JSON object, like {"name": true}.')
         return found
 
 
-def _parsed(text: str, where: str) -> object:
+def parsed(text: str, where: str) -> object:
+    """JSON that the user gave; `where` is what the line calls it.
+
+    Raises:
+        UsageError: it is none.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from mlx_diffgemma.cli import editing
-from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Showing
+from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Showing, parsed
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
 
@@ -145,14 +144,7 @@ def answer(
 def _read_schema(path: str) -> Any:
     from mlx_diffgemma.editing.files import read_text
 
-    try:
-        schema = json.loads(read_text(path))
-    except RecursionError:
-        raise UsageError(f"{path} is nested too deep to be read.") from None
-    except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}."
-        ) from None
+    schema = parsed(read_text(path), path)
     if not isinstance(schema, (dict, bool)):
         raise UsageError(f"{path} holds no JSON schema: it must be an object, true or false.")
     return schema

@@ -81,7 +81,8 @@ def encode_answered(
 def _behind(prompt: list[int], whole: list[int], tokenizer: Any) -> list[int]:
     """What of a whole conversation follows its prompt. Some templates end the prompt with an empty
     thought, which the conversation lacks."""
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole)))  # noqa: B905
+    pairs = zip(prompt, whole, strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     rest, markers = prompt[same:], markers_of(tokenizer)
     if rest and (markers.opened is None or (rest[0], rest[-1]) != (markers.opened, markers.closed)):
         raise UsageError(

@@ -55,7 +55,7 @@ def test_few_tokens_are_all_tokens_under_masks(bits):
         assert ours == pytest.approx(theirs, abs=2e-5), name
     assert np.abs(np.array(few.soft_embeddings)[:7]).max() > 1
     draws, rows = np.array(few.draw), [pair[0] for pair in pairs]
-    allowed = {n: each for n, each in zip(np.flatnonzero(rows[1].fixed < 0), rows[1].candidates)}  # noqa: B905, C416
+    allowed = dict(zip(np.flatnonzero(rows[1].fixed < 0), rows[1].candidates, strict=True))
     assert all(draws[7 + n] in each for n, each in allowed.items())
     assert draws[:7].tolist() == np.array(few.argmax)[:7].tolist()
 
@@ -66,7 +66,8 @@ def test_draws_follow_the_probabilities():
     hidden = mx.broadcast_to(mx.random.normal((1, WIDTH), key=mx.random.key(2)), (count, WIDTH))
     found = few_tokens_pass(hidden, table(None), [row], softcap=CAP)
     draws = np.array(found.draw)
-    p = {int(t): float(np.exp(x)) for t, x in zip(draws, np.array(found.draw_log_probability))}  # noqa: B905
+    seen = zip(draws, np.array(found.draw_log_probability), strict=True)
+    p = {int(t): float(np.exp(x)) for t, x in seen}
     for token in (3, 90, 7):
         assert (draws == token).mean() == pytest.approx(p[token], abs=0.03)
 
