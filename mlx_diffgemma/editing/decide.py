@@ -32,7 +32,7 @@ from mlx_diffgemma.editing.questions import (
 )
 from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import PromptError, UsageError
-from mlx_diffgemma.generation import check_prefix_cache, diffusion_config, fit_to_context
+from mlx_diffgemma.fitting import check_prefix_cache, diffusion_config, fit_to_context
 from mlx_diffgemma.model.cache import Prefix, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.reading import shown

@@ -13,10 +13,10 @@ from mlx_diffgemma.text.messages import checked_messages, text_of
 from mlx_diffgemma.text.parts import Parts, Text, Thought, markers_of
 from mlx_diffgemma.text.prompt import (
     THOUGHT_MARKERS,
-    Tools,
     encode_conversation,
     encode_prompt,
 )
+from mlx_diffgemma.text.prompt_settings import Tools
 from mlx_diffgemma.text.tokenizer import hf_tokenizer
 from mlx_diffgemma.text.tool_calls import ToolCall
 
