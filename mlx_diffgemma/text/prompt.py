@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -17,6 +18,7 @@ from mlx_diffgemma.text.control_tokens import (
     control_tokens_of,
     unused_character,
 )
+from mlx_diffgemma.text.markers import CHANNEL, THINK
 from mlx_diffgemma.text.messages import (
     checked_messages,
     checked_tools,
@@ -30,12 +32,7 @@ from mlx_diffgemma.text.tokenizer import check_tokenizer, hf_tokenizer
 Prompt: TypeAlias = "str | Sequence[Any] | Mapping[str, Any] | Any"
 """A text, messages, or token ids in a list, a tuple, an array or a `BatchEncoding`."""
 
-THOUGHT_MARKERS = (  # around thoughts, by which templates find those that they leave out
-    ("<|channel>", "<channel|>"),
-    ("<think>", "</think>"),
-    ("<longcat_think>", "</longcat_think>"),
-    ("<|think:start|>", "<|think:end|>"),
-)
+THOUGHT_MARKERS = (CHANNEL, *THINK)  # by them templates find the thoughts that they leave out
 _EMPTY = "the prompt is empty; say what to write about."
 _READS_PARTS = re.compile(r"""['"]text['"]|\.text\b""")
 _OURS = (  # what the chat template gets from elsewhere than `chat_template_kwargs`
@@ -143,6 +140,12 @@ def encode_conversation(
     variables = _variables(template, None, thinking)
     chat = _Chat(checked_messages(messages), described, variables, open_turn=False)
     return _encode_chat(own, chat, template)[0]
+
+
+def in_common(*rows: Sequence[int]) -> int:
+    """How many tokens all of these rows of ids begin with alike."""
+    columns = zip(*rows, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def rows_of(prompts: Any) -> list[Any]:
