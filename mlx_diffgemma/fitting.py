@@ -32,10 +32,8 @@ def diffusion_config(
         raise UsageError(f"model must be what `load` returns, not {shown(model)}.")
     settings: Mapping[str, Any] = model.config.raw.get("generation_config") or {}
     config = DiffusionConfig.from_dict(settings).override(**profile_settings(profile))
-    config = config.override(**overrides)
-    if not config.eos_token_ids:
-        config = replace(config, eos_token_ids=model.config.eos_token_ids)
-    return config
+    config = replace(config, eos_token_ids=model.config.stated_end_ids)
+    return config.override(**overrides)
 
 
 def configured(

@@ -25,7 +25,6 @@ from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.fitting import (
     check_prefix_cache,
     configured,
-    diffusion_config,
     fit_to_context,
 )
 from mlx_diffgemma.generation_response import Clock, GenerationResponse
@@ -75,7 +74,7 @@ def load(
             mx.eval(model.parameters())
     tokenizer = load_tokenizer(
         path,
-        eos_token_ids=list(diffusion_config(model).eos_token_ids),
+        eos_token_ids=list(model.config.stated_end_ids),
         chat_template=chat_template,
         trust_remote_code=trust_remote_code,
     )

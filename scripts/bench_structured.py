@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from mlx_diffgemma import generate_structured, load
+from mlx_diffgemma.bench.timing import spent_in
 from mlx_diffgemma.demo import sudoku
 from mlx_diffgemma.diffusion.constraints import FREE, Layout
 from mlx_diffgemma.editing.grammar import GrammarMatcher, json_schema_matcher, regex_matcher
@@ -165,22 +166,6 @@ def daily(size: int, seeds: int, max_tokens: int) -> None:
         json_schema_matcher(vocabulary, {"type": "string"})
         whole = time.perf_counter() - start
         print(f"{number} use: {read - start:.3f} s, with a grammar {whole:.3f} s")
-    made: list[GrammarMatcher] = []
-    spent = [0.0]
-    following, require = matching._Match.following, matching.Closer.require
-
-    def timed(self: Any, row: object, canvas: Any) -> Any:
-        start = time.perf_counter()
-        found = following(self, row, canvas)
-        spent[0] += time.perf_counter() - start
-        return found
-
-    def seen(self: Any, state: Any, most: int) -> None:
-        made.append(state)
-        require(self, state, most)
-
-    matching._Match.following = timed  # type: ignore[method-assign]
-    matching.Closer.require = seen  # type: ignore[method-assign]
     print(f"{'schema':20} {'tokens':>7} {'passes':>7} {'plain':>6} {'masks':>6} {'ms':>6}  a pass")
     total = np.zeros(5)
     for name, schema in DAILY.items():
@@ -188,11 +173,14 @@ def daily(size: int, seeds: int, max_tokens: int) -> None:
         for seed in range(seeds):
             way = json_schema_matcher(vocabulary, schema).way_out(4096, thorough=True)
             room = max(max_tokens, 8 + len(way or ()))
-            made.clear()
-            spent[0] = 0.0
-            found = generate_structured(
-                model, tokenizer, "x", room, json_schema=schema, seed=seed, **shared
-            )
+            with (
+                spent_in(matching._Match, "following") as matched,
+                spent_in(matching.Closer, "require") as required,
+            ):
+                found = generate_structured(
+                    model, tokenizer, "x", room, json_schema=schema, seed=seed, **shared
+                )
+            grammar = required.calls[0][1]
             json.loads(found.text)
             plain = 0
             length = max(1, len(found.tokens))
@@ -201,7 +189,8 @@ def daily(size: int, seeds: int, max_tokens: int) -> None:
             ):
                 plain = sum(response.denoising_steps)
             row += [
-                len(found.tokens), found.passes, plain, made[0].masks.computed, 1000 * spent[0],
+                len(found.tokens), found.passes, plain, grammar.masks.computed,
+                1000 * matched.seconds,
             ]  # fmt: skip
         total += row
         _daily_row(name, row)

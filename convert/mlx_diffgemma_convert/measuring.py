@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from mlx_diffgemma.chart import WIDTH, Axis, Chart, decade_axis
 from mlx_diffgemma.checkpoint.quantization import Format
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma_convert.plan_table import size_text
 from mlx_diffgemma_convert.settings import Measurement
-from mlx_diffgemma_convert.table import size_text
 
 if TYPE_CHECKING:
     from mlx_diffgemma_convert.budget import Choice

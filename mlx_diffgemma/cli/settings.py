@@ -241,7 +241,7 @@ class Denoising:
 
     def config(self, model: DiffusionGemma) -> DiffusionConfig:
         """The settings of the model's checkpoint with the user's put over them."""
-        from mlx_diffgemma.generation import diffusion_config
+        from mlx_diffgemma.fitting import diffusion_config
 
         return diffusion_config(model, self.profile or DEFAULT_PROFILE, **self.changes)
 

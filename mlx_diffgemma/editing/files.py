@@ -74,9 +74,8 @@ def replace_text(path: str | Path, text: str, *, force: bool = False) -> list[st
             file.flush()
             lost = _take_over(target, file.fileno())
             os.fsync(file.fileno())
-        Path(temporary).replace(target)
+        disk.put_in_place(Path(temporary), target)
         temporary = None
-        disk.sync(target.parent)
     except OSError as error:
         raise FileError(f"{path} cannot be written: {error.strerror}; it is as it was.") from None
     finally:
