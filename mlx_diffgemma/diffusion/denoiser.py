@@ -59,7 +59,8 @@ class Denoiser:
         becomes the same alone and in any company, to rounding of the products.
 
         Raises:
-            NumericalError: the model returned values that are not finite.
+            NumericalError: the model returned values that are not finite; see
+                `QueuedStep.outcomes` for those of each canvas.
         """
         return self.queue(canvases, prefixes).read()
 
@@ -207,19 +208,30 @@ class QueuedStep:
         sequence of each.
 
         Raises:
-            NumericalError: the model returned values that are not finite.
+            NumericalError: the model returned values that are not finite for one of them.
         """
+        canvases = []
+        for outcome in self.outcomes(titles):
+            if isinstance(outcome, NumericalError):
+                raise outcome
+            canvases.append(outcome)
+        return canvases
+
+    def outcomes(self, titles: Sequence[str] = ()) -> list[Canvas | NumericalError]:
+        """Wait for the step, once; each canvas after it, or the error of one for which the model
+        returned values that are not finite. Such a canvas spoils no other."""
         wanted = np.array(self.wanted)
         spans = _spans([len(canvas) for canvas in self.stepped])
-        canvases = []
+        outcomes: list[Canvas | NumericalError] = []
         for canvas, passed, (start, stop) in zip(self.stepped, self.passed, spans, strict=True):
-            canvases.append(_after(canvas, passed, wanted[:, start:stop]))
-            if not np.isfinite(canvases[-1].entropy).all():
-                of_which = f"{titles[len(canvases) - 1]}, " if titles else ""
-                raise self.not_finite(
-                    f"{of_which}canvas {canvas.index + 1}, step {canvas.passes + 1}"
-                )
-        return canvases
+            after = _after(canvas, passed, wanted[:, start:stop])
+            if np.isfinite(after.entropy).all():
+                outcomes.append(after)
+                continue
+            of_which = f"{titles[len(outcomes)]}, " if titles else ""
+            where = f"{of_which}canvas {canvas.index + 1}, step {canvas.passes + 1}"
+            outcomes.append(self.not_finite(where))
+        return outcomes
 
 
 def denoise(
@@ -227,13 +239,18 @@ def denoise(
     flight: Mapping[Name, InFlight],
     following: Callable[[Name, Canvas], InFlight | None],
     title: Callable[[Name], str] | None = None,
+    failed: Callable[[Name, NumericalError], None] | None = None,
 ) -> Iterator[dict[Name, Canvas]]:
     """Step canvases together until none is in flight; yields those of each step, by name.
 
     After each step `following` says what becomes of a canvas: what goes on in its place, or None.
     The next step is handed to the device before the last one is yielded, so whoever takes time to
     show it costs the device none. A run that is broken off wastes that one step. `title` says what
-    an error calls a sequence; None leaves it out.
+    an error calls a sequence; None leaves it out. `failed` is told of a canvas for which the model
+    returned values that are not finite, and the others go on without it.
+
+    Raises:
+        NumericalError: the model returned such values, and there is no `failed` to be told.
     """
     stepped: dict[Name, Canvas] | None = None
     while flight:
@@ -246,7 +263,15 @@ def denoise(
         # A prefix that is to grow is copied where it is still held.
         flight = {}
         titles = [] if title is None else [title(name) for name in names]
-        stepped = dict(zip(names, queued.read(titles), strict=True))
+        if failed is None:
+            stepped = dict(zip(names, queued.read(titles), strict=True))
+        else:
+            stepped = {}
+            for name, outcome in zip(names, queued.outcomes(titles), strict=True):
+                if isinstance(outcome, NumericalError):
+                    failed(name, outcome)
+                else:
+                    stepped[name] = outcome
         for name, canvas in stepped.items():
             next_one = following(name, canvas)
             if next_one is not None:
