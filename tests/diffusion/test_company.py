@@ -232,7 +232,7 @@ def test_a_canvas_that_is_not_finite_spoils_no_other(demo, form, value, monkeypa
     assert str(outcomes[1]).startswith("canvas 1, step 1: the model returned NaN or infinity")
     for n in (0, 2):
         assert isinstance(outcomes[n], Canvas) and same_tokens(outcomes[n], alone_each[n])
-    with pytest.raises(NumericalError, match="^canvas 1, step 1"):
+    with pytest.raises(NumericalError, match=r"^canvas 1, step 1"):
         Denoiser(demo).step(canvases, prefixes)
 
 
