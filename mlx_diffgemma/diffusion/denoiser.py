@@ -6,6 +6,7 @@ positions together, S positions that have candidates.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -59,12 +60,11 @@ class Denoiser:
         becomes the same alone and in any company, to rounding of the products.
 
         Raises:
-            NumericalError: the model returned values that are not finite; see
-                `QueuedStep.outcomes` for those of each canvas.
+            NumericalError: the model returned values that are not finite.
         """
         return self.queue(canvases, prefixes).read()
 
-    def queue(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> QueuedStep:
+    def queue(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> Queued:
         """Hand a step to the device, without waiting for it."""
         passed = self._predict(canvases, prefixes)
         stepped, read = [], []
@@ -194,14 +194,13 @@ class Look:
     entropy: np.ndarray
 
 
-@dataclass(frozen=True)
-class QueuedStep:
-    """A step that the device is computing."""
+class Queued(ABC):
+    """A step that the device is computing, or will."""
 
-    stepped: tuple[Canvas, ...]
-    passed: tuple[Passed, ...]
-    wanted: mx.array
-    not_finite: Callable[[str], NumericalError]
+    @abstractmethod
+    def each(self) -> list[Canvas | NumericalError]:
+        """Wait for the step, once; each canvas after it, or the error of one for which the model
+        returned values that are not finite. Such a canvas spoils no other."""
 
     def read(self, titles: Sequence[str] = ()) -> list[Canvas]:
         """Wait for the step, once; the canvases after it. `titles` are what an error calls the
@@ -211,27 +210,43 @@ class QueuedStep:
             NumericalError: the model returned values that are not finite for one of them.
         """
         canvases = []
-        for outcome in self.outcomes(titles):
-            if isinstance(outcome, NumericalError):
-                raise outcome
-            canvases.append(outcome)
+        for after in self.outcomes(titles):
+            if isinstance(after, NumericalError):
+                raise after
+            canvases.append(after)
         return canvases
 
     def outcomes(self, titles: Sequence[str] = ()) -> list[Canvas | NumericalError]:
-        """Wait for the step, once; each canvas after it, or the error of one for which the model
-        returned values that are not finite. Such a canvas spoils no other."""
+        """As `each`, with errors that name the sequence by its title."""
+        return [
+            type(after)(f"{titles[number]}, {after}")
+            if titles and isinstance(after, NumericalError)
+            else after
+            for number, after in enumerate(self.each())
+        ]
+
+
+@dataclass(frozen=True)
+class QueuedStep(Queued):
+    """A step that the device is computing."""
+
+    stepped: tuple[Canvas, ...]
+    passed: tuple[Passed, ...]
+    wanted: mx.array
+    not_finite: Callable[[str], NumericalError]
+
+    def each(self) -> list[Canvas | NumericalError]:
         wanted = np.array(self.wanted)
         spans = _spans([len(canvas) for canvas in self.stepped])
-        outcomes: list[Canvas | NumericalError] = []
+        found: list[Canvas | NumericalError] = []
         for canvas, passed, (start, stop) in zip(self.stepped, self.passed, spans, strict=True):
             after = _after(canvas, passed, wanted[:, start:stop])
             if np.isfinite(after.entropy).all():
-                outcomes.append(after)
-                continue
-            of_which = f"{titles[len(outcomes)]}, " if titles else ""
-            where = f"{of_which}canvas {canvas.index + 1}, step {canvas.passes + 1}"
-            outcomes.append(self.not_finite(where))
-        return outcomes
+                found.append(after)
+            else:
+                where = f"canvas {canvas.index + 1}, step {canvas.passes + 1}"
+                found.append(self.not_finite(where))
+        return found
 
 
 def denoise(
