@@ -9,6 +9,7 @@ from typing import Any
 from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.diffusion.denoiser import Denoiser
 from mlx_diffgemma.diffusion.generate import reserved
 from mlx_diffgemma.diffusion.profiles import profile_settings
 from mlx_diffgemma.errors import PromptError, UsageError
@@ -63,10 +64,29 @@ def configured(
     return replace(config, eos_token_ids=(*config.eos_token_ids, *more))
 
 
-def check_prefix_cache(given: Any) -> None:
-    """Raise UsageError where something else is given for a prefix cache."""
-    if given is not None and not isinstance(given, PrefixCache):
+def cache_of(model: DiffusionGemma, given: Any) -> PrefixCache:
+    """The cache that is given, or a new one.
+
+    Raises:
+        UsageError: it is none, or one of another model.
+    """
+    cache = model.make_cache() if given is None else given
+    if not isinstance(cache, PrefixCache):
         raise UsageError(f"prefix_cache must come from model.make_cache(), not be {shown(given)}.")
+    cache.require_model(model)
+    return cache
+
+
+def denoiser_of(model: DiffusionGemma, given: Any) -> Denoiser:
+    """The denoiser that is given, or the model's own.
+
+    Raises:
+        UsageError: it is none, or one of another model.
+    """
+    denoiser = Denoiser(model) if given is None else given
+    if not isinstance(denoiser, Denoiser) or denoiser.model is not model:
+        raise UsageError(f"denoiser must be a Denoiser of the same model, not {shown(given)}.")
+    return denoiser
 
 
 def fit_to_context(

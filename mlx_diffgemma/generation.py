@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlx_diffgemma.checkpoint import adapters, loading, locate, memory
 from mlx_diffgemma.checks import check_callable, check_flag, check_integer
 from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.diffusion.denoiser import Denoiser
 from mlx_diffgemma.diffusion.encode import ends_of_turns
 from mlx_diffgemma.diffusion.events import (
     CanvasCommitted,
@@ -23,8 +24,9 @@ from mlx_diffgemma.diffusion.noise import checked_seed, seeded
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.fitting import (
-    check_prefix_cache,
+    cache_of,
     configured,
+    denoiser_of,
     fit_to_context,
 )
 from mlx_diffgemma.generation_response import Clock, GenerationResponse
@@ -105,13 +107,14 @@ def generate(
 def stream_generate(
     model: DiffusionGemma,
     tokenizer: TokenizerWrapper,
-    prompt: Prompt,
+    prompt: Prompt | Encoded,
     max_tokens: int | None = None,
     *,
     seed: int | None = None,
     initial_canvas: Sequence[int] | None = None,
     prefix_cache: PrefixCache | None = None,
     prefill_step_size: int | None = None,
+    denoiser: Denoiser | None = None,
     profile: str = DEFAULT_PROFILE,
     config: DiffusionConfig | None = None,
     prompt_settings: PromptSettings | None = None,
@@ -124,12 +127,14 @@ def stream_generate(
 
     Args:
         prompt: text, messages (`{"role": ..., "content": ...}`), or token ids in a list, a tuple,
-            an array or a `BatchEncoding`.
+            an array or a `BatchEncoding`; or what `mlx_diffgemma.text.prompt.encode` made of one.
         max_tokens: most tokens to generate; None takes the checkpoint's setting.
         seed: makes the run repeatable on one machine; None draws a fresh one (see the responses).
         initial_canvas: token ids [C] that the first canvas starts from instead of noise.
         prefix_cache: a cache from `model.make_cache()` to use from one call to the next: what a
             prompt has in common with the previous one is not encoded again. One call at a time.
+        denoiser: what runs the passes, such as one that steps the canvases of several calls
+            together; None takes the model's own.
         profile: "exact" is the reference, token for token; others trade fidelity for speed.
         draft: also decode the draft of every step into text.
         stop: texts that end the answer; it is cut before the first that its text completes. What
@@ -151,12 +156,12 @@ def stream_generate(
     if prefill_step_size is not None:
         check_integer("prefill_step_size", prefill_step_size, 1)
     seed, stops = checked_seed(seed), stop_strings(stop)
-    check_prefix_cache(prefix_cache)
+    cache, denoiser = cache_of(model, prefix_cache), denoiser_of(model, denoiser)
     if initial_canvas is not None and not hasattr(initial_canvas, "__len__"):
         raise UsageError(f"initial_canvas must be token ids, not {shown(initial_canvas)}.")
     check_flag("draft", draft)
     check_callable("on_prefill", on_prefill)
-    encoded = encode(tokenizer, prompt, prompt_settings)
+    encoded = prompt if isinstance(prompt, Encoded) else encode(tokenizer, prompt, prompt_settings)
     wanted = config.max_tokens
     (config,) = fit_to_context(model, [encoded.ids], config, step_size=prefill_step_size)
     return _stream(
@@ -166,7 +171,8 @@ def stream_generate(
         config,
         seed=seed,
         initial_canvas=None if initial_canvas is None else [list(initial_canvas)],
-        cache=model.make_cache() if prefix_cache is None else prefix_cache,
+        cache=cache,
+        denoiser=denoiser,
         step_size=prefill_step_size,
         draft=draft,
         fills_context=config.max_tokens < wanted,
@@ -183,6 +189,7 @@ def _stream(
     seed: int,
     initial_canvas: list[list[int]] | None,
     cache: PrefixCache,
+    denoiser: Denoiser,
     step_size: int | None,
     draft: bool,
     fills_context: bool,
@@ -200,6 +207,7 @@ def _stream(
             config,
             seeded(seed),
             caches=[cache],
+            denoiser=denoiser,
             initial_canvas=initial_canvas,
             prefill_step_size=step_size,
             ends=lambda _, gained: answer.would_stop(gained),

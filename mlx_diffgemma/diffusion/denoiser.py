@@ -6,6 +6,7 @@ positions together, S positions that have candidates.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -63,7 +64,7 @@ class Denoiser:
         """
         return self.queue(canvases, prefixes).read()
 
-    def queue(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> QueuedStep:
+    def queue(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> Queued:
         """Hand a step to the device, without waiting for it."""
         passed = self._predict(canvases, prefixes)
         stepped, read = [], []
@@ -193,8 +194,40 @@ class Look:
     entropy: np.ndarray
 
 
+class Queued(ABC):
+    """A step that the device is computing, or will."""
+
+    @abstractmethod
+    def each(self) -> list[Canvas | NumericalError]:
+        """Wait for the step, once; each canvas after it, or the error of one for which the model
+        returned values that are not finite. Such a canvas spoils no other."""
+
+    def read(self, titles: Sequence[str] = ()) -> list[Canvas]:
+        """Wait for the step, once; the canvases after it. `titles` are what an error calls the
+        sequence of each.
+
+        Raises:
+            NumericalError: the model returned values that are not finite for one of them.
+        """
+        canvases = []
+        for after in self.outcomes(titles):
+            if isinstance(after, NumericalError):
+                raise after
+            canvases.append(after)
+        return canvases
+
+    def outcomes(self, titles: Sequence[str] = ()) -> list[Canvas | NumericalError]:
+        """As `each`, with errors that name the sequence by its title."""
+        return [
+            type(after)(f"{titles[number]}, {after}")
+            if titles and isinstance(after, NumericalError)
+            else after
+            for number, after in enumerate(self.each())
+        ]
+
+
 @dataclass(frozen=True)
-class QueuedStep:
+class QueuedStep(Queued):
     """A step that the device is computing."""
 
     stepped: tuple[Canvas, ...]
@@ -202,24 +235,18 @@ class QueuedStep:
     wanted: mx.array
     not_finite: Callable[[str], NumericalError]
 
-    def read(self, titles: Sequence[str] = ()) -> list[Canvas]:
-        """Wait for the step, once; the canvases after it. `titles` are what an error calls the
-        sequence of each.
-
-        Raises:
-            NumericalError: the model returned values that are not finite.
-        """
+    def each(self) -> list[Canvas | NumericalError]:
         wanted = np.array(self.wanted)
         spans = _spans([len(canvas) for canvas in self.stepped])
-        canvases = []
+        found: list[Canvas | NumericalError] = []
         for canvas, passed, (start, stop) in zip(self.stepped, self.passed, spans, strict=True):
-            canvases.append(_after(canvas, passed, wanted[:, start:stop]))
-            if not np.isfinite(canvases[-1].entropy).all():
-                of_which = f"{titles[len(canvases) - 1]}, " if titles else ""
-                raise self.not_finite(
-                    f"{of_which}canvas {canvas.index + 1}, step {canvas.passes + 1}"
-                )
-        return canvases
+            after = _after(canvas, passed, wanted[:, start:stop])
+            if np.isfinite(after.entropy).all():
+                found.append(after)
+            else:
+                where = f"canvas {canvas.index + 1}, step {canvas.passes + 1}"
+                found.append(self.not_finite(where))
+        return found
 
 
 def denoise(
@@ -227,13 +254,18 @@ def denoise(
     flight: Mapping[Name, InFlight],
     following: Callable[[Name, Canvas], InFlight | None],
     title: Callable[[Name], str] | None = None,
+    failed: Callable[[Name, NumericalError], None] | None = None,
 ) -> Iterator[dict[Name, Canvas]]:
     """Step canvases together until none is in flight; yields those of each step, by name.
 
     After each step `following` says what becomes of a canvas: what goes on in its place, or None.
     The next step is handed to the device before the last one is yielded, so whoever takes time to
     show it costs the device none. A run that is broken off wastes that one step. `title` says what
-    an error calls a sequence; None leaves it out.
+    an error calls a sequence; None leaves it out. `failed` is told of a canvas for which the model
+    returned values that are not finite, and the others go on without it.
+
+    Raises:
+        NumericalError: the model returned such values, and there is no `failed` to be told.
     """
     stepped: dict[Name, Canvas] | None = None
     while flight:
@@ -246,7 +278,15 @@ def denoise(
         # A prefix that is to grow is copied where it is still held.
         flight = {}
         titles = [] if title is None else [title(name) for name in names]
-        stepped = dict(zip(names, queued.read(titles), strict=True))
+        if failed is None:
+            stepped = dict(zip(names, queued.read(titles), strict=True))
+        else:
+            stepped = {}
+            for name, outcome in zip(names, queued.outcomes(titles), strict=True):
+                if isinstance(outcome, NumericalError):
+                    failed(name, outcome)
+                else:
+                    stepped[name] = outcome
         for name, canvas in stepped.items():
             next_one = following(name, canvas)
             if next_one is not None:
