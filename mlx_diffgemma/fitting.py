@@ -107,12 +107,16 @@ def fit_to_context(
     context = model.config.text.max_position_embeddings
     length = config.canvas_length or model.config.canvas_length
     if length >= context:
-        raise UsageError(f"canvas_length is {length}, and the model's context is {context}.")
+        raise UsageError(
+            f"canvas_length is {length}, and the model's context is {context}; lower it."
+        )
     last = model.config.text.vocab_size - 1
     pads = (config.pad_token_id,)
     for setting, given in (("eos_token_ids", config.eos_token_ids), ("pad_token_id", pads)):
         if max(given, default=0) > last:
-            raise UsageError(f"{setting} has {max(given)}; ids go to {last}.")
+            raise UsageError(
+                f"{setting} has {max(given)}, and ids go from 0 to {last}; name one of those."
+            )
     long_canvas = length > model.config.canvas_length
     configs = []
     for row, ids in enumerate(prompts):

@@ -76,7 +76,9 @@ def verify(
 def upload(
     *,
     folder: Annotated[Path, typer.Argument(help="Folder that this converter wrote.")],
-    upload_repo: Annotated[str, Setting("Repository to upload to.", ("--upload-repo",))],
+    upload_repo: Annotated[
+        str, Setting("Hugging Face repository to upload the result to.", ("--upload-repo",))
+    ],
     dry_run: Annotated[bool, Setting("List of files, in place of the upload.")] = False,
     as_json: Json = False,
 ) -> None:

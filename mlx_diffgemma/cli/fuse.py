@@ -37,7 +37,9 @@ def fuse(
     ),
     dequantize: Annotated[bool, Setting("Plain weights in the layout of transformers.")] = False,
     dtype: Annotated[str | None, Setting(f"Type of plain weights: {', '.join(_DTYPES)}.")] = None,
-    upload_repo: Annotated[str | None, Setting("Repository to upload to.")] = None,
+    upload_repo: Annotated[
+        str | None, Setting("Hugging Face repository to upload the result to.")
+    ] = None,
 ) -> None:
     """Write base and adapters as one checkpoint.
 

@@ -42,7 +42,7 @@ class Run:
         ),
     ] = None
     adapter_path: Annotated[
-        Path | None, Setting("Folder to write.", panel=_RUN, default="adapters")
+        Path | None, Setting("Folder to write the adapters to.", panel=_RUN, default="adapters")
     ] = None
     config: Annotated[
         Path | None,
@@ -63,7 +63,8 @@ class Run:
     eval_generate: Annotated[
         int | None,
         Setting(
-            "Held-out prompts to answer at each evaluation, for the share that comes out exactly.",
+            "Number of held-out prompts to answer at each evaluation; the share of "
+            "exact answers is reported.",
             panel=_REPORTS,
             default="0",
         ),

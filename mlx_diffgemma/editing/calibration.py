@@ -172,7 +172,9 @@ class Calibration:
         try:
             Path(path).write_text(text + "\n", encoding="utf-8")
         except OSError as error:
-            raise files.FileError(f"{path} cannot be written: {error.strerror}.") from None
+            raise files.FileError(
+                f"{path} cannot be written: {error.strerror}; name another."
+            ) from None
 
     @classmethod
     def load(cls, path: str | Path, model: Identified) -> Calibration:
@@ -199,7 +201,9 @@ class Calibration:
                 raise ValueError("a temperature is not above 0")
             settings, fingerprint = dict(data["settings"]), data["model"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is no calibration ({error}).") from None
+            raise CheckpointError(
+                f"{path} is no calibration ({error}); name a file that decide calibrate saved."
+            ) from None
         if fingerprint != model.identity():
             raise CheckpointError(
                 f"{path} was made for another model; make one for this with decide calibrate."

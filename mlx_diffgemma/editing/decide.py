@@ -166,7 +166,9 @@ def calibrate(
             )  # fmt: skip
             for name, right in answers.items():
                 if name not in found.answers:
-                    raise UsageError(f"the answer '{name}' belongs to no question.")
+                    raise UsageError(
+                        f"the answer '{name}' belongs to no question; ask it, or drop the answer."
+                    )
                 one = found.answers[name]
                 log_probs, best = pooled(one.log_probs), one.question.index_of(right)
                 seen.append(Example(number, one.question.kind, one.labels, log_probs, best))

@@ -303,11 +303,15 @@ class PrefixCache:
                 arrays[f"{index}.keys"], arrays[f"{index}.values"] = layer.held()
         state = {"format": _FORMAT, "model": self._identity(), "ids": list(self.prefix.ids)}
         if not file.parent.is_dir():
-            raise CheckpointError(f"{file} cannot be written: there is no folder {file.parent}.")
+            raise CheckpointError(
+                f"{file} cannot be written: there is no folder {file.parent}; make it first."
+            )
         try:
             mx.save_safetensors(str(file), arrays, metadata={"prefix": json.dumps(state)})
         except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{file} cannot be written ({error}).") from None
+            raise CheckpointError(
+                f"{file} cannot be written ({error}); give another path."
+            ) from None
 
     @classmethod
     def load(cls, path: str | Path, model: MakesCaches) -> PrefixCache:
@@ -324,7 +328,9 @@ class PrefixCache:
                 raise ValueError(f"its format is {state['format']!r}")
             ids = tuple(int(token) for token in state["ids"])
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{file} is not a saved prefix cache ({error}).") from None
+            raise CheckpointError(
+                f"{file} is not a saved prefix cache ({error}); name one."
+            ) from None
         if state["model"] != cache._identity():
             raise CheckpointError(
                 f"{file} was saved with other weights; encode the prompt again with this model."

@@ -69,7 +69,9 @@ def load(folder: Path, parameters: Tree, config: TrainConfig) -> RunState | None
         arrays, metadata = _read(path)
         run = json.loads(metadata["run"])
     except (RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is not the state of a run ({error}).") from None
+        raise CheckpointError(
+            f"{path} is not the state of a run ({error}); choose another folder."
+        ) from None
     for name in _FIXED:
         if run["config"].get(name) != getattr(config, name):
             raise UsageError(
