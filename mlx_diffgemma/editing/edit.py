@@ -72,8 +72,6 @@ def edit(
     lengths: Sequence[int] | None = None,
     prompt: Prompt | None = None,
     seed: int | None = None,
-    system_prompt: str | None = None,
-    raw: bool = False,
     config: DiffusionConfig | None = None,
     on_step: OnStep | None = None,
     **settings: Any,
@@ -88,7 +86,7 @@ def edit(
             lines have now are written.
         lengths: how many tokens the new lines may take; the model chooses among them.
         prompt: what to tell the model, in place of the instruction and the text.
-        seed, system_prompt, raw, config, settings: as for `stream_generate`.
+        seed, config, settings: as for `stream_generate`.
         on_step: called with the `DenoisingStep` after each step.
 
     Raises:
@@ -113,8 +111,6 @@ def edit(
         tokenizer,
         prompt,
         seed=seed,
-        system_prompt=system_prompt,
-        raw=raw,
         config=config,
         on_step=on_step,
         **settings,

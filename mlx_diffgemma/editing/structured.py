@@ -26,7 +26,7 @@ from mlx_diffgemma.editing.session import OnStep, Session
 from mlx_diffgemma.editing.thinking import Thinking, think
 from mlx_diffgemma.editing.validated import Lenient, UnmetConstraintError, first_valid
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.generation import fit_to_context
+from mlx_diffgemma.fitting import fit_to_context
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.prompt import Prompt
@@ -74,10 +74,7 @@ def generate_structured(
     choices: Sequence[str] | None = None,
     validate: int | None = None,
     seed: int | None = None,
-    system_prompt: str | None = None,
-    raw: bool = False,
     config: DiffusionConfig | None = None,
-    thinking: bool | None = None,
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> Structured:
@@ -90,9 +87,9 @@ def generate_structured(
         validate: how often to try for an answer under a schema that says more than is enforced: the
             rest is checked in the answer, and each further try takes the next seed. Without it such
             a schema is refused.
-        prompt, max_tokens, seed, system_prompt, raw, config, settings: as for `stream_generate`.
-        thinking: as for `stream_generate`. Where it is asked for and the model opens a thought,
-            that is written freely, and the constraint holds from its end on.
+        prompt, max_tokens, seed, config, settings: as for `stream_generate`. Where `thinking` is
+            asked for and the model opens a thought, the thought is written freely, and the
+            constraint holds from its end on.
         on_step: called with the `DenoisingStep` after each step.
 
     Raises:
@@ -114,7 +111,6 @@ def generate_structured(
         if json_schema is None or isinstance(json_schema, Lenient):
             raise UsageError("validate is for a json_schema.")
         again = partial(generate_structured, model, tokenizer, prompt, max_tokens, on_step=on_step)
-        again = partial(again, system_prompt=system_prompt, raw=raw, thinking=thinking)
         again = partial(again, config=config, **settings)
         return first_valid(
             lambda schema, number: again(json_schema=schema, seed=number),
@@ -127,10 +123,7 @@ def generate_structured(
         tokenizer,
         prompt,
         seed=seed,
-        system_prompt=system_prompt,
-        raw=raw,
         config=config,
-        thinking=thinking,
         on_step=on_step,
         max_tokens=max_tokens,
         **settings,
@@ -144,7 +137,7 @@ def generate_structured(
         matcher = regex_matcher(vocabulary, regex)
     else:
         matcher = choices_matcher(vocabulary, choices or ())
-    return _run(session, matcher, tokenizer if thinking else None)
+    return _run(session, matcher, tokenizer if session.prompt_settings.thinking else None)
 
 
 def _run(session: Session, matcher: GrammarMatcher, thinks: Any) -> Structured:
