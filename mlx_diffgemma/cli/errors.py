@@ -31,8 +31,8 @@ class Program(TyperGroup):
 
     def summary_of(self, ctx: Any, name: str) -> str:
         """What a command is for, in a sentence."""
-        command: Any = self.get_command(ctx, name)
-        return str(command.help).partition("\n\n")[0]
+        help = getattr(self.get_command(ctx, name), "help", None) or ""
+        return str(help).partition("\n\n")[0]
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run the command that the arguments name, and exit with its code."""
