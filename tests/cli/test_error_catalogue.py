@@ -57,6 +57,7 @@ BASES: dict[str, dict[str, Any]] = {
     "infill": {"text": "a [[?]]", "lengths": [1]},
     "generate_structured": {"prompt": "ab", "choices": ["a", "b"]},
     "DiffusionConfig": {},
+    "PromptSettings": {},
 }
 NO_FUNCTION = {"DiffGemmaError", "GenerationResponse"}
 QUICK = {"seed": 0, "max_denoising_steps": 1, "max_tokens": 8}
