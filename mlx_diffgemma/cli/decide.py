@@ -82,7 +82,7 @@ def decide(
     denoising: Seed,
     showing: Json,
 ) -> None:
-    """Answer typed questions about a state with probabilities, all in one look.
+    """Answer typed questions about a state with probabilities, all by one forward pass.
 
     Types are noul (whether a statement holds), choice (criteria: names and descriptions or null)
     and score (criteria: a list of levels, lowest first). `decide calibrate` fits the probabilities

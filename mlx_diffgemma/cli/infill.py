@@ -36,7 +36,7 @@ def infill(
     denoising: editing.Denoised,
     showing: editing.Shown,
 ) -> None:
-    """Fill the holes of a text; all around them stays byte for byte.
+    """Fill the holes of a text; everything around them stays byte for byte.
 
     --lengths once is for every hole; given as often as there are holes, it is for each in turn.
     """
