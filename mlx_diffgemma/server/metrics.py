@@ -1,0 +1,1 @@
+"""What `/metrics` says, in the text form of Prometheus."""
