@@ -1,7 +1,7 @@
 """What every protocol asks for and gets: `Asked` goes in, `Piece`s come out.
 
-A protocol's file turns its requests into `Asked`, and pieces into its own answers. Nothing here
-knows how a request or an answer is spelt on the wire.
+A protocol's file turns its requests into `Asked`, and the pieces that `asking.answer` gives into its
+own answers. Nothing here knows how a request or an answer is spelt on the wire.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Asked:
         json_schema: what the answer must satisfy as JSON; True allows any JSON object.
         regex: what the whole answer must match, in Rust's syntax.
         max_tokens: most tokens of the answer; None is what the context leaves.
-        temperature: factor of `t_min` and `t_max`; None and 1 are the checkpoint's own, 0 is as
-            cold as the sampler goes, which draws the likeliest token.
+        temperature: factor of `t_min` and `t_max`; None and 1 are the checkpoint's own. At 0 the
+            schedule is the checkpoint's own too, and every draw is the likeliest token.
         seed: makes the answer repeatable; None draws a fresh one.
         stop: texts that end the answer.
         n: answers to give, the first by `seed` and each further one by the next.
