@@ -86,8 +86,8 @@ async def _encoded_once(engine: Engine, prepared: Prepared) -> int:
     tokens were known."""
     known = 0
     async with _submit(engine, prepared, encoding(prepared)) as ticket:
-        async for known in ticket:
-            pass
+        async for found in ticket:
+            known = found
     return known
 
 

@@ -1,7 +1,7 @@
 """What every protocol asks for and gets: `Asked` goes in, `Piece`s come out.
 
-A protocol's file turns its requests into `Asked`, and the pieces that `asking.answer` gives into its
-own answers. Nothing here knows how a request or an answer is spelt on the wire.
+A protocol's file turns its requests into `Asked`, and the pieces that `asking.answer` gives into
+its own answers. Nothing here knows how a request or an answer is spelt on the wire.
 """
 
 from __future__ import annotations
