@@ -37,7 +37,7 @@ def encode(
         ahead: hand the work to the device without waiting for it where it is no more than one chunk
             of tokens, for a caller that has more to queue.
     """
-    cache.prefix = cache.prefix.back_to(ids)
+    cache.begin(ids)
     start, total = len(cache.prefix), len(ids)
     cache.prefix = cache.prefix.with_room(total - start + room)
     yield PrefillProgress(row, 0, total - start)
@@ -54,6 +54,7 @@ def encode(
         mx.clear_cache()
         if last in marks:
             cache.prefix = cache.prefix.marked(cache.mark_bytes)
+        cache.rest()
         yield PrefillProgress(row, last - start, total - start)
 
 

@@ -100,6 +100,20 @@ class LayerPrefix:
         return _update(buffer, new, self.length)
 
 
+def _in_common(held: tuple[int, ...], wanted: tuple[int, ...]) -> int:
+    """How many tokens two sequences begin with in common. Whole pieces are compared at a time."""
+    least, most = 0, min(len(held), len(wanted))
+    if held[:most] == wanted[:most]:
+        return most
+    while most - least > 1:
+        middle = (least + most) // 2
+        if held[least:middle] == wanted[least:middle]:
+            least = middle
+        else:
+            most = middle
+    return least
+
+
 def _update(buffer: mx.array, new: mx.array, at: int) -> mx.array:
     return mx.slice_update(buffer, new, mx.array([at]), axes=(2,))
 
@@ -173,11 +187,7 @@ class Prefix:
         """The longest beginning of `ids` that this prefix can become without encoding anything:
         itself, itself cut short where no sliding layer has dropped a position yet, one of its
         marks, or a prefix of no tokens."""
-        common = 0
-        for held, wanted in zip(self.ids, ids, strict=False):
-            if held != wanted:
-                break
-            common += 1
+        common = _in_common(self.ids, tuple(ids))
         if common == len(self):
             return self
         if all(layer.length == len(self) for layer in self.layers):
@@ -261,6 +271,14 @@ class PrefixCache:
                 "another from model.make_cache()."
             )
         self._weights = model.adaptations
+
+    def begin(self, ids: Sequence[int]) -> None:
+        """Go back to the longest beginning of `ids` that is known."""
+        self.prefix = self.prefix.back_to(ids)
+
+    def rest(self) -> None:
+        """Called behind each chunk of a prompt that is encoded, for a cache whose work is shared
+        with that of others; here nothing happens."""
 
     def snapshot(self) -> PrefixCache:
         """Another cache that holds the same prefix. Nothing is copied until one of them grows."""

@@ -1,1 +1,1 @@
-"""One model in memory and every client at once: the engine, and a file for each protocol."""
+"""One model in memory for every client at once: an engine, and the protocols that reach it."""
