@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -156,7 +157,8 @@ def create_app(
     if not callable(engine):
         server._open()
     if protocols is None:
-        protocols = [import_module(f"mlx_diffgemma.server.{each}") for each in PROTOCOLS]
+        names = [f"mlx_diffgemma.server.{each}" for each in PROTOCOLS]
+        protocols = [import_module(name) for name in names if find_spec(name)]
     routes = [
         *server.guarded([Route("/health", server.health)], _plain),
         *server.guarded([Route("/metrics", server.show_metrics)], _plain),
