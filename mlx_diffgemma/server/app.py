@@ -58,7 +58,8 @@ class Server:
         self.settings, self.name = settings, name
         self.metrics = metrics.Metrics()
         self.failure: BaseException | None = None
-        self._load, self._engine = load, None
+        self._load = load
+        self._engine: Engine | None = None
         self._started = time.monotonic()
         self._loading = threading.Thread(target=self._open, name="loading", daemon=True)
         self._shapes: list[tuple[Route, Shape]] = []
