@@ -11,8 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import uvicorn
-from mlx_diffgemma.server import asking
-from mlx_diffgemma.server.app import create_app
+
 from mlx_diffgemma.server.asking import Asked, Call, Ended, Piece, Started, Text, Thought
 
 
@@ -91,6 +90,3 @@ def thought(said: str) -> Thought:
 
 def call(name: str, number: int = 0, **arguments: Any) -> Call:
     return Call(0, number, f"call_{number}", name, arguments)
-
-
-__all__ = ["Told", "asking", "call", "create_app", "running", "text", "thought", "until"]
