@@ -15,8 +15,8 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from mlx_diffgemma.server import logs
 from mlx_diffgemma.server.config import ServerSettings
-from mlx_diffgemma.server.logs import note_failure
 from mlx_diffgemma.server.refusals import RefusedError, Shape, refusal, shaped
 from mlx_diffgemma.server.security import check_bounds
 
@@ -28,6 +28,49 @@ STALL_SECONDS = 60.0  # after which a client that reads nothing is dropped
 BODY_SECONDS = 30.0  # that a client may take for the next piece of its body
 _AHEAD = 16  # events that wait for a client that reads slowly
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+class Lifeline:
+    """Middleware that cancels the task of a request whose client has gone away."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer while the client is there."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        messages: asyncio.Queue[Any] = asyncio.Queue(1)
+        over = False
+
+        async def watch() -> None:
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return
+                await messages.put(message)
+
+        async def send_on(message: Any) -> None:
+            nonlocal over
+            # Behind the last piece of a response, a client is taken for gone.
+            over = message["type"] == "http.response.body" and not message.get("more_body")
+            await send(message)
+
+        answering = asyncio.create_task(self._app(scope, messages.get, send_on))
+        watching = asyncio.create_task(watch())
+        try:
+            await asyncio.wait({answering, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if over:
+                await asyncio.wait({answering})
+        finally:
+            if not answering.done():
+                scope["gone"] = True
+                answering.cancel()
+            watching.cancel()
+            await asyncio.wait({answering, watching})
+        if not scope.get("gone"):
+            answering.result()
 
 
 class Streaming(Response):
@@ -76,6 +119,8 @@ class Streaming(Response):
                 done, _ = await asyncio.wait({waiting}, timeout=KEEP_ALIVE_SECONDS)
                 event = waiting.result() if done else self._keep_alive
                 waiting = None if done else waiting
+                if isinstance(event, Exception):
+                    logs.failed(scope, refusal(event).status, event)
                 if isinstance(event, Exception) and not started:
                     await shaped(refusal(event), self.shape)(scope, receive, send)
                     return
@@ -101,7 +146,6 @@ class Streaming(Response):
             async for event in self._events:
                 await queue.put(event)
         except Exception as error:
-            note_failure(error)
             await queue.put(error)
         else:
             await queue.put(None)
@@ -221,6 +265,8 @@ async def read_json(request: Request) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RefusedError(400, "the body must be a JSON object.")
     check_bounds(content, settings, surrogates=_SURROGATE.search(body) is not None)
+    if settings.log_prompts:
+        logs.note(request.scope, body=text)
     return content
 
 
