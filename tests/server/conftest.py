@@ -3,13 +3,13 @@
 - `demo_engine`: the demo model. It answers at once and always the same for one seed.
 - `calling_engine`: a random model with the release's markers and template, which knows tools and
   thoughts. What it writes of itself is noise; what a grammar makes it write is valid.
-- `told`: `told.say(text("Hello"))` is what `asking.answer` then says, piece by piece, whatever it is
-  asked; `told_url` is the URL of a server with no engine behind it.
+- `told`: `told.say(text("Hello"))` is what `asking.answer` then says, piece by piece, whatever it
+  is asked; `told_url` is the URL of a server with no engine behind it.
 - `script`: `script.canvases = [ids("Hello<turn|>")]` is what any engine then writes as free text,
   canvas by canvas, in this process; forms and gaps are still denoised. `ids` reads markers.
 
 `demo_url` and `calling_url` are the URLs of servers around the engines; for another app, see
-`running` in `running.py`.
+`running` in `running.py`; an app that ends also ends its engine.
 """
 
 from __future__ import annotations
