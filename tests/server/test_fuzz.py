@@ -10,14 +10,15 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from bodies import bodies, fields_of
 from editing.small_models import tiny
-from importlib.util import find_spec
 from hypothesis import HealthCheck, given, settings
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma.server.app import PROTOCOLS, create_app
 from mlx_diffgemma.server.engine import Engine
@@ -46,7 +47,8 @@ class Asker:
         raw = {**model.config.raw, "generation_config": {"max_denoising_steps": 2}}
         model.config = replace(model.config, text=small, raw=raw)
         self.loop = asyncio.new_event_loop()
-        self.engine = Engine(model, tokenizer, name="tiny")
+        wrapped = TokenizerWrapper(tokenizer, eos_token_ids=[1, 5])
+        self.engine = Engine(model, wrapped, name="tiny")
         self.app = create_app(self.engine)
         self.failures = Failures()
         logging.getLogger("mlx_diffgemma").addHandler(self.failures)
