@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
-from running import Told, running
+from serving import serving
+from telling import Told
 
-from mlx_diffgemma.server import asking
-from mlx_diffgemma.server.app import create_app
+from mlx_diffgemma.server import anthropic, asking, ollama
 
 
 @pytest.fixture(scope="package")
 def told_url():
-    """The URL of a server whose engine is no more than a name."""
-    with running(create_app(SimpleNamespace(name="demo", context=4096))) as url:
-        yield url
+    """The URL of a server that speaks to Anthropic's and Ollama's clients."""
+    with serving(protocols=[anthropic, ollama]) as served:
+        yield served.url
 
 
 @pytest.fixture

@@ -1,43 +1,12 @@
-"""A server in a thread, for clients as they are; and answers that say what they are told."""
+"""Answers that say what they are told, in the place of those of a model."""
 
 from __future__ import annotations
 
-import socket
-import threading
-import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
-import uvicorn
-
 from mlx_diffgemma.server.asking import Asked, Call, Ended, Piece, Started, Text, Thought
-
-
-@contextmanager
-def running(app: Any) -> Iterator[str]:
-    """The URL under which `app` answers."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    until(lambda: server.started)
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
-        listener.close()
-        assert not thread.is_alive()
-
-
-def until(condition: Any, seconds: float = 10.0) -> None:
-    """Wait until something holds, and fail where it does not."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to hold"
-        time.sleep(0.005)
 
 
 class Told:
