@@ -235,7 +235,7 @@ class Observed:
             counts.open -= 1
             gone = bool(scope.get("gone"))
             seconds = time.monotonic() - started
-            route = scope.get("route", "other")
+            route = scope["route"].path if "route" in scope else "other"
             counts.ended(route, _known(scope["method"]), _GONE if gone else status, seconds, gone)
             logs.log.info(
                 logs.line(
@@ -253,7 +253,7 @@ class Observed:
 
 def _guarded(route: Route, shape: Shape) -> Callable[[Request], Any]:
     async def run(request: Request) -> Response:
-        request.scope["route"] = route.path
+        request.scope["route"] = route
         try:
             response = await route.endpoint(request)
         except Exception as error:

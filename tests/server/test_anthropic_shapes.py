@@ -9,8 +9,7 @@ import anthropic
 import httpx
 import pytest
 from anthropic.types import Message, RawMessageDeltaEvent, TextBlock, Usage
-from serving import until
-from telling import call, text, thought
+from running import call, text, thought, until
 
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.server.engine import QueueFullError
@@ -30,7 +29,7 @@ def client(told_url, told):
 
 
 def ask(client, **fields):
-    return client.messages.create(**{"model": "fake", "max_tokens": 64, "messages": USER, **fields})
+    return client.messages.create(**{"model": "demo", "max_tokens": 64, "messages": USER, **fields})
 
 
 def test_a_message_has_text_and_usage(client, told):
@@ -39,7 +38,7 @@ def test_a_message_has_text_and_usage(client, told):
     assert [block.model_dump() for block in message.content] == [
         {"type": "text", "text": "Hello world", "citations": None}
     ]
-    assert (message.role, message.type, message.model) == ("assistant", "message", "fake")
+    assert (message.role, message.type, message.model) == ("assistant", "message", "demo")
     assert (message.stop_reason, message.stop_sequence) == ("end_turn", None)
     usage = message.usage
     assert (usage.input_tokens, usage.cache_read_input_tokens, usage.output_tokens) == (7, 5, 9)
@@ -54,7 +53,7 @@ def test_a_stream_adds_up_to_the_message(client, told):
     whole = ask(client)
     told.say(*pieces, reason="tool_calls", thought_tokens=4)
     kinds = []
-    with client.messages.stream(model="fake", max_tokens=64, messages=USER) as stream:
+    with client.messages.stream(model="demo", max_tokens=64, messages=USER) as stream:
         for event in stream:
             kinds.append(event.type)
         streamed = stream.get_final_message()
@@ -71,7 +70,7 @@ def test_a_stream_adds_up_to_the_message(client, told):
 def test_the_raw_stream_has_every_field_that_has_a_default(told_url, told):
     """A client that reads strictly must find the fields that the package fills in by itself."""
     told.say(text("a"))
-    body = {"model": "fake", "max_tokens": 9, "messages": USER, "stream": True}
+    body = {"model": "demo", "max_tokens": 9, "messages": USER, "stream": True}
     raw = httpx.post(f"{told_url}/v1/messages", json=body).text
     events = [dict(line.split(": ", 1) for line in each.split("\n")) for each in raw.split("\n\n")
               if each]  # fmt: skip
@@ -231,7 +230,7 @@ def test_errors_of_the_library_reach_the_client(client, told):
 
 def test_fields_without_effect_are_named_unless_they_are_known_to_be_harmless(client, told):
     response = client.messages.with_raw_response.create(
-        model="fake", max_tokens=9, messages=USER, metadata={"user_id": "u"},
+        model="demo", max_tokens=9, messages=USER, metadata={"user_id": "u"},
         extra_body={"top_p": 0.9, "odd": 1, "bad\nname": 2},
     )  # fmt: skip
     assert response.headers["x-ignored-fields"] == "top_p, odd"
@@ -239,7 +238,7 @@ def test_fields_without_effect_are_named_unless_they_are_known_to_be_harmless(cl
 
 def test_tokens_are_counted(client, told):
     count = client.messages.count_tokens(
-        model="fake", messages=USER, system="s", tools=[WEATHER], tool_choice={"type": "auto"}
+        model="demo", messages=USER, system="s", tools=[WEATHER], tool_choice={"type": "auto"}
     )
     assert count.input_tokens == 12
     assert told.asked[-1].system == "s" and len(told.asked[-1].tools) == 1
@@ -247,7 +246,7 @@ def test_tokens_are_counted(client, told):
 
 def test_a_client_that_leaves_closes_the_answer(client, told):
     told.pieces = repeat(text("x" * 1000))
-    with client.messages.stream(model="fake", max_tokens=9, messages=USER) as stream:
+    with client.messages.stream(model="demo", max_tokens=9, messages=USER) as stream:
         next(iter(stream.text_stream))
 
     until(lambda: told.closed == 1)

@@ -1,12 +1,43 @@
-"""Answers that say what they are told, in the place of those of a model."""
+"""A server in a thread, for clients as they are; and answers that say what they are told."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import uvicorn
+
 from mlx_diffgemma.server.asking import Asked, Call, Ended, Piece, Started, Text, Thought
+
+
+@contextmanager
+def running(app: Any) -> Iterator[str]:
+    """The URL under which `app` answers."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    until(lambda: server.started)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listener.close()
+        assert not thread.is_alive()
+
+
+def until(condition: Any, seconds: float = 10.0) -> None:
+    """Wait until something holds, and fail where it does not."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to hold"
+        time.sleep(0.005)
 
 
 class Told:
@@ -30,8 +61,8 @@ class Told:
     def say(self, *pieces: Piece, error: Exception | None = None, **end: Any) -> None:
         self.pieces, self.error, self.end = list(pieces), error, end
 
-    async def answer(self, engine: Any, asked: Asked) -> AsyncIterator[Piece]:
-        self.asked.append(asked)
+    async def answer(self, engine: Any, *asked: Asked) -> AsyncIterator[Piece]:
+        self.asked += asked
         last = Ended(0, "stop", 12, 5, completion_tokens=9)
         try:
             if self.pieces or self.error is None:
