@@ -67,7 +67,9 @@ def calling_url(calling_engine: Engine) -> Iterator[str]:
 @pytest.fixture(scope="package")
 def told_url() -> Iterator[str]:
     """The URL of a server whose engine is no more than a name."""
-    with running(create_app(SimpleNamespace(name="demo", context=4096))) as url:
+    with running(
+        create_app(SimpleNamespace(name="demo", context=4096, stop=lambda seconds: None))
+    ) as url:
         yield url
 
 
