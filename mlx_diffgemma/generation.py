@@ -174,7 +174,7 @@ def stream_generate(
         raise UsageError(f"initial_canvas must be token ids, not {shown(initial_canvas)}.")
     check_flag("draft", draft)
     check_callable("on_prefill", on_prefill)
-    encoded = prompt if isinstance(prompt, Encoded) else encode(tokenizer, prompt, prompt_settings)
+    encoded = encode(tokenizer, prompt, prompt_settings)
     wanted = config.max_tokens
     (config,) = fit_to_context(model, [encoded.ids], config, step_size=prefill_step_size)
     return _stream(
@@ -241,6 +241,7 @@ def _stream(
                 canvas = event.canvas
                 steps[canvas.index :] = [canvas.passes]
                 standing, entropy = canvas.draft.tolist(), canvas.entropy.tolist()
+                probability = canvas.probability.tolist()
                 room = config.max_tokens - len(committed)
                 said = None
                 if draft or answer.stops:
@@ -248,6 +249,7 @@ def _stream(
                     if said.stop_string is not None:
                         end = max(0, said.tokens - len(committed))
                         standing, entropy = standing[:end], entropy[:end]
+                        probability = probability[:end]
                 yield clock.response(
                     committed[:kept],
                     steps,
@@ -255,6 +257,7 @@ def _stream(
                     draft_thought=said.thought if said and draft else "",
                     canvas=standing,
                     entropy=entropy,
+                    probability=probability,
                     step=canvas.passes,
                     canvas_index=canvas.index,
                     parts=parts,

@@ -44,6 +44,7 @@ class GenerationResponse:
         draft_thought: what is thought on the canvas as it stands, or "".
         canvas: token ids of the draft, [C]; fewer where a stop string cuts it.
         entropy: nats of uncertainty of each draft token, as many as there are in `canvas`.
+        probability: of each draft token, likewise, at the temperature of the step.
         step: denoising steps run on this canvas, from 1.
         canvas_index: which canvas of the answer, from 0.
         denoising_steps: steps of each canvas so far, the current one included.
@@ -73,6 +74,7 @@ class GenerationResponse:
     draft_thought: str = ""
     canvas: list[int] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
+    probability: list[float] = field(default_factory=list)
     tokens: tuple[int, ...] = ()
     step: int = 0
     canvas_index: int = 0

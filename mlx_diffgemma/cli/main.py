@@ -16,8 +16,8 @@ from mlx_diffgemma.cli.command import Debug
 from mlx_diffgemma.cli.help_page import PLAIN, PlainCommand
 
 COMMANDS = (
-    "generate", "chat", "infill", "edit", "fill", "decide", "demo", "train", "fuse", "bench",
-    "convert",
+    "generate", "chat", "infill", "edit", "fill", "decide", "serve", "demo", "train", "fuse",
+    "bench", "convert",
 )  # fmt: skip
 """Each is the program `app` in the module of this name, or the function of this name there."""
 

@@ -68,7 +68,7 @@ def encode_prompt(
 def encode(
     tokenizer: Any, prompt: Prompt, how: PromptSettings | None = None, **settings: Any
 ) -> Encoded:
-    """A prompt as the model reads it.
+    """A prompt as the model reads it; one that is encoded already is that.
 
     Text of the user that spells a control token stays text, unless `markers` says otherwise. Only
     token ids are taken as they are.
@@ -86,6 +86,8 @@ def encode(
         CheckpointError: the chat template is missing or broken.
     """
     check_tokenizer(tokenizer)
+    if isinstance(prompt, Encoded):
+        return prompt
     how = overridden(how or PromptSettings(), settings)
     if isinstance(prompt, str):
         if not prompt or not (how.raw or prompt.strip()):
