@@ -18,8 +18,8 @@ from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
 
 if TYPE_CHECKING:
+    from mlx_diffgemma.editing.beliefs import Decisions
     from mlx_diffgemma.editing.calibration import Calibration
-    from mlx_diffgemma.editing.decisions import Decisions
 
 app = typer.Typer(cls=errors.Program, invoke_without_command=True, **PLAIN)
 
