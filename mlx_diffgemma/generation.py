@@ -31,7 +31,7 @@ from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.answer import Answer, stop_strings
 from mlx_diffgemma.text.parts import EndReason, Parts
-from mlx_diffgemma.text.prompt import Encoded, Prompt, Tools, encode, rows_of
+from mlx_diffgemma.text.prompt import Encoded, Prompt, Tools, encode
 from mlx_diffgemma.text.tokenizer import check_tokenizer, end_token_ids
 from mlx_diffgemma.text.tool_calls import ToolCall
 
@@ -350,12 +350,12 @@ def stream_generate(
 def fit_to_context(
     model: DiffusionGemma,
     prompts: Sequence[Sequence[int]],
-    config: DiffusionConfig,
+    config: DiffusionConfig | Sequence[DiffusionConfig],
     *,
     step_size: int | None = None,
 ) -> list[DiffusionConfig]:
-    """Check prompts that are to be run together against the model; returns the settings of each,
-    with an answer that ends where its context ends.
+    """Check prompts that are to be run together, with settings for all or for each, against the
+    model; returns the settings of each, with an answer that ends where its context ends.
 
     Raises:
         PromptError: empty, outside the vocabulary, with image tokens, or too long.
@@ -363,33 +363,38 @@ def fit_to_context(
         MemoryShortageError: prefixes and a denoising step exceed what the machine offers.
     """
     context = model.config.text.max_position_embeddings
-    length = config.canvas_length or model.config.canvas_length
-    if length >= context:
-        raise UsageError(f"canvas_length is {length}, and the model's context is {context}.")
-    last = model.config.text.vocab_size - 1
-    pads = (config.pad_token_id,)
-    for setting, given in (("eos_token_ids", config.eos_token_ids), ("pad_token_id", pads)):
-        if max(given, default=0) > last:
-            raise UsageError(f"{setting} has {max(given)}; ids go to {last}.")
-    long_canvas = length > model.config.canvas_length
-    configs = []
-    for row, ids in enumerate(prompts):
+    own_length, last = model.config.canvas_length, model.config.text.vocab_size - 1
+    shared = isinstance(config, DiffusionConfig)
+    configs = [config] * len(prompts) if isinstance(config, DiffusionConfig) else config
+    fitted, lengths = [], []
+    for row, (ids, settings) in enumerate(zip(prompts, configs, strict=True)):
         name = "the prompt" if len(prompts) == 1 else f"prompt {row + 1}"
+        of_which = "" if shared else f"{name}: "
+        length = settings.canvas_length or own_length
+        if length >= context:
+            raise UsageError(
+                f"{of_which}canvas_length is {length}, and the model's context is {context}."
+            )
+        pads = (settings.pad_token_id,)
+        for setting, given in (("eos_token_ids", settings.eos_token_ids), ("pad_token_id", pads)):
+            if max(given, default=0) > last:
+                raise UsageError(f"{of_which}{setting} has {max(given)}; ids go to {last}.")
         _check_tokens(model, ids, name)
         canvases = (context - len(ids)) // length
         if canvases < 1:
+            mend = "lower canvas_length" if length > own_length else "shorten the prompt"
             raise PromptError(
                 f"{name} has {len(ids)} tokens and the model's context is {context}, of which a "
-                f"canvas takes {length}; "
-                + ("lower canvas_length." if long_canvas else "shorten the prompt.")
+                f"canvas takes {length}; {mend}."
             )
-        configs.append(replace(config, max_tokens=min(config.max_tokens, canvases * length)))
+        fitted.append(replace(settings, max_tokens=min(settings.max_tokens, canvases * length)))
+        lengths.append(length)
     estimate = memory.estimate(
         model.config.text,
         0,
-        canvas_length=length,
+        canvas_length=max(lengths),
         sequences=[
-            (len(ids), reserved(model, each)) for ids, each in zip(prompts, configs, strict=True)
+            (len(ids), reserved(model, each)) for ids, each in zip(prompts, fitted, strict=True)
         ],
         activation_bytes=model.dtype.size,
         step_size=step_size or model.prefill_step_size,
@@ -398,9 +403,9 @@ def fit_to_context(
     what = f"a prompt of {longest} tokens"
     if len(prompts) > 1:
         what = f"a batch of {len(prompts)} prompts of up to {longest} tokens"
-    mend = "lower canvas_length, or shorten the prompt" if long_canvas else None
+    mend = "lower canvas_length, or shorten the prompt" if max(lengths) > own_length else None
     memory.require(estimate, what, mend=mend)
-    return configs
+    return fitted
 
 
 def _check_tokens(model: DiffusionGemma, ids: Sequence[int], name: str) -> None:
@@ -539,63 +544,3 @@ class _Clock:
             seed=self.seed,
             **now,
         )
-
-
-def batch_generate(
-    model: DiffusionGemma,
-    tokenizer: TokenizerWrapper,
-    prompts: Sequence[Prompt] | Any,
-    max_tokens: int | None = None,
-    *,
-    seed: int | None = None,
-    system_prompt: str | None = None,
-    raw: bool = False,
-    markers: bool = False,
-    thinking: bool | None = None,
-    tools: Tools | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    prefill_response: str | None = None,
-    profile: str = DEFAULT_PROFILE,
-    config: DiffusionConfig | None = None,
-    stop: str | Sequence[str] | None = None,
-    **settings: Any,
-) -> list[str]:
-    """Answer several prompts at once, each as it would be answered alone by the sequence of its
-    number; arguments as for `stream_generate`."""
-    rows = rows_of(prompts)
-    if not rows:
-        return []
-    config = configured(model, tokenizer, profile, config, max_tokens=max_tokens, **settings)
-    seed, stops = checked_seed(seed), stop_strings(stop)
-    encoded = [
-        encode(
-            tokenizer,
-            prompt,
-            raw=raw,
-            markers=markers,
-            system_prompt=system_prompt,
-            thinking=thinking,
-            tools=tools,
-            chat_template_kwargs=chat_template_kwargs,
-            prefill_response=prefill_response,
-        )
-        for prompt in rows
-    ]
-    ids = [each.ids for each in encoded]
-    configs = fit_to_context(model, ids, config)
-    answers = [
-        Answer(tokenizer, stop=stops, thinking=each.thinking, prompt=each.ids) for each in encoded
-    ]
-    texts = [each.prefill for each in encoded]
-    with memory.wired():
-        for event in generate_canvases(
-            model,
-            ids,
-            configs,
-            seeded(seed),
-            ends=lambda row, gained: answers[row].would_stop(gained),
-        ):
-            if isinstance(event, CanvasCommitted):
-                said = answers[event.row].add(event.tokens, event.finish_reason, event.stop_token)
-                texts[event.row] += said.text
-    return texts
