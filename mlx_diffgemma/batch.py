@@ -265,7 +265,13 @@ def batch_generate(
     prompt_seconds = 0.0
     if rows:
         ids = [each.prompt.ids for each in rows]
-        fitted = fit_to_context(model, ids, [r.config for r in rows], step_size=prefill_step_size)
+        given_for_each = configs is not None or limits is not None
+        fitted = fit_to_context(
+            model,
+            ids,
+            [each.config for each in rows] if given_for_each else shared,
+            step_size=prefill_step_size,
+        )
         for each, settled in zip(rows, fitted, strict=True):
             each.config = settled
         start = time.perf_counter()

@@ -143,8 +143,6 @@ def load(
     model, _ = loading.load_model(path, lazy=lazy, check=check, name=str(path_or_repo))
     if adapter_path is not None:
         adapters.load_adapters(model, adapter_path)
-        if not lazy:  # what another thread finds unevaluated belongs to a stream that it lacks
-            mx.eval(model.parameters())
     tokenizer = load_tokenizer(
         path,
         eos_token_ids=list(diffusion_config(model).eos_token_ids),

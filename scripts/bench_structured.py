@@ -33,7 +33,7 @@ from mlx_diffgemma.demo import sudoku
 from mlx_diffgemma.diffusion.canvas import Canvas, Passed, Prediction
 from mlx_diffgemma.diffusion.constraints import FREE, Layout
 from mlx_diffgemma.diffusion.denoiser import Denoiser
-from mlx_diffgemma.diffusion.lookahead import tokens_in
+from mlx_diffgemma.diffusion.lookahead import few_tokens_in, tokens_in
 from mlx_diffgemma.editing.grammar import GrammarMatcher, json_schema_matcher, regex_matcher
 from mlx_diffgemma.editing.session import Session
 from mlx_diffgemma.editing.vocabulary import Vocabulary
@@ -166,26 +166,30 @@ class Guesses:
     def __call__(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> list[Passed]:
         return [self.passed(canvas) for canvas in canvases]
 
+    def _choice(self, rng: random.Random, mask: np.ndarray | None) -> int:
+        """The first of the tokens that the position would take which may stand there."""
+        few = None if mask is None else few_tokens_in(mask, 1024)
+        if few is not None:
+            return rng.choice(few)
+        while True:
+            token = rng.choice(self.text)
+            if mask is None or mask[token // 32] >> (token % 32) & 1:
+                return token
+
     def passed(self, canvas: Canvas) -> Passed:
         # What a model's pass asks of the layout is the grammar's work.
         layout, length = canvas.layout, len(canvas)
         few = None if layout is None else layout.few
         masks = {} if layout is None or few else layout.masks(canvas.vocab)
         start = time.perf_counter()
-        known: dict[int, list[int]] = {}
         tokens, entropy = np.zeros(length, np.int32), np.zeros(length, np.float32)
         for place in range(length):
             if layout is not None and layout.fixed[place] != FREE:
                 tokens[place] = layout.fixed[place]
                 continue
-            allowed = self.text
-            if place in masks:
-                mask = masks[place]
-                allowed = known.setdefault(id(mask), tokens_in(mask))
             rng = random.Random(f"{self.seed} {canvas.index} {place}")
-            doubt = rng.expovariate(1.0)
-            tokens[place] = allowed[int(rng.random() * len(allowed))]
-            entropy[place] = doubt * 0.5**canvas.passes if len(allowed) > 1 else 0.0
+            entropy[place] = rng.expovariate(1.0) * 0.5**canvas.passes
+            tokens[place] = self._choice(rng, masks.get(place))
         found = mx.array(tokens)
         prediction = Prediction(
             argmax=found,

@@ -42,7 +42,9 @@ def test_each_row_has_settings_seed_and_length_of_its_own() -> None:
             model, tokenizer, prompt, limit, config=config, seed=seed, stop="\n\n"
         )
         beside(row, list(alone))
-        assert row.config == config.override(max_tokens=limit, eos_token_ids=row.config.eos_token_ids)
+        assert row.config == config.override(
+            max_tokens=limit, eos_token_ids=row.config.eos_token_ids
+        )
         assert row.error is None
     assert found.finish_reasons == ["stop", "length", "stop"]
     assert found.rows[2].stop_string == "\n\n" and found.rows[0].stop_token is not None

@@ -18,7 +18,7 @@ from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.encode import ends_of_turns
 from mlx_diffgemma.diffusion.generate import generate_canvases
 from mlx_diffgemma.diffusion.noise import seeded
-from mlx_diffgemma.errors import NumericalError, PromptError, UsageError
+from mlx_diffgemma.errors import PromptError, UsageError
 from mlx_diffgemma.model.cache import Prefix, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import CanvasView, DiffusionGemma
 from mlx_diffgemma.text.prompt import encode_prompt

@@ -45,6 +45,8 @@ class Structured:
         seed: the seed of every random draw.
         thought: what was thought before the answer; "" for nothing.
         thought_tokens: the tokens of the thought, its markers among them.
+        converged: whether no canvas had to be decided, for want of steps, before the model was
+            sure; one of a thought, before its steps were used up.
     """
 
     text: str
@@ -55,6 +57,7 @@ class Structured:
     seed: int
     thought: str = ""
     thought_tokens: tuple[int, ...] = ()
+    converged: bool = True
 
     @property
     def value(self) -> Any:
@@ -179,13 +182,14 @@ def _run(session: Session, matcher: GrammarMatcher, thinks: Any) -> Structured:
     tokens: list[int] = []
     entropy: list[float] = []
     steps = list(thought.steps)
-    latest = np.zeros(session.length)
+    latest, converged = np.zeros(session.length), thought.converged
     try:
         for event in events:
             if isinstance(event, CanvasCommitted):
                 tokens += event.tokens
                 entropy += latest[: len(event.tokens)].tolist()
                 steps.append(event.passes)
+                converged &= event.converged
                 latest = np.zeros(session.length)
             else:
                 # A token that is pinned has no entropy left: what it had before is what counts.
@@ -203,4 +207,5 @@ def _run(session: Session, matcher: GrammarMatcher, thinks: Any) -> Structured:
         seed=session.seed,
         thought=thought.text,
         thought_tokens=thought.tokens,
+        converged=converged,
     )
