@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,11 +18,12 @@ from mlx_diffgemma.diffusion.generate import generate_canvases
 from mlx_diffgemma.diffusion.noise import Noise, SeededNoise, checked_seed
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.errors import DiffGemmaError, NumericalError, PromptError, UsageError
-from mlx_diffgemma.generation import configured, fit_to_context
+from mlx_diffgemma.fitting import configured, fit_to_context
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.text.answer import Answer, Said, stop_strings
 from mlx_diffgemma.text.parts import EndReason
-from mlx_diffgemma.text.prompt import Encoded, Prompt, Tools, encode, rows_of
+from mlx_diffgemma.text.prompt import Encoded, Prompt, encode, rows_of
+from mlx_diffgemma.text.prompt_settings import PromptSettings, parted
 from mlx_diffgemma.text.tool_calls import ToolCall
 
 if TYPE_CHECKING:
@@ -184,16 +185,10 @@ def batch_generate(
     max_tokens: int | Sequence[int] | None = None,
     *,
     seed: int | Sequence[int] | None = None,
-    system_prompt: str | None = None,
-    raw: bool = False,
-    markers: bool = False,
-    thinking: bool | None = None,
-    tools: Tools | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    prefill_response: str | None = None,
     prefill_step_size: int | None = None,
     profile: str = DEFAULT_PROFILE,
     config: DiffusionConfig | Sequence[DiffusionConfig] | None = None,
+    prompt_settings: PromptSettings | None = None,
     stop: str | Sequence[str] | None = None,
     **settings: Any,
 ) -> BatchResponse:
@@ -206,7 +201,8 @@ def batch_generate(
         seed: the seed of all, of which each row is a sequence of its own; or a list of seeds, with
             which each row draws as `stream_generate` does with that seed.
         config: all settings of the denoising, for all or in a list for each.
-        settings: fields of `DiffusionConfig` to put over those of every row.
+        settings: fields of `DiffusionConfig` and of `PromptSettings` to put over those of every
+            row.
 
     Other arguments are those of `stream_generate`, for all rows.
 
@@ -220,6 +216,7 @@ def batch_generate(
     start = time.perf_counter()
     if prefill_step_size is not None:
         check_integer("prefill_step_size", prefill_step_size, 1)
+    prompt_settings, settings = parted(prompt_settings, settings)
     limits = _of_each("max_tokens", max_tokens, count)
     configs = _of_each("config", config, count)
     seeds = _of_each("seed", seed, count)
@@ -248,17 +245,7 @@ def batch_generate(
                 check_integer("seed", seeds[row], 0)
                 own_seed = checked_seed(seeds[row])
         with _naming(row, PromptError) if count > 1 else nullcontext():
-            encoded = encode(
-                tokenizer,
-                prompt,
-                raw=raw,
-                markers=markers,
-                system_prompt=system_prompt,
-                thinking=thinking,
-                tools=tools,
-                chat_template_kwargs=chat_template_kwargs,
-                prefill_response=prefill_response,
-            )
+            encoded = encode(tokenizer, prompt, prompt_settings)
         answer = Answer(tokenizer, stop=stops, thinking=encoded.thinking, prompt=encoded.ids)
         sequence = row if seeds is None else 0
         rows.append(_Row(answer, encoded, own_seed, sequence, own, own.max_tokens))
