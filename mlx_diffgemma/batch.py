@@ -220,7 +220,7 @@ def batch_generate(
     limits = _of_each("max_tokens", max_tokens, count)
     configs = _of_each("config", config, count)
     seeds = _of_each("seed", seed, count)
-    one_seed = checked_seed(seed) if seeds is None else 0
+    one_seed = checked_seed(seed) if seeds is None else 0  # type: ignore[arg-type]
     stops, rows = stop_strings(stop), list[_Row]()
     shared = configured(
         model,

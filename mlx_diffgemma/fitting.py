@@ -126,10 +126,10 @@ def fit_to_context(
         _check_tokens(model, ids, name)
         canvases = (context - len(ids)) // length
         if canvases < 1:
-            mend = "lower canvas_length" if length > own_length else "shorten the prompt"
+            advice = "lower canvas_length" if length > own_length else "shorten the prompt"
             raise PromptError(
                 f"{name} has {len(ids)} tokens and the model's context is {context}, of which a "
-                f"canvas takes {length}; {mend}."
+                f"canvas takes {length}; {advice}."
             )
         fitted.append(replace(settings, max_tokens=min(settings.max_tokens, canvases * length)))
         lengths.append(length)

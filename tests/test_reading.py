@@ -128,7 +128,7 @@ def test_any_index_is_refused_in_a_line(tmp_path_factory, content):
 RUN = {"step": 3, "tokens": 40, "config": asdict(TrainConfig())}
 
 
-@settings(max_examples=EXAMPLES // 3, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(content=anywhere(RUN))
 def test_any_state_of_a_run_is_read_or_refused(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp() / "run"
@@ -148,7 +148,7 @@ def test_any_state_of_a_run_is_read_or_refused(tmp_path_factory, content):
         refused_or_sound(read)
 
 
-@settings(max_examples=EXAMPLES // 3, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(data=st.data())
 def test_any_saved_prefix_is_read_or_refused(tmp_path_factory, data):
     file = tmp_path_factory.getbasetemp() / "prefix.safetensors"
@@ -167,7 +167,7 @@ CALIBRATION = {
 }  # fmt: skip
 
 
-@settings(max_examples=EXAMPLES // 3, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(content=anywhere(CALIBRATION))
 def test_any_calibration_is_refused_in_a_line(tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "calibration.json"

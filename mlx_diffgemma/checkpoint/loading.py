@@ -243,7 +243,8 @@ class _Unread:
     comes meanwhile waits."""
 
     def __init__(self, model: DiffusionGemma) -> None:
-        self._model, self._lock = proxy(model), Lock()
+        self._model: Any = proxy(model)
+        self._lock = Lock()
 
     def __call__(self) -> None:
         with self._lock:
