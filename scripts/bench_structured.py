@@ -196,6 +196,7 @@ class Guesses:
             draw=found,
             entropy=mx.array(entropy),
             confidence=mx.exp(-mx.array(entropy)),
+            probability=mx.exp(-mx.array(entropy)),
             soft_embeddings=None if canvas.is_last_step else mx.zeros((length, self.width)),
             dropped_mass=mx.zeros(length),
         )

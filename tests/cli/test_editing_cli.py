@@ -292,7 +292,7 @@ def test_a_missing_file_and_a_damaged_schema(tmp_path):
 HOLE = GRID.replace("461532", "[[?]]")
 SETTLING = {
     "infill": ("infill", "--text", HOLE, "--lengths", "6"),
-    "edit": ("edit", "FILE", "-i", "c", "--lines", "2", "--lengths", "6"),
+    "edit": ("edit", "FILE", "-i", "c", "--range", "2", "--lengths", "6"),
     "fill": ("fill", HOLE.replace("[[?]]", "{x:digits}"), "--lengths", "6"),
     "a pattern": ("fill", HOLE.replace("[[?]]", "{x:/[1-6]{6}/}"), "--lengths", "6"),
     "generate": ("generate",),
