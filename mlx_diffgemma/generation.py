@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
-
 from mlx_diffgemma.checkpoint import adapters, loading, locate, memory
 from mlx_diffgemma.checks import check_callable, check_flag, check_integer
 from mlx_diffgemma.diffusion.config import DiffusionConfig
@@ -34,7 +32,7 @@ from mlx_diffgemma.model.cache import MARK_BYTES, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.answer import Answer, stop_strings
-from mlx_diffgemma.text.prompt import Encoded, Prompt, encode, rows_of
+from mlx_diffgemma.text.prompt import Encoded, Prompt, encode
 from mlx_diffgemma.text.prompt_settings import PromptSettings, parted
 
 if TYPE_CHECKING:
@@ -78,8 +76,6 @@ def load(
     model, _ = loading.load_model(path, lazy=lazy, check=check, name=str(path_or_repo))
     if adapter_path is not None:
         adapters.load_adapters(model, adapter_path)
-        if not lazy:  # what another thread finds unevaluated belongs to a stream that it lacks
-            mx.eval(model.parameters())
     tokenizer = load_tokenizer(
         path,
         eos_token_ids=list(model.config.stated_end_ids),
@@ -282,45 +278,3 @@ def _stream(
                     stop_string=said.stop_string,
                     canvas_index=event.canvas_index,
                 )
-
-
-def batch_generate(
-    model: DiffusionGemma,
-    tokenizer: TokenizerWrapper,
-    prompts: Sequence[Prompt] | Any,
-    max_tokens: int | None = None,
-    *,
-    seed: int | None = None,
-    profile: str = DEFAULT_PROFILE,
-    config: DiffusionConfig | None = None,
-    prompt_settings: PromptSettings | None = None,
-    stop: str | Sequence[str] | None = None,
-    **settings: Any,
-) -> list[str]:
-    """Answer several prompts at once, each as it would be answered alone by the sequence of its
-    number; arguments as for `stream_generate`."""
-    rows = rows_of(prompts)
-    if not rows:
-        return []
-    prompt_settings, settings = parted(prompt_settings, settings)
-    config = configured(model, tokenizer, profile, config, max_tokens=max_tokens, **settings)
-    seed, stops = checked_seed(seed), stop_strings(stop)
-    encoded = [encode(tokenizer, prompt, prompt_settings) for prompt in rows]
-    ids = [each.ids for each in encoded]
-    configs = fit_to_context(model, ids, config)
-    answers = [
-        Answer(tokenizer, stop=stops, thinking=each.thinking, prompt=each.ids) for each in encoded
-    ]
-    texts = [each.prefill for each in encoded]
-    with memory.wired():
-        for event in generate_canvases(
-            model,
-            ids,
-            configs,
-            seeded(seed),
-            ends=lambda row, gained: answers[row].would_stop(gained),
-        ):
-            if isinstance(event, CanvasCommitted):
-                said = answers[event.row].add(event.tokens, event.finish_reason, event.stop_token)
-                texts[event.row] += said.text
-    return texts

@@ -99,6 +99,7 @@ def edit(
             filled=editing.filled_as_json(done.filled),
             cut=done.cut,
             passes=done.passes,
+            converged=done.converged,
             seed=done.seed,
             model=opened.name,
         )
@@ -108,7 +109,7 @@ def edit(
         output.note("nothing changed")
     elif not write:
         output.note("not written; --write changes the file")
-    editing.note_effort(done.passes, done.seed, done.cut)
+    editing.note_effort(done.passes, done.seed, converged=done.converged, cut=done.cut)
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -61,9 +61,10 @@ def fill(
             details={name: editing.filled_as_json(each) for name, each in done.filled.items()},
             cut=done.cut,
             passes=done.passes,
+            converged=done.converged,
             seed=done.seed,
             model=opened.name,
         )
         return
     editing.write_exactly(done.text)
-    editing.note_effort(done.passes, done.seed, done.cut)
+    editing.note_effort(done.passes, done.seed, converged=done.converged, cut=done.cut)

@@ -130,6 +130,7 @@ def answer(
             generation_tokens=len(done.thought_tokens) + len(done.tokens),
             denoising_steps=list(done.denoising_steps),
             passes=done.passes,
+            converged=done.converged,
             seed=done.seed,
             model=opened.name,
         )
@@ -137,7 +138,7 @@ def answer(
     thoughts = output.thoughts(showing.show_thought, showing.hide_thought)
     output.note_thought(done.thought, thoughts)
     output.write_line(done.text)
-    editing.note_effort(done.passes, done.seed)
+    editing.note_effort(done.passes, done.seed, converged=done.converged)
 
 
 def _read_schema(path: str) -> Any:

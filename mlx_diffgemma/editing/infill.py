@@ -46,6 +46,11 @@ class Infilled:
     passes: int
     seed: int
 
+    @property
+    def converged(self) -> bool:
+        """Whether every canvas was done before its steps were used up."""
+        return all(hole.converged for hole in self.holes)
+
 
 @memory.wired()
 def infill(
