@@ -140,6 +140,8 @@ class GrammarMatcher:
         even with more work where `thorough`."""
         if self.may_end:
             return []
+        if most < 1:
+            return None
         ways: list[list[int]] = []
 
         def fits(ending: bytes) -> bool:
