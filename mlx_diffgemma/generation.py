@@ -27,6 +27,7 @@ from mlx_diffgemma.diffusion.profiles import profile_settings
 from mlx_diffgemma.errors import PromptError, UsageError
 from mlx_diffgemma.model.cache import MARK_BYTES, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.pictured import pictures_of
 from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.answer import Answer, stop_strings
 from mlx_diffgemma.text.parts import EndReason, Parts
@@ -377,19 +378,23 @@ def fit_to_context(
 
 
 def _check_tokens(model: DiffusionGemma, ids: Sequence[int], name: str) -> None:
-    vocab, images = model.config.text.vocab_size, set(model.config.image_token_ids)
+    config, pictures = model.config, pictures_of(ids)
+    vocab = config.text.vocab_size
     if not ids:
         raise PromptError(f"{name} is empty; give some text or token ids.")
+    inside = {place for span in pictures for place in range(span.start, span.stop)}
     for place, token in enumerate(ids):
         if not 0 <= token < vocab:
             raise PromptError(
                 f"{name}: token {place} is {shown(token)}; ids go from 0 to {vocab - 1}."
             )
-        if token in images:
+        if (token == config.image_token_id) != (place in inside):
             raise PromptError(
-                f"{name}: token {place} ({token}) stands for an image; images are not supported "
-                "yet, take it out."
+                f"{name}: token {place} ({token}) stands for a picture, and none belongs to it; "
+                "give pictures as parts of messages, or take it out."
             )
+    if pictures:
+        model.require_vision()
 
 
 def _stream(

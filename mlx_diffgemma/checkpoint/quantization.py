@@ -19,6 +19,7 @@ from mlx_diffgemma.checkpoint.names import (
     expected_shapes,
     is_vision,
     module_class,
+    vision_shapes,
 )
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import CheckpointError, UsageError
@@ -285,10 +286,12 @@ def formats_from_config(
     """
     block = config.quantization or {}
     full = expected_shapes(config)
+    if any(map(is_vision, shapes)) and (vision := config.vision) is not None:
+        full |= vision_shapes(vision, config.text.hidden_size)
     formats = {}
     for name, scales in shapes.items():
         path = name.removesuffix(".scales")
-        if path == name or is_vision(name) or f"{path}.weight" not in full:
+        if path == name or f"{path}.weight" not in full:
             continue
         stored = _stored_format(path, full[f"{path}.weight"], shapes, scales)
         entry = block.get(path)
@@ -303,7 +306,7 @@ def formats_from_config(
         formats[path] = stored
     for path, entry in block.items():
         wanted = entry is True or isinstance(entry, Mapping)
-        if wanted and not is_vision(path) and f"{path}.weight" in shapes and path not in formats:
+        if wanted and f"{path}.weight" in shapes and path not in formats:
             raise CheckpointError(
                 f"tensor {path}.scales is missing, though config.json says that {path} is "
                 "quantized; convert the weights again."

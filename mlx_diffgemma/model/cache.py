@@ -17,13 +17,15 @@ import mlx.core as mx
 
 from mlx_diffgemma.config import TextConfig
 from mlx_diffgemma.errors import CheckpointError, UsageError
+from mlx_diffgemma.pictured import PictureSpan
 from mlx_diffgemma.reading import shown
 
 KeysValues = tuple[mx.array, mx.array]
 
 MARK_BYTES = 1 << 30  # most bytes of the marks of one prefix
 _GROWTH = 256  # positions by which a buffer grows, so that few sizes occur
-_FORMAT = "mlx-diffgemma prefix 2"
+_FORMAT = "mlx-diffgemma prefix 3"
+_READABLE = (_FORMAT, "mlx-diffgemma prefix 2")  # the older one knows no pictures
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,14 @@ class Prefix:
         layers: what each layer holds of them.
         room: positions for which buffers are made when they have to grow.
         marks: places to go back to, the least recently used first.
+        pictures: those among the tokens, in order.
     """
 
     ids: tuple[int, ...]
     layers: tuple[LayerPrefix, ...]
     room: int = 0
     marks: tuple[Mark, ...] = ()
+    pictures: tuple[PictureSpan, ...] = ()
 
     @classmethod
     def empty(cls, config: TextConfig) -> Prefix:
@@ -169,15 +173,11 @@ class Prefix:
             del marks[0]
         return replace(self, marks=tuple(marks))
 
-    def back_to(self, ids: Sequence[int]) -> Prefix:
-        """The longest beginning of `ids` that this prefix can become without encoding anything:
-        itself, itself cut short where no sliding layer has dropped a position yet, one of its
-        marks, or a prefix of no tokens."""
-        common = 0
-        for held, wanted in zip(self.ids, ids, strict=False):
-            if held != wanted:
-                break
-            common += 1
+    def back_to(self, ids: Sequence[int], pictures: Sequence[PictureSpan] = ()) -> Prefix:
+        """The longest beginning of `ids`, with `pictures` among them, that this prefix can become
+        without encoding anything: itself, itself cut short where no sliding layer has dropped a
+        position yet, one of its marks, or a prefix of no tokens. It ends inside no picture."""
+        common = self._in_common(ids, pictures)
         if common == len(self):
             return self
         if all(layer.length == len(self) for layer in self.layers):
@@ -194,13 +194,27 @@ class Prefix:
         used = (*(other for other in self.marks if other is not mark), mark)
         return replace(self, marks=used)._cut(mark.length, layers)
 
+    def _in_common(self, ids: Sequence[int], pictures: Sequence[PictureSpan]) -> int:
+        """How many tokens both begin with, up to where a picture differs."""
+        common = 0
+        for held, wanted in zip(self.ids, ids, strict=False):
+            if held != wanted:
+                break
+            common += 1
+        # The tokens of a picture see each other both ways, so each depends on all of it.
+        apart = set(self.pictures) ^ set(pictures)
+        both = set(self.pictures) & set(pictures)
+        cut = (span.start for span in both if span.start < common < span.stop)
+        return min([common, *(span.start for span in apart), *cut])
+
     def emptied(self) -> Prefix:
         """A prefix of no tokens, which holds no arrays."""
         return Prefix((), tuple(LayerPrefix(layer.window) for layer in self.layers))
 
     def _cut(self, length: int, layers: tuple[LayerPrefix, ...]) -> Prefix:
         marks = tuple(mark for mark in self.marks if mark.length <= length)
-        return Prefix(self.ids[:length], layers, marks=marks)
+        pictures = tuple(span for span in self.pictures if span.stop <= length)
+        return Prefix(self.ids[:length], layers, marks=marks, pictures=pictures)
 
 
 class PrefixCache:
@@ -283,7 +297,13 @@ class PrefixCache:
         for index, layer in enumerate(self.prefix.layers):
             if layer.keys is not None:
                 arrays[f"{index}.keys"], arrays[f"{index}.values"] = layer.held()
-        state = {"format": _FORMAT, "model": self._identity(), "ids": list(self.prefix.ids)}
+        pictures = [[span.start, span.stop, span.key] for span in self.prefix.pictures]
+        state = {
+            "format": _FORMAT,
+            "model": self._identity(),
+            "ids": list(self.prefix.ids),
+            "pictures": pictures,
+        }
         if not file.parent.is_dir():
             raise CheckpointError(f"{file} cannot be written: there is no folder {file.parent}.")
         try:
@@ -302,9 +322,13 @@ class PrefixCache:
         try:
             arrays, metadata = _load_safetensors(str(file))
             state = json.loads(metadata["prefix"])
-            if state["format"] != _FORMAT:
+            if state["format"] not in _READABLE:
                 raise ValueError(f"its format is {state['format']!r}")
             ids = tuple(int(token) for token in state["ids"])
+            pictures = tuple(
+                PictureSpan(int(start), int(stop), str(key))
+                for start, stop, key in state.get("pictures", ())
+            )
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file} is not a saved prefix cache ({error}).") from None
         if state["model"] != cache._identity():
@@ -312,7 +336,8 @@ class PrefixCache:
                 f"{file} was saved with other weights; encode the prompt again with this model."
             )
         if ids:
-            cache.prefix = Prefix(ids, _loaded_layers(file, arrays, cache.prefix, len(ids)))
+            layers = _loaded_layers(file, arrays, cache.prefix, len(ids))
+            cache.prefix = Prefix(ids, layers, pictures=pictures)
         return cache
 
 

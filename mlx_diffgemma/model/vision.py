@@ -8,8 +8,6 @@ tokens, T hidden size of the text model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -17,23 +15,6 @@ import numpy as np
 from mlx_diffgemma.config import VisionConfig
 from mlx_diffgemma.kernels.activation import gated_gelu
 from mlx_diffgemma.model.attention import attend
-
-
-@dataclass(frozen=True)
-class Patches:
-    """A picture as the tower sees it.
-
-    Attributes:
-        values: [P, 3 · side²] numbers from 0 to 255, row by row; within a patch row, column, colour.
-        columns: patches in a row.
-    """
-
-    values: np.ndarray
-    columns: int
-
-    @property
-    def rows(self) -> int:
-        return len(self.values) // self.columns
 
 
 class ClippableLinear(nn.Module):
@@ -217,19 +198,17 @@ class VisionProjection(nn.Module):
 
 
 class Vision(nn.Module):
-    """The tower and the projection behind it: from pictures to embeddings of the text model."""
+    """The tower and the projection behind it, as they are loaded."""
 
     def __init__(self, config: VisionConfig, text_size: int) -> None:
         super().__init__()
         self.vision_tower = VisionTower(config)
         self.embed_vision = VisionProjection(config, text_size)
 
-    def embed(self, picture: Patches) -> mx.array:
-        """The embeddings [N, T] of a picture, which take the places of its image tokens as they
-        are, not scaled by √T."""
-        values = mx.array(picture.values)[None].astype(mx.float32) / 255
-        return self(values, picture.columns)[0]
 
-    def __call__(self, values: mx.array, columns: int) -> mx.array:
-        """Values [B, P, 3 · side²] from 0 to 1 of pictures of one size -> [B, N, T]."""
-        return self.embed_vision(self.vision_tower(values, columns))
+def embedded(
+    tower: VisionTower, projection: VisionProjection, values: mx.array, columns: int
+) -> mx.array:
+    """Values [B, P, 3 · side²] from 0 to 1 of pictures of one size, with `columns` patches in a row
+    -> what takes the places of their image tokens, [B, N, T]."""
+    return projection(tower(values, columns))
