@@ -18,6 +18,7 @@ from mlx_diffgemma.diffusion.encode import ends_of_turns
 from mlx_diffgemma.diffusion.events import (
     CanvasCommitted,
     DenoisingStep,
+    Looking,
     PrefillProgress,
 )
 from mlx_diffgemma.diffusion.generate import cut, generate_canvases, reserved
@@ -85,6 +86,8 @@ class GenerationResponse:
         parts: the parts of the answer before this canvas; `parts.pieces(canvas)` says what each
             token of the draft is part of.
         seed: the seed of every random draw of this run.
+        images: pictures that were read for this prompt; those of a prefix cache are not.
+        image_seconds: what the vision tower took for them; it is part of the time of the prompt.
     """
 
     text: str
@@ -113,6 +116,8 @@ class GenerationResponse:
     context_full: bool = False
     parts: Parts | None = field(default=None, repr=False, compare=False)
     seed: int = 0
+    images: int = 0
+    image_seconds: float = 0.0
 
 
 def load(
@@ -124,6 +129,7 @@ def load(
     chat_template: str | None = None,
     trust_remote_code: bool = False,
     check: bool = False,
+    vision: bool | None = None,
 ) -> tuple[DiffusionGemma, TokenizerWrapper]:
     """Load a model and its tokenizer, as `mlx_lm.load` does.
 
@@ -133,6 +139,8 @@ def load(
         adapter_path: a folder with adapters that training wrote.
         chat_template: a Jinja template, or a file that holds one, in place of the checkpoint's.
         check: look for NaN and infinity in every weight.
+        vision: whether to load the vision tower. None loads it when the first picture comes, and
+            False refuses pictures.
 
     Raises:
         CheckpointError, ConfigError, MemoryShortageError: each in one line.
@@ -140,7 +148,9 @@ def load(
     from mlx_diffgemma.text.tokenizer import load_tokenizer
 
     path = locate.locate(path_or_repo, revision)
-    model, _ = loading.load_model(path, lazy=lazy, check=check, name=str(path_or_repo))
+    model, _ = loading.load_model(
+        path, lazy=lazy, check=check, name=str(path_or_repo), vision=vision
+    )
     if adapter_path is not None:
         adapters.load_adapters(model, adapter_path)
         if not lazy:  # what another thread finds unevaluated belongs to a stream that it lacks
@@ -243,6 +253,8 @@ def stream_generate(
     tools: Tools | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     prefill_response: str | None = None,
+    images: Sequence[Any] = (),
+    image_tokens: int | None = None,
     prefix_cache: PrefixCache | None = None,
     prefill_step_size: int | None = None,
     profile: str = DEFAULT_PROFILE,
@@ -255,8 +267,9 @@ def stream_generate(
     """Generate, yielding after each denoising step, before the next one starts.
 
     Args:
-        prompt: text, messages (`{"role": ..., "content": ...}`), or token ids in a list, a tuple,
-            an array or a `BatchEncoding`.
+        prompt: text, messages (`{"role": ..., "content": ...}`, whose content may be parts with
+            pictures, `{"type": "image", "image": ...}`), or token ids in a list, a tuple, an array
+            or a `BatchEncoding`.
         max_tokens: most tokens to generate; None takes the checkpoint's setting.
         seed: makes the run repeatable on one machine; None draws a fresh one (see the responses).
         initial_canvas: token ids [C] that the first canvas starts from instead of noise.
@@ -268,6 +281,8 @@ def stream_generate(
             messages.
         chat_template_kwargs: variables for the chat template.
         prefill_response: the text that the model's turn begins with; it is part of the answer.
+        images, image_tokens: pictures before the text of the last turn of a user, and most tokens
+            of each (see `mlx_diffgemma.text.prompt.encode`).
         prefix_cache: a cache from `model.make_cache()` to use from one call to the next: what a
             prompt has in common with the previous one is not encoded again. One call at a time.
         profile: "exact" is the reference, token for token; others trade fidelity for speed.
@@ -303,6 +318,9 @@ def stream_generate(
         tools=tools,
         chat_template_kwargs=chat_template_kwargs,
         prefill_response=prefill_response,
+        images=images,
+        image_tokens=image_tokens,
+        config=model.config,
     )
     wanted = config.max_tokens
     (config,) = fit_to_context(model, [encoded.ids], config, step_size=prefill_step_size)
@@ -435,6 +453,7 @@ def _stream(
         for event in events:
             if isinstance(event, PrefillProgress):
                 on_prefill(event.done, event.total)
+                clock.looking = event.looking
                 if event.done == event.total:
                     clock.prompt_is_encoded(event.total)
                     if prompt.prefill:
@@ -491,6 +510,7 @@ class _Clock:
         self.start = time.perf_counter()
         self.prompt_seconds = 0.0
         self.encoded = 0
+        self.looking = Looking()
         self.converged = True
 
     def prompt_is_encoded(self, positions: int) -> None:
@@ -513,6 +533,8 @@ class _Clock:
             tokens_per_forward=len(tokens) / sum(steps) if steps else 0.0,
             converged=self.converged,
             seed=self.seed,
+            images=self.looking.pictures,
+            image_seconds=self.looking.seconds,
             **now,
         )
 
@@ -531,6 +553,7 @@ def batch_generate(
     tools: Tools | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     prefill_response: str | None = None,
+    image_tokens: int | None = None,
     profile: str = DEFAULT_PROFILE,
     config: DiffusionConfig | None = None,
     stop: str | Sequence[str] | None = None,
@@ -554,6 +577,8 @@ def batch_generate(
             tools=tools,
             chat_template_kwargs=chat_template_kwargs,
             prefill_response=prefill_response,
+            image_tokens=image_tokens,
+            config=model.config,
         )
         for prompt in rows
     ]

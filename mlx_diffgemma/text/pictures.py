@@ -93,9 +93,9 @@ def read_picture(
     """The picture in a file, in bytes, in a Pillow image or in an array.
 
     Args:
-        source: a path; the bytes of a file; a Pillow image; or an array [height, width],
+        source: a path; the bytes of a file; a Pillow image; an array [height, width],
             [height, width, 1], [..., 3] or [..., 4] of uint8, of uint16, of booleans, or of numbers
-            from 0 to 1.
+            from 0 to 1; or a `Picture`, which is handed back.
         soft_tokens: the most that it may take, one of `SOFT_TOKENS`; None takes the checkpoint's.
         name: what an error calls it; None takes its path, or "the picture".
 
@@ -104,6 +104,8 @@ def read_picture(
         UsageError: `soft_tokens` is none of those.
     """
     soft_tokens = checked_soft_tokens(soft_tokens, vision)
+    if isinstance(source, Picture):
+        return source
     path = Path(source) if isinstance(source, (str, Path)) else None
     name = name or (str(path) if path is not None else "the picture")
     image = _as_image(source, path, name)
