@@ -14,6 +14,7 @@ from mlx_diffgemma.checkpoint import adapters, loading, locate, memory
 from mlx_diffgemma.checks import check_callable, check_flag, check_integer
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.diffusion.denoiser import Denoiser
 from mlx_diffgemma.diffusion.encode import ends_of_turns
 from mlx_diffgemma.diffusion.events import (
     CanvasCommitted,
@@ -213,10 +214,29 @@ def configured(
     return replace(config, eos_token_ids=(*config.eos_token_ids, *more))
 
 
-def check_prefix_cache(given: Any) -> None:
-    """Raise UsageError where something else is given for a prefix cache."""
-    if given is not None and not isinstance(given, PrefixCache):
+def cache_of(model: DiffusionGemma, given: Any) -> PrefixCache:
+    """The cache that is given, or a new one.
+
+    Raises:
+        UsageError: it is none, or one of another model.
+    """
+    cache = model.make_cache() if given is None else given
+    if not isinstance(cache, PrefixCache):
         raise UsageError(f"prefix_cache must come from model.make_cache(), not be {shown(given)}.")
+    cache.require_model(model)
+    return cache
+
+
+def denoiser_of(model: DiffusionGemma, given: Any) -> Denoiser:
+    """The denoiser that is given, or the model's own.
+
+    Raises:
+        UsageError: it is none, or one of another model.
+    """
+    denoiser = Denoiser(model) if given is None else given
+    if not isinstance(denoiser, Denoiser) or denoiser.model is not model:
+        raise UsageError(f"denoiser must be a Denoiser of the same model, not {shown(given)}.")
+    return denoiser
 
 
 def generate(
@@ -241,7 +261,7 @@ def generate(
 def stream_generate(
     model: DiffusionGemma,
     tokenizer: TokenizerWrapper,
-    prompt: Prompt,
+    prompt: Prompt | Encoded,
     max_tokens: int | None = None,
     *,
     seed: int | None = None,
@@ -257,6 +277,7 @@ def stream_generate(
     image_tokens: int | None = None,
     prefix_cache: PrefixCache | None = None,
     prefill_step_size: int | None = None,
+    denoiser: Denoiser | None = None,
     profile: str = DEFAULT_PROFILE,
     config: DiffusionConfig | None = None,
     draft: bool = True,
@@ -269,7 +290,7 @@ def stream_generate(
     Args:
         prompt: text, messages (`{"role": ..., "content": ...}`, whose content may be parts with
             pictures, `{"type": "image", "image": ...}`), or token ids in a list, a tuple, an array
-            or a `BatchEncoding`.
+            or a `BatchEncoding`; or what `mlx_diffgemma.text.prompt.encode` made of one.
         max_tokens: most tokens to generate; None takes the checkpoint's setting.
         seed: makes the run repeatable on one machine; None draws a fresh one (see the responses).
         initial_canvas: token ids [C] that the first canvas starts from instead of noise.
@@ -285,6 +306,8 @@ def stream_generate(
             of each (see `mlx_diffgemma.text.prompt.encode`).
         prefix_cache: a cache from `model.make_cache()` to use from one call to the next: what a
             prompt has in common with the previous one is not encoded again. One call at a time.
+        denoiser: what runs the passes, such as one that steps the canvases of several calls
+            together; None takes the model's own.
         profile: "exact" is the reference, token for token; others trade fidelity for speed.
         draft: also decode the draft of every step into text.
         stop: texts that end the answer; it is cut before the first that its text completes. What
@@ -303,25 +326,28 @@ def stream_generate(
     if prefill_step_size is not None:
         check_integer("prefill_step_size", prefill_step_size, 1)
     seed, stops = checked_seed(seed), stop_strings(stop)
-    check_prefix_cache(prefix_cache)
+    cache, denoiser = cache_of(model, prefix_cache), denoiser_of(model, denoiser)
     if initial_canvas is not None and not hasattr(initial_canvas, "__len__"):
         raise UsageError(f"initial_canvas must be token ids, not {shown(initial_canvas)}.")
     check_flag("draft", draft)
     check_callable("on_prefill", on_prefill)
-    encoded = encode(
-        tokenizer,
-        prompt,
-        raw=raw,
-        markers=markers,
-        system_prompt=system_prompt,
-        thinking=thinking,
-        tools=tools,
-        chat_template_kwargs=chat_template_kwargs,
-        prefill_response=prefill_response,
-        images=images,
-        image_tokens=image_tokens,
-        config=model.config,
-    )
+    if isinstance(prompt, Encoded):
+        encoded = prompt
+    else:
+        encoded = encode(
+            tokenizer,
+            prompt,
+            raw=raw,
+            markers=markers,
+            system_prompt=system_prompt,
+            thinking=thinking,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            prefill_response=prefill_response,
+            images=images,
+            image_tokens=image_tokens,
+            config=model.config,
+        )
     wanted = config.max_tokens
     (config,) = fit_to_context(model, [encoded.ids], config, step_size=prefill_step_size)
     return _stream(
@@ -331,7 +357,8 @@ def stream_generate(
         config,
         seed=seed,
         initial_canvas=None if initial_canvas is None else [list(initial_canvas)],
-        cache=model.make_cache() if prefix_cache is None else prefix_cache,
+        cache=cache,
+        denoiser=denoiser,
         step_size=prefill_step_size,
         draft=draft,
         fills_context=config.max_tokens < wanted,
@@ -424,6 +451,7 @@ def _stream(
     seed: int,
     initial_canvas: list[list[int]] | None,
     cache: PrefixCache,
+    denoiser: Denoiser,
     step_size: int | None,
     draft: bool,
     fills_context: bool,
@@ -441,6 +469,7 @@ def _stream(
             config,
             seeded(seed),
             caches=[cache],
+            denoiser=denoiser,
             initial_canvas=initial_canvas,
             prefill_step_size=step_size,
             ends=lambda _, gained: answer.would_stop(gained),

@@ -6,6 +6,7 @@ positions together, S positions that have candidates.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -63,7 +64,7 @@ class Denoiser:
         """
         return self.queue(canvases, prefixes).read()
 
-    def queue(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> QueuedStep:
+    def queue(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> Queued:
         """Hand a step to the device, without waiting for it."""
         passed = self._predict(canvases, prefixes)
         stepped, read = [], []
@@ -193,14 +194,12 @@ class Look:
     entropy: np.ndarray
 
 
-@dataclass(frozen=True)
-class QueuedStep:
-    """A step that the device is computing."""
+class Queued(ABC):
+    """A step that the device is computing, or will."""
 
-    stepped: tuple[Canvas, ...]
-    passed: tuple[Passed, ...]
-    wanted: mx.array
-    not_finite: Callable[[str], NumericalError]
+    @abstractmethod
+    def each(self) -> list[Canvas | NumericalError]:
+        """Wait for the step, once; each canvas after it, or what went wrong with that one."""
 
     def read(self, titles: Sequence[str] = ()) -> list[Canvas]:
         """Wait for the step, once; the canvases after it. `titles` are what an error calls the
@@ -209,17 +208,35 @@ class QueuedStep:
         Raises:
             NumericalError: the model returned values that are not finite.
         """
+        canvases = []
+        for number, after in enumerate(self.each()):
+            if isinstance(after, NumericalError):
+                raise after if not titles else type(after)(f"{titles[number]}, {after}")
+            canvases.append(after)
+        return canvases
+
+
+@dataclass(frozen=True)
+class QueuedStep(Queued):
+    """A step that the device is computing."""
+
+    stepped: tuple[Canvas, ...]
+    passed: tuple[Passed, ...]
+    wanted: mx.array
+    not_finite: Callable[[str], NumericalError]
+
+    def each(self) -> list[Canvas | NumericalError]:
         wanted = np.array(self.wanted)
         spans = _spans([len(canvas) for canvas in self.stepped])
-        canvases = []
+        found: list[Canvas | NumericalError] = []
         for canvas, passed, (start, stop) in zip(self.stepped, self.passed, spans, strict=True):
-            canvases.append(_after(canvas, passed, wanted[:, start:stop]))
-            if not np.isfinite(canvases[-1].entropy).all():
-                of_which = f"{titles[len(canvases) - 1]}, " if titles else ""
-                raise self.not_finite(
-                    f"{of_which}canvas {canvas.index + 1}, step {canvas.passes + 1}"
-                )
-        return canvases
+            after = _after(canvas, passed, wanted[:, start:stop])
+            if np.isfinite(after.entropy).all():
+                found.append(after)
+            else:
+                where = f"canvas {canvas.index + 1}, step {canvas.passes + 1}"
+                found.append(self.not_finite(where))
+        return found
 
 
 def denoise(

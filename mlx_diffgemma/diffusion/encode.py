@@ -40,7 +40,7 @@ def encode(
             of tokens, for a caller that has more to queue.
     """
     pictures = pictures_of(ids)
-    cache.prefix = cache.prefix.back_to(ids, pictures)
+    cache.begin(ids)
     start, total = len(cache.prefix), len(ids)
     cache.prefix = cache.prefix.with_room(total - start + room)
     yield PrefillProgress(row, 0, total - start)
@@ -61,6 +61,7 @@ def encode(
         mx.clear_cache()
         if last in marks:
             cache.prefix = cache.prefix.marked(cache.mark_bytes)
+        cache.rest()
         yield PrefillProgress(row, last - start, total - start, looking)
 
 

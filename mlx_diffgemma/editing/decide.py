@@ -32,7 +32,7 @@ from mlx_diffgemma.editing.questions import (
 )
 from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import PromptError, UsageError
-from mlx_diffgemma.generation import check_prefix_cache, diffusion_config, fit_to_context
+from mlx_diffgemma.generation import cache_of, denoiser_of, diffusion_config, fit_to_context
 from mlx_diffgemma.model.cache import Prefix, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.reading import shown
@@ -129,6 +129,7 @@ def decide(
     raw: bool = False,
     prefix_cache: PrefixCache | None = None,
     prefill_step_size: int | None = None,
+    denoiser: Denoiser | None = None,
     **settings: Any,
 ) -> Decisions:
     """How probable each answer to each question about a state is.
@@ -145,7 +146,8 @@ def decide(
             that answers in a form of its own. The prompt is then the state alone, and an option
             stands in the answer by its name.
         calibration: what `calibrate` fitted for this model; None leaves probabilities as they are.
-        seed, system_prompt, raw, prefix_cache, prefill_step_size: as for `stream_generate`.
+        seed, system_prompt, raw, prefix_cache, prefill_step_size, denoiser: as for
+            `stream_generate`.
         settings: fields of `DecisionSettings`.
 
     Raises:
@@ -155,7 +157,7 @@ def decide(
     how = overridden(DecisionSettings(), settings)
     config = diffusion_config(model, max_denoising_steps=how.steps)
     check_tokenizer(tokenizer)
-    check_prefix_cache(prefix_cache)
+    cache, denoiser = cache_of(model, prefix_cache), denoiser_of(model, denoiser)
     if prefill_step_size is not None:
         check_integer("prefill_step_size", prefill_step_size, 1)
     if frame is not None:
@@ -191,12 +193,10 @@ def decide(
         _refuse_too_long(lambda count: len(prompt(0, asked[:count])), asked, room)
     config = config.override(canvas_length=max(lengths), max_tokens=max(lengths))
     fit_to_context(model, prompts, config, step_size=prefill_step_size)
-    cache = model.make_cache() if prefix_cache is None else prefix_cache
-    cache.require_model(model)
     with cache.in_use():
         shared = _in_common([*prompts, prompt(0, [])])
         prefixes, known = _encoded(model, cache, prompts, shared, prefill_step_size)
-    found, passes = _looked_at(model, config, vocabulary, frames, lengths, prefixes, seed, how)
+    found, passes = _looked_at(denoiser, config, vocabulary, frames, lengths, prefixes, seed, how)
     answers = {
         question.name: _answer(question, own, logits, calibration)
         for question, own, logits in zip(asked, labels, found, strict=True)
@@ -333,7 +333,7 @@ def _encoded(
 
 
 def _looked_at(
-    model: DiffusionGemma,
+    denoiser: Denoiser,
     config: DiffusionConfig,
     vocabulary: Vocabulary,
     frames: Sequence[Frame],
@@ -344,7 +344,7 @@ def _looked_at(
 ) -> tuple[list[np.ndarray], int]:
     """The logits [R, draws, K] of each question's labels at temperature 1 after the last pass, and
     the passes over batches that it took."""
-    denoiser, noise = Denoiser(model), SeededNoise(seed)
+    noise = SeededNoise(seed)
     layouts = [f.layout(n, vocabulary.end) for f, n in zip(frames, lengths, strict=True)]
     canvases, behind, of = [], [], []
     for prefix in prefixes:

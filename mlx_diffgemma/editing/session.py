@@ -20,8 +20,8 @@ from mlx_diffgemma.diffusion.noise import SeededNoise, checked_seed
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.generation import configured, fit_to_context
-from mlx_diffgemma.model.cache import Prefix
+from mlx_diffgemma.generation import cache_of, configured, denoiser_of, fit_to_context
+from mlx_diffgemma.model.cache import Prefix, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.text.prompt import Prompt, Tools, encode_prompt
 
@@ -69,7 +69,9 @@ class Session:
         thinking: bool | None = None,
         tools: Tools | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        prefix_cache: PrefixCache | None = None,
         prefill_step_size: int | None = None,
+        denoiser: Denoiser | None = None,
         on_step: OnStep | None = None,
         profile: str = DEFAULT_PROFILE,
         config: DiffusionConfig | None = None,
@@ -107,10 +109,10 @@ class Session:
         self._prefill_step_size = prefill_step_size
         self.length = self.config.canvas_length or model.config.canvas_length
         self.noise = SeededNoise(self.seed)
-        self.denoiser = Denoiser(model)
+        self.denoiser = denoiser_of(model, denoiser)
         self.passes = 0
         self.canvases = 0
-        self.cache = model.make_cache()
+        self.cache = cache_of(model, prefix_cache)
         self._on_step = on_step or (lambda step: None)
 
     def fitted(self) -> DiffusionConfig:

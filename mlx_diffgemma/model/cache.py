@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from mlx_diffgemma.config import TextConfig
 from mlx_diffgemma.errors import CheckpointError, UsageError
-from mlx_diffgemma.pictured import PictureSpan
+from mlx_diffgemma.pictured import PictureSpan, pictures_of
 from mlx_diffgemma.reading import shown
 
 KeysValues = tuple[mx.array, mx.array]
@@ -102,6 +102,20 @@ class LayerPrefix:
         return _update(buffer, new, self.length)
 
 
+def _in_common(held: tuple[int, ...], wanted: tuple[int, ...]) -> int:
+    """How many tokens two sequences begin with in common. Whole pieces are compared at a time."""
+    least, most = 0, min(len(held), len(wanted))
+    if held[:most] == wanted[:most]:
+        return most
+    while most - least > 1:
+        middle = (least + most) // 2
+        if held[least:middle] == wanted[least:middle]:
+            least = middle
+        else:
+            most = middle
+    return least
+
+
 def _update(buffer: mx.array, new: mx.array, at: int) -> mx.array:
     return mx.slice_update(buffer, new, mx.array([at]), axes=(2,))
 
@@ -173,11 +187,12 @@ class Prefix:
             del marks[0]
         return replace(self, marks=tuple(marks))
 
-    def back_to(self, ids: Sequence[int], pictures: Sequence[PictureSpan] = ()) -> Prefix:
-        """The longest beginning of `ids`, with `pictures` among them, that this prefix can become
-        without encoding anything: itself, itself cut short where no sliding layer has dropped a
-        position yet, one of its marks, or a prefix of no tokens. It ends inside no picture."""
-        common = self._in_common(ids, pictures)
+    def back_to(self, ids: Sequence[int]) -> Prefix:
+        """The longest beginning of `ids`, and of the pictures among them, that this prefix can
+        become without encoding anything: itself, itself cut short where no sliding layer has
+        dropped a position yet, one of its marks, or a prefix of no tokens. It ends inside no
+        picture."""
+        common = self._in_common(ids)
         if common == len(self):
             return self
         if all(layer.length == len(self) for layer in self.layers):
@@ -194,13 +209,16 @@ class Prefix:
         used = (*(other for other in self.marks if other is not mark), mark)
         return replace(self, marks=used)._cut(mark.length, layers)
 
-    def _in_common(self, ids: Sequence[int], pictures: Sequence[PictureSpan]) -> int:
+    def continues(self, other: Prefix) -> bool:
+        """Whether this prefix begins with all that another holds, pictures too."""
+        begun = tuple(span for span in self.pictures if span.stop <= len(other))
+        return self.ids[: len(other)] == other.ids and begun == other.pictures
+
+    def _in_common(self, ids: Sequence[int]) -> int:
         """How many tokens both begin with, up to where a picture differs."""
-        common = 0
-        for held, wanted in zip(self.ids, ids, strict=False):
-            if held != wanted:
-                break
-            common += 1
+        common, pictures = _in_common(self.ids, tuple(ids)), pictures_of(ids)
+        if not self.pictures and not pictures:
+            return common
         # The tokens of a picture see each other both ways, so each depends on all of it.
         apart = set(self.pictures) ^ set(pictures)
         both = set(self.pictures) & set(pictures)
@@ -275,6 +293,14 @@ class PrefixCache:
                 "another from model.make_cache()."
             )
         self._weights = model.adaptations
+
+    def begin(self, ids: Sequence[int]) -> None:
+        """Go back to the longest beginning of `ids` that is known."""
+        self.prefix = self.prefix.back_to(ids)
+
+    def rest(self) -> None:
+        """Called behind each chunk of a prompt that is encoded, for a cache whose work is shared
+        with that of others; here nothing happens."""
 
     def snapshot(self) -> PrefixCache:
         """Another cache that holds the same prefix. Nothing is copied until one of them grows."""
