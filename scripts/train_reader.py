@@ -1,4 +1,4 @@
-"""Train the demo's reading model from nothing, on endless fresh pictures of drawn digits.
+"""Train the demo's reading model from nothing, on endless fresh pictures of drawn sudokus.
 
     python scripts/train_reader.py RUN --hours 1 --openblas /usr/lib/.../libopenblas.so.0
     python scripts/train_reader.py RUN --finish          # writes RUN/model, examined
@@ -33,7 +33,7 @@ TEMPLATE = """\
 {% endfor %}{% endif %}<turn|>
 {% endfor %}{% if add_generation_prompt %}<|turn>model
 {% endif %}"""
-SOFT_TOKENS = 24
+SOFT_TOKENS = 36
 TEXT = {
     "hidden_size": 96, "intermediate_size": 192, "moe_intermediate_size": 48, "num_experts": 4,
     "top_k_experts": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
@@ -43,7 +43,7 @@ TEXT = {
 }  # fmt: skip
 VISION = {
     "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "head_dim": 24, "patch_size": 12, "pooling_kernel_size": 2,
+    "num_key_value_heads": 4, "head_dim": 24, "patch_size": 24, "pooling_kernel_size": 1,
     "position_embedding_size": 64,
 }  # fmt: skip
 
@@ -58,7 +58,7 @@ def make_config() -> dict[str, Any]:
         **config,
         "boi_token_id": begin,
         "eoi_token_id": end,
-        "canvas_length": 8,
+        "canvas_length": 40,
         "text_config": text,
         "vision_config": {**config["vision_config"], **VISION},
         "vision_soft_tokens_per_image": SOFT_TOKENS,
@@ -88,9 +88,19 @@ def begin(folder: Path, seed: int) -> None:
     partial.rename(folder / "start")
 
 
+def any_givens(rng: np.random.Generator) -> str:
+    """Six rows of digits and blanks by chance, so that nothing but the picture says what they are."""
+    from mlx_diffgemma.demo.sudoku import BLANK, LEAST_BLANK, MOST_BLANK, SIDE
+
+    cells = rng.integers(1, SIDE + 1, (SIDE, SIDE))
+    blank = rng.random((SIDE, SIDE)) < rng.uniform(LEAST_BLANK, MOST_BLANK)
+    rows = np.where(blank, 0, cells).tolist()
+    return "\n".join("".join(str(digit or BLANK) for digit in row) for row in rows)
+
+
 def stream_of(model: Any, tokenizer: Any, seed: int) -> Any:
     """The examples of a run, by number."""
-    from mlx_diffgemma.demo import digits
+    from mlx_diffgemma.demo import drawing
     from mlx_diffgemma.pictured import pictures_of
     from mlx_diffgemma.text.control_tokens import control_tokens_of
     from mlx_diffgemma.text.prompt import encode_prompt
@@ -103,11 +113,12 @@ def stream_of(model: Any, tokenizer: Any, seed: int) -> Any:
     def stream(first: int, count: int) -> list[Example]:
         examples = []
         for number in range(first, first + count):
-            drawing = digits.draw(np.random.default_rng([seed, number]))
+            rng = np.random.default_rng([seed, number])
+            givens = any_givens(rng)
             prompt = encode_prompt(
-                tokenizer, digits.PROMPT, images=[drawing.image], config=model.config
+                tokenizer, drawing.PROMPT, images=[drawing.draw(givens, rng)], config=model.config
             )
-            response = encode_response(controls, drawing.digits, end)
+            response = encode_response(controls, drawing.answer(givens), end)
             tokens = (*prompt, *response)
             examples.append(Example(tokens, len(prompt), pictures_of(prompt)))
         return examples
@@ -116,16 +127,19 @@ def stream_of(model: Any, tokenizer: Any, seed: int) -> Any:
 
 
 def exact_rate(model: Any, tokenizer: Any, count: int, seed: int) -> float:
-    """The share of fresh pictures whose digits the model reads, by the way that users go."""
+    """The share of pictures of fresh puzzles that the model reads without a mistake, by the way
+    that users go."""
     from mlx_diffgemma import generate
-    from mlx_diffgemma.demo import digits
+    from mlx_diffgemma.demo import drawing
+    from mlx_diffgemma.demo.sudoku import make_puzzle
 
     right = 0
     for number in range(count):
-        drawing = digits.draw(np.random.default_rng([seed, number]))
-        right += drawing.digits == generate(
-            model, tokenizer, digits.PROMPT, 8, images=[drawing.image], seed=number
-        )
+        rng = np.random.default_rng([seed, number])
+        givens = make_puzzle(rng).givens
+        image = drawing.draw(givens, rng)
+        read = generate(model, tokenizer, drawing.PROMPT, 40, images=[image], seed=number)
+        right += read == drawing.answer(givens)
     return right / count
 
 
