@@ -17,6 +17,8 @@ from mlx_diffgemma.reading import LARGEST_LENGTH, Section, shown
 MODEL_TYPE = "diffusion_gemma"
 SLIDING = "sliding_attention"
 FULL = "full_attention"
+SOFT_TOKENS = (70, 140, 280, 560, 1120)
+"""How many soft tokens a picture may be asked to take at most."""
 
 _LAYER = re.compile(r"[0-9]{1,9}")
 _GLOBAL = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}

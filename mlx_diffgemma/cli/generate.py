@@ -8,7 +8,7 @@ import typer
 
 from mlx_diffgemma.cli import structured
 from mlx_diffgemma.cli.command import command
-from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Showing
+from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Pictures, Showing
 from mlx_diffgemma.settings import Setting
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ MAKE_ROOM = "a shorter prompt leaves more of it."
     "mlx-diffgemma generate --prompt 'Why is the sky blue?'",
     "cat notes.txt | mlx-diffgemma generate --max-tokens 1024 --seed 7",
     "mlx-diffgemma generate -p 'Is it late?' --choices yes no unsure",
+    "mlx-diffgemma generate -p 'What is this?' --image photo.jpg",
 )
 def generate(
     *,
@@ -42,6 +43,7 @@ def generate(
             panel="Prompt",
         ),
     ] = None,
+    pictures: Pictures,
     asking: Asking,
     loading: Loading,
     denoising: Denoising,
@@ -56,17 +58,26 @@ def generate(
     from mlx_diffgemma.cli.inputs import read_prompt
 
     constraint = validity.constraint(choices or ())
+    images = pictures.read(prompt, raw=asking.raw)
     if prompt is not None:  # as mlx-lm reads it
         prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
     text = read_prompt(prompt, raw=asking.raw)
     if constraint is not None:
-        structured.answer(text, constraint, asking, loading, denoising, showing)
+        structured.answer(
+            text, constraint, asking, loading, denoising, showing, images, pictures.image_tokens
+        )
     else:
-        _answer(text, asking, loading, denoising, showing)
+        _answer(text, asking, loading, denoising, showing, images, pictures.image_tokens)
 
 
 def _answer(
-    prompt: str, asking: Asking, loading: Loading, denoising: Denoising, showing: Showing
+    prompt: str,
+    asking: Asking,
+    loading: Loading,
+    denoising: Denoising,
+    showing: Showing,
+    images: list[object],
+    image_tokens: int | None,
 ) -> None:
     from mlx_diffgemma.cli import opening, output, report
     from mlx_diffgemma.cli.outcome import Outcome, pieces_of
@@ -88,6 +99,8 @@ def _answer(
             tools=tools,
             chat_template_kwargs=variables,
             prefill_response=asking.prefill_response,
+            images=images,
+            image_tokens=image_tokens,
             prefill_step_size=asking.prefill_step_size,
             config=denoising.config(opened.model),
             draft=False,

@@ -86,6 +86,8 @@ def answer(
     loading: Loading,
     denoising: Denoising,
     showing: Showing,
+    images: Sequence[object],
+    image_tokens: int | None,
 ) -> None:
     """Write an answer that satisfies the constraint."""
     from mlx_diffgemma.cli import opening, output
@@ -114,6 +116,8 @@ def answer(
                 thinking=asking.thinking,
                 tools=tools,
                 chat_template_kwargs=variables,
+                images=images,
+                image_tokens=image_tokens,
                 prefill_step_size=asking.prefill_step_size,
                 config=denoising.config(opened.model),
                 on_step=on_step,

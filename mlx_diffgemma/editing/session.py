@@ -23,6 +23,7 @@ from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.generation import cache_of, configured, denoiser_of, fit_to_context
 from mlx_diffgemma.model.cache import Prefix, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.pictured import followed_by
 from mlx_diffgemma.text.prompt import Prompt, Tools, encode_prompt
 
 OnStep = Callable[[DenoisingStep], None]
@@ -69,6 +70,8 @@ class Session:
         thinking: bool | None = None,
         tools: Tools | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        images: Sequence[Any] = (),
+        image_tokens: int | None = None,
         prefix_cache: PrefixCache | None = None,
         prefill_step_size: int | None = None,
         denoiser: Denoiser | None = None,
@@ -104,6 +107,9 @@ class Session:
             thinking=thinking,
             tools=tools,
             chat_template_kwargs=chat_template_kwargs,
+            images=images,
+            image_tokens=image_tokens,
+            config=model.config,
         )
         self.prompt = self.encode(prompt)
         self._prefill_step_size = prefill_step_size
@@ -126,7 +132,7 @@ class Session:
 
     def prefix(self, text_tokens: Sequence[int] = ()) -> Prefix:
         """The prompt, followed by these tokens of the answer, encoded."""
-        ids = [*self.prompt, *text_tokens]
+        ids = followed_by(self.prompt, text_tokens)
         fit_to_context(self.model, [ids], self.config)
         return self.encoded(ids)
 

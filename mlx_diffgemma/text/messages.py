@@ -162,7 +162,10 @@ def with_images(messages: Sequence[dict[str, Any]], images: Sequence[Any]) -> li
         if found[place]["role"] == "user":
             content = found[place].get("content", "")
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            shown_first = [{"type": "image", "image": image} for image in images]
+            shown_first = [
+                image if isinstance(image, dict) else {"type": "image", "image": image}
+                for image in images
+            ]
             found[place] = {**found[place], "content": [*shown_first, *parts]}
             return found
     raise PromptError("pictures belong to a message of a user, and there is none.")

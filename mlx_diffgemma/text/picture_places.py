@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from mlx_diffgemma.config import ModelConfig, VisionConfig
-from mlx_diffgemma.errors import CheckpointError, PromptError
+from mlx_diffgemma.errors import CheckpointError, PromptError, UsageError
 from mlx_diffgemma.pictured import PicturedIds, PictureSpan
 from mlx_diffgemma.text.pictures import Picture, read_picture
 from mlx_diffgemma.text.tokenizer import hf_tokenizer
@@ -116,6 +116,8 @@ class PictureReader:
         """
         if not images:
             return ids
+        if any(isinstance(image, Mapping) for image in images):
+            raise UsageError("a video needs the chat template; raw prompts and token ids use none.")
         pictures = [self._picture(image) for image in images]
         config = self.config
         assert config is not None and config.image_token_id is not None
@@ -132,6 +134,14 @@ class PictureReader:
             begin = 1 if bos is not None and ids[:1] == [bos] else 0
             ids = [*ids[:begin], *[config.image_token_id] * len(pictures), *ids[begin:]]
         return self.expanded(ids, pictures)
+
+
+def read_images(images: Sequence[Any], reader: PictureReader) -> list[Any]:
+    """Pictures read once, for prompts that share them; videos are left as they are."""
+    return [
+        image if isinstance(image, Mapping) else read_picture(image, reader.vision, reader.image_tokens)
+        for image in images
+    ]
 
 
 def _span(picture: Picture, start: int) -> PictureSpan:

@@ -20,15 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_diffgemma.config import VisionConfig
+from mlx_diffgemma.config import SOFT_TOKENS, VisionConfig
 from mlx_diffgemma.errors import PromptError, UsageError
 from mlx_diffgemma.reading import shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SOFT_TOKENS = (70, 140, 280, 560, 1120)
-"""How many soft tokens a picture may be asked to take at most."""
 LARGEST_FILE = 256_000_000
 """Most bytes of a file with a picture."""
 LARGEST_PICTURE = 178_956_970

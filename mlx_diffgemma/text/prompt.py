@@ -108,8 +108,8 @@ def encode(
         prefill_response: the text that the model's turn begins with.
         images: pictures that stand before the text of the last turn of a user, beside those that
             messages hold as `{"type": "image", "image": ...}`: paths, the bytes of files, Pillow
-            images or arrays. Videos are parts `{"type": "video", "video": path}`, with "fps" and
-            "max_frames" where the frames are to be others.
+            images or arrays. Videos are parts `{"type": "video", "video": path}` here and there,
+            with "fps" and "max_frames" where the frames are to be others.
         image_tokens: most tokens of a picture, one of 70, 140, 280, 560 and 1120; None takes the
             checkpoint's. A frame of a video takes 70.
         config: that of the model (`model.config`), which pictures need.
