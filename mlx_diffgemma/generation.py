@@ -403,6 +403,8 @@ def fit_to_context(
                 + ("lower canvas_length." if long_canvas else "shorten the prompt.")
             )
         configs.append(replace(config, max_tokens=min(config.max_tokens, canvases * length)))
+    pictures = [span for ids in prompts for span in pictures_of(ids)]
+    sizes = [0 if span.patches is None else len(span.patches) for span in pictures]
     estimate = memory.estimate(
         model.config.text,
         0,
@@ -412,6 +414,8 @@ def fit_to_context(
         ],
         activation_bytes=model.dtype.size,
         step_size=step_size or model.prefill_step_size,
+        vision=model.config.vision if sizes else None,
+        patches=max(sizes, default=0),
     )
     longest = max(map(len, prompts))
     what = f"a prompt of {longest} tokens"

@@ -89,7 +89,7 @@ def begin(folder: Path, seed: int) -> None:
 
 
 def any_givens(rng: np.random.Generator) -> str:
-    """Six rows of digits and blanks by chance, so that nothing but the picture says what they are."""
+    """Six rows of digits and blanks by chance, which nothing but the picture tells."""
     from mlx_diffgemma.demo.sudoku import BLANK, LEAST_BLANK, MOST_BLANK, SIDE
 
     cells = rng.integers(1, SIDE + 1, (SIDE, SIDE))
@@ -185,8 +185,8 @@ def sit(folder: Path, args: argparse.Namespace, say: Any) -> None:
                 say("report", step=event.step, loss=round(event.loss, 4),
                     per_second=round(event.examples_per_second, 1))  # fmt: skip
             case Evaluation():
-                say("evaluation", step=event.step, exact=event.exact,
-                    loss={str(noise): round(loss, 4) for noise, loss in event.by_noise.items()})  # fmt: skip
+                losses = {str(noise): round(loss, 4) for noise, loss in event.by_noise.items()}
+                say("evaluation", step=event.step, exact=event.exact, loss=losses)
             case Saved() if time.monotonic() > ends:
                 say("stopped", step=event.step)
                 return

@@ -46,7 +46,9 @@ def vision_config(raw: dict[str, Any]) -> VisionConfig:
     return VisionConfig.read(Section(raw), 280)
 
 
-def make_vision_weights(config: VisionConfig, text_size: int, seed: int = 0) -> dict[str, np.ndarray]:
+def make_vision_weights(
+    config: VisionConfig, text_size: int, seed: int = 0
+) -> dict[str, np.ndarray]:
     """Random float32 weights of a tower and its projection, by their names in a checkpoint."""
     rng = np.random.default_rng([seed, 3])
     weights = {}

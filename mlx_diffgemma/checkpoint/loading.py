@@ -112,6 +112,11 @@ def load_model(
         _check_finite(model)
     if not lazy:
         mx.eval(model.parameters())
+    if eyes.stored:
+        ids = (config.image_token_id, config.boi_token_id, config.eoi_token_id)
+        model.never_drawn = tuple(
+            token for token in ids if token is not None and token < config.text.vocab_size
+        )
     model.load_vision = eyes.closed if vision is False else eyes.load
     if vision:
         model.require_vision()
@@ -156,7 +161,9 @@ class _Eyes:
         )
 
     def closed(self) -> Vision:
-        raise PromptError(f"{self.name} was loaded without its vision tower, so it reads no pictures.")
+        raise PromptError(
+            f"{self.name} was loaded without its vision tower, so it reads no pictures."
+        )
 
     def load(self) -> Vision:
         """The tower, from disk.

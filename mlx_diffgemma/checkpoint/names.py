@@ -124,6 +124,18 @@ def is_quantizable(name: str, ndim: int) -> bool:
     return name.endswith(".weight") and ndim >= 2 and kind in QUANTIZABLE_CLASSES
 
 
+def is_vision_quantizable(name: str, ndim: int) -> bool:
+    """Whether a parameter of the vision tower is a matrix that may be quantized. The projection of
+    the pixels is none: cast to the type of packed weights, pixels become integers."""
+    path = module_path(name)
+    return (
+        is_vision(path)
+        and name.endswith(".weight")
+        and ndim == 2
+        and not path.endswith("patch_embedder.input_proj")
+    )
+
+
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every text parameter of the unquantized model, by MLX name."""
     text = config.text

@@ -138,8 +138,9 @@ _LAYER = re.compile(r"\.decoder\.layers\.(\d+)\.")
 @dataclass(frozen=True)
 class Rule:
     """`selector=format`. A selector is a class of modules (`experts`, `attn`, `mlp`, `router`,
-    `embedding`, `self_conditioning`, `all`), one of its projections (`experts.down_proj`), either
-    of them in some layers (`layers[0:3].attn`, `layers[-1]`), or a path with `*`."""
+    `embedding`, `self_conditioning`, `vision`; `all` but the last), one of its projections
+    (`experts.down_proj`), either of them in some layers (`layers[0:3].attn`, `layers[-1]`), or a
+    path with `*`."""
 
     selector: str
     format: Format
@@ -172,7 +173,7 @@ def selects(selector: str, path: str, num_layers: int = 0) -> bool:
     if module in ("", "all"):
         return True
     head, _, tail = module.partition(".")
-    if _ALIASES.get(head, head) in QUANTIZABLE_CLASSES:
+    if _ALIASES.get(head, head) in (*QUANTIZABLE_CLASSES, "vision"):
         kind = _ALIASES.get(head, head)
         return module_class(path) == kind and (not tail or path.endswith(f".{tail}"))
     return fnmatchcase(path, module) or fnmatchcase(path, f"*.{module}")
@@ -210,6 +211,16 @@ class Recipe:
                 return rule.format
         return Format(KEEP)
 
+    def format_for_vision(self, path: str, columns: int) -> Format:
+        """The format of a matrix of the vision tower: that of the last rule which names the tower
+        (`vision`) or the module's path. "none" where there is no such rule, or where the groups do
+        not divide the `columns`."""
+        for rule in reversed(self.rules):
+            if rule.selector not in ("", "all") and rule.matches(path):
+                fits = not rule.format.quantized or columns % rule.format.group_size == 0
+                return rule.format if fits else Format(KEEP)
+        return Format(KEEP)
+
     def with_rules(
         self, rules: Iterable[Rule], paths: Iterable[str], num_layers: int
     ) -> tuple[Recipe, list[tuple[Rule, list[str]]]]:
@@ -224,7 +235,7 @@ class Recipe:
             if not found:
                 raise UsageError(
                     f"--set '{rule}' matches no module; known are all, "
-                    f"{', '.join(QUANTIZABLE_CLASSES)}, one of their projections "
+                    f"{', '.join(QUANTIZABLE_CLASSES)}, vision, one of their projections "
                     "(experts.down_proj), layers[0:3].attn, or a path with *."
                 )
             matched.append((rule, found))

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mlx_diffgemma.cli.command import Changes, Of
+from mlx_diffgemma.config import SOFT_TOKENS
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.diffusion.profiles import PROFILES, profile_settings
-from mlx_diffgemma.config import SOFT_TOKENS
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
 
@@ -204,7 +204,9 @@ class Pictures:
     ] = ()
     fps: Annotated[
         float | None,
-        Setting("Frames of a second of video; --max-frames over all of it if left out.", panel=_PROMPT),
+        Setting(
+            "Frames of a second of video; --max-frames over all of it if left out.", panel=_PROMPT
+        ),
     ] = None
     max_frames: Annotated[
         int | None, Setting("Most frames of a video; 32 if left out.", panel=_PROMPT)

@@ -84,9 +84,7 @@ def chunks(
     return cut
 
 
-def _look(
-    model: DiffusionGemma, span: PictureSpan, before: Looking
-) -> tuple[mx.array, Looking]:
+def _look(model: DiffusionGemma, span: PictureSpan, before: Looking) -> tuple[mx.array, Looking]:
     """The embeddings of a picture, and what all of them took so far."""
     begun = time.perf_counter()
     seen = model.embed_picture(span)

@@ -110,6 +110,8 @@ class DiffusionGemma(nn.Module):
         adaptations: how many times adapters were loaded; what was encoded before knows nothing of
             them.
         load_vision: gives the vision tower when the first picture comes.
+        never_drawn: ids that stand for pictures, where the checkpoint has a tower: no canvas may
+            hold them in the end.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -120,6 +122,7 @@ class DiffusionGemma(nn.Module):
         self.adapted = False
         self.adaptations = 0
         self.load_vision: Callable[[], Vision] = _no_tower
+        self.never_drawn: tuple[int, ...] = ()
         small = config.text.vocab_size <= _SMALL_VOCABULARY
         self.vocabulary_pass: VocabularyPass = whole_pass if small else vocabulary_pass
 

@@ -45,7 +45,7 @@ class PatchEmbedder(nn.Module):
         self.position_embedding_table = mx.ones((2, config.position_embedding_size, dim))
 
     def __call__(self, values: mx.array, places: mx.array) -> mx.array:
-        """Values [P, 3 · side²] from 0 to 1 in float32 and places [P, 2] (column, row) -> [P, D]."""
+        """Values [P, 3 · side²] from 0 to 1 and places [P, 2] (column, row) -> [P, D]."""
         table = self.position_embedding_table
         x = self.input_proj((2 * (values - 0.5)).astype(table.dtype))
         return x + (table[0][places[:, 0]] + table[1][places[:, 1]])

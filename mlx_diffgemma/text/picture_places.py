@@ -41,7 +41,9 @@ class PictureReader:
             raise PromptError("pictures need a model; give encode_prompt its config, model.config.")
         vision = self.config.vision
         if vision is None:
-            raise PromptError("this checkpoint reads text only: it has no vision tower for pictures.")
+            raise PromptError(
+                "this checkpoint reads text only: it has no vision tower for pictures."
+            )
         return vision
 
     def read(self, part: Mapping[str, Any], place: str) -> tuple[list[Picture], str]:
@@ -139,7 +141,9 @@ class PictureReader:
 def read_images(images: Sequence[Any], reader: PictureReader) -> list[Any]:
     """Pictures read once, for prompts that share them; videos are left as they are."""
     return [
-        image if isinstance(image, Mapping) else read_picture(image, reader.vision, reader.image_tokens)
+        image
+        if isinstance(image, Mapping)
+        else read_picture(image, reader.vision, reader.image_tokens)
         for image in images
     ]
 

@@ -127,9 +127,7 @@ def checked_soft_tokens(soft_tokens: int | None, vision: VisionConfig) -> int:
     return soft_tokens
 
 
-def target_size(
-    height: int, width: int, soft_tokens: int, vision: VisionConfig
-) -> tuple[int, int]:
+def target_size(height: int, width: int, soft_tokens: int, vision: VisionConfig) -> tuple[int, int]:
     """Height and width that a picture is brought to, smaller or larger: the largest multiples of a
     soft token's side that keep the aspect ratio, rounded down, and take `soft_tokens` at most."""
     side = vision.side_multiple
@@ -300,8 +298,11 @@ def _check_size(size: tuple[int, int], name: str) -> None:
 
 
 def _too_many_pixels(name: str, size: str = "") -> str:
-    most = f"{LARGEST_PICTURE // 1_000_000} million"
-    return f"{name} has{size or ' too many'} pixels, and pictures have {most} at most; make it smaller."
+    most = LARGEST_PICTURE // 1_000_000
+    return (
+        f"{name} has{size or ' too many'} pixels, and pictures have {most} million at most; make "
+        "it smaller."
+    )
 
 
 def _too_many_bytes(name: str) -> str:

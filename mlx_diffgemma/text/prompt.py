@@ -163,9 +163,9 @@ def encode(
     if images:
         messages = with_images(messages, images)
     last = messages[-1]
-    if last["role"] == "user" and "content" in last and not text_of(last).strip():
-        if not media_in([last]):
-            raise PromptError(_EMPTY)
+    is_asked = last["role"] == "user" and "content" in last
+    if is_asked and not text_of(last).strip() and not media_in([last]):
+        raise PromptError(_EMPTY)
     if system_prompt is not None:
         if messages[0]["role"] in ("system", "developer"):
             raise UsageError("the messages have a system prompt already; leave out the other.")

@@ -1,4 +1,4 @@
-"""Frames of a video with their times, as transformers' Gemma 4 processor samples and writes them."""
+"""Frames of a video with their times, as transformers' Gemma 4 processor takes and writes them."""
 
 from __future__ import annotations
 

@@ -126,7 +126,10 @@ def test_rows_with_and_without_pictures_go_together(model):
     seen = [{span: model.embed_picture(span) for span in pictured.pictures}, {}]
     empty = [model.empty_prefix()] * 2
     together, prefixes = model.encode([pictured, plain], empty, seen)
-    alone = [model.encode([ids], empty[:1], [row])[0] for ids, row in zip([pictured, plain], seen, strict=True)]
+    alone = [
+        model.encode([ids], empty[:1], [row])[0]
+        for ids, row in zip([pictured, plain], seen, strict=True)
+    ]
     np.testing.assert_allclose(np.array(together), np.array(mx.concatenate(alone)), atol=1e-5)
     assert prefixes[0].pictures == pictured.pictures and not prefixes[1].pictures
 

@@ -43,9 +43,7 @@ def test_pixels_and_positions(soft_tokens):
     largest = 0.0
     for height, width in sizes:
         array = drawn(height, width)
-        theirs = processor(
-            Image.fromarray(array), max_soft_tokens=soft_tokens, return_tensors="np"
-        )
+        theirs = processor(Image.fromarray(array), max_soft_tokens=soft_tokens, return_tensors="np")
         ours = read_picture(array, config, soft_tokens)
         count = len(ours.patches)
         assert theirs["num_soft_tokens_per_image"] == [ours.soft_tokens], (height, width)
@@ -150,9 +148,7 @@ def test_quantized_tower_is_that_of_its_dequantized_weights():
     raw = {**PLAIN, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
     pair = Pair(raw, 3)
     quantized = pair.ours
-    nn.quantize(
-        quantized, 32, 8, class_predicate=lambda path, _: path.endswith("_proj.linear")
-    )
+    nn.quantize(quantized, 32, 8, class_predicate=lambda path, _: path.endswith("_proj.linear"))
     values = pair.seen(pictures(pair.config)[0])
     layers = dict(quantized.named_modules())
     for name, value in pair.weights.items():

@@ -88,7 +88,10 @@ def test_orientation_alpha_palettes_depths_and_frames():
 def test_arrays_of_other_types():
     even = read_picture(PICTURE, VISION).key
     assert read_picture(PICTURE.astype(np.uint16) * 257, VISION).key == even
-    assert read_picture(np.dstack([PICTURE, np.full((96, 144), 255)]).astype(np.uint8), VISION).key == even
+    assert (
+        read_picture(np.dstack([PICTURE, np.full((96, 144), 255)]).astype(np.uint8), VISION).key
+        == even
+    )
     black = np.zeros((48, 48), bool)
     assert np.unique(pixels(black)).tolist() == [0] and np.unique(pixels(~black)).tolist() == [255]
 
