@@ -12,12 +12,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from recording import record
 from reference_model import Closeness, RouterGaps, build_reference
+from replay import CanvasDraws, replay_noise, replaying
+from test_trajectories import Comparison, report
 from tiny_models import make_config, make_model, make_weights
 from tiny_pictures import CLIPPED, PLAIN, drawn, make_vision, make_vision_weights
 
 from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.encode import encode
+from mlx_diffgemma.diffusion.events import DenoisingStep, Finished
+from mlx_diffgemma.diffusion.generate import generate_canvases
 from mlx_diffgemma.model.diffusion_gemma import CanvasView
 from mlx_diffgemma.pictured import PicturedIds, PictureSpan
 from mlx_diffgemma.text.pictures import read_picture
@@ -31,14 +37,14 @@ SHAPES = [(3, 2), (1, 1), (5, 3), (2, 4), (1, 7)]  # soft tokens down and across
 class Pair:
     """The same weights in both implementations, the vision tower among them."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, gain: float = 1.0, feedback: float = 1.0) -> None:
         raw = make_config(seed)
         raw["vision_config"] = CLIPPED if seed % 2 else PLAIN
         self.config = ModelConfig.from_dict(raw)
         assert self.config.vision is not None
         size = self.config.text.hidden_size
         tower = make_vision_weights(self.config.vision, size, seed)
-        weights = make_weights(self.config, seed)
+        weights = make_weights(self.config, seed, gain, feedback)
         self.ours = make_model(self.config, weights)
         self.ours.load_vision = lambda: make_vision(self.config.vision, size, tower)
         self.theirs = build_reference(raw, {**weights, **tower})
@@ -63,9 +69,8 @@ class Pair:
                 spans.append(PictureSpan(start, len(ids), key, picture.patches, picture.columns))
         return PicturedIds(ids, spans)
 
-    @torch.no_grad()
-    def expected(self, ids: PicturedIds):
-        """Hidden states [L, D] of the reference's encoder, and its cache."""
+    def inputs(self, ids: PicturedIds) -> dict[str, torch.Tensor]:
+        """What the reference takes of the pictures, padded to one size."""
         most = max(len(span.patches) for span in ids.pictures)
         values = torch.zeros(len(ids.pictures), most, 768)
         positions = torch.full((len(ids.pictures), most, 2), -1)
@@ -74,6 +79,11 @@ class Pair:
             place = torch.arange(count)
             values[row, :count] = torch.from_numpy(span.patches / 255.0)
             positions[row, :count] = torch.stack([place % span.columns, place // span.columns], -1)
+        return {"pixel_values": values, "image_position_ids": positions}
+
+    @torch.no_grad()
+    def expected(self, ids: PicturedIds):
+        """Hidden states [L, D] of the reference's encoder, and its cache."""
         tokens = torch.tensor([ids])
         encoder = self.theirs.model.encoder
         embeds = encoder.get_input_embeddings()(tokens)
@@ -85,12 +95,7 @@ class Pair:
             position_ids=torch.arange(len(ids))[None],
             mm_token_type_ids=(tokens == IMAGE).long(),
         )
-        output = encoder(
-            input_ids=tokens,
-            pixel_values=values,
-            image_position_ids=positions,
-            attention_mask=masks,
-        )
+        output = encoder(input_ids=tokens, attention_mask=masks, **self.inputs(ids))
         return output.last_hidden_state.numpy(), output.past_key_values
 
     def compare(self, ids: PicturedIds, step_sizes: list[int | None]) -> None:
@@ -129,6 +134,50 @@ def test_pictures_in_prompts_of_any_length_in_any_chunks(seed):
         assert figures.median <= 1e-5
         assert figures.p999 <= 1e-4
         assert figures.argmax >= 0.999
+
+
+def test_trajectories_with_pictures():
+    """The reference's whole `generate`, and ours given the same draws, over two canvases."""
+    comparisons = []
+    for seed in range(4):
+        pair = Pair(seed, gain=4.0, feedback=0.05)
+        ids = pair.prompt(1 + seed % 3, 5 + 4 * seed)
+        tokens, gaps = 2 * pair.config.canvas_length, RouterGaps(pair.theirs, 1)
+        recording = record(
+            pair.theirs,
+            [list(ids)],
+            seed=seed,
+            max_new_tokens=tokens,
+            eos_token_id=None,
+            router_gaps=gaps,
+            mm_token_type_ids=(torch.tensor([ids]) == IMAGE).long(),
+            **pair.inputs(ids),
+        )
+        gaps.close()
+        draws = [
+            CanvasDraws(
+                canvas.initial,
+                np.stack([step.draw for step in canvas.steps]),
+                np.stack([step.noise for step in canvas.steps]),
+            )
+            for canvas in recording.canvases
+        ]
+        settings = DiffusionConfig(max_tokens=tokens, eos_token_ids=())
+        comparison = Comparison(recording, 1, [])
+        for event in generate_canvases(
+            pair.ours,
+            [ids],
+            settings,
+            replay_noise(draws),
+            denoiser=replaying(pair.ours),
+            prefill_step_size=7,
+        ):
+            if isinstance(event, DenoisingStep):
+                comparison.step(event, settings)
+            elif isinstance(event, Finished):
+                comparison.finish(event)
+        comparisons.append(comparison)
+    report("prompts with pictures", comparisons)
 
 
 def test_the_masks_of_pictures_count():
