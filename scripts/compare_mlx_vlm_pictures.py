@@ -20,12 +20,12 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from make_tiny_checkpoint import REAL_VISION, SMALL, SMALL_VISION, make_config, write_checkpoint
 from mlx_vlm.models.gemma4.config import VisionConfig as TheirConfig
 from mlx_vlm.models.gemma4.vision import VisionModel
 from mlx_vlm.utils import load_model as load_theirs
 from mlx_vlm.utils import save_config, save_weights
 
+from make_tiny_checkpoint import REAL_VISION, SMALL, SMALL_VISION, make_config, write_checkpoint
 from mlx_diffgemma import load_model
 from mlx_diffgemma.config import VisionConfig
 from mlx_diffgemma.model.vision import VisionTower
@@ -77,9 +77,8 @@ def interoperate() -> bool:
         for name in ("plain", "quantized"):
             if name == "quantized":
                 nn.quantize(
-                    model, 32, 8,
-                    class_predicate=lambda path, _: "vision_tower" in path and "_proj.linear" in path,
-                )  # fmt: skip
+                    model, 32, 8, class_predicate=lambda path, _: path.endswith("_proj.linear")
+                )
                 entry = {"group_size": 32, "bits": 8, "mode": "affine"}
                 raw["quantization"] = dict(entry)
             save_weights(saved, model)
