@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ from mlx_diffgemma.errors import DiffGemmaError, PromptError, UsageError
 if TYPE_CHECKING:
     from mlx_diffgemma.cli.opening import Opened
     from mlx_diffgemma.cli.outcome import Outcome
+    from mlx_diffgemma.text.prompt_settings import PromptSettings
 
 GO_ON = "ask to go on, or start the chat with --max-tokens {}."
 MAKE_ROOM = "/reset forgets the conversation and makes room."
@@ -49,14 +50,15 @@ def chat(
     from mlx_diffgemma.cli.keys import Guard
     from mlx_diffgemma.cli.opening import end_at, open_model
 
-    tools, variables = asking.offered(), asking.variables()
+    prompt_settings = asking.prompt_settings(image_tokens=pictures.image_tokens)
     with Guard():
         opened = open_model(loading)
         end_at(opened, asking)
-    Chat(
-        opened, asking, denoising, showing, asking.system_prompt, tools, variables,
-        image_tokens=pictures.image_tokens,
-    ).run()  # fmt: skip
+    system_prompt, others = (
+        prompt_settings.system_prompt,
+        replace(prompt_settings, system_prompt=None),
+    )
+    Chat(opened, asking, denoising, showing, system_prompt, others).run()
 
 
 @dataclass
@@ -66,10 +68,8 @@ class Chat:
     Attributes:
         asking, denoising, showing: what the command line says of every question.
         system_prompt: what is put before the first turn.
-        tools: what the model may call.
-        variables: what the chat template gets besides.
+        prompt_settings: how every prompt is encoded; None stands for the defaults.
         turns: the messages so far, questions and answers in turn.
-        image_tokens: most tokens of a picture, or None.
         images: pictures that go with the next question.
     """
 
@@ -78,10 +78,8 @@ class Chat:
     denoising: Denoising = field(default_factory=Denoising)
     showing: Showing = field(default_factory=Showing)
     system_prompt: str | None = None
-    tools: list[dict[str, object]] | None = None
-    variables: dict[str, object] | None = None
+    prompt_settings: PromptSettings | None = None
     turns: list[dict[str, Any]] = field(default_factory=list)
-    image_tokens: int | None = None
     images: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -155,7 +153,9 @@ class Chat:
         try:
             model = self.opened.model
             path = str(Path(file).expanduser())
-            self.images += read_images([path], PictureReader(model.config, self.image_tokens))
+            how = self.prompt_settings
+            most = None if how is None else how.image_tokens
+            self.images += read_images([path], PictureReader(model.config, most))
         except DiffGemmaError as error:
             if not interactive:
                 raise
@@ -212,10 +212,7 @@ class Chat:
                     draft=False,
                     on_prefill=on_prefill,
                     seed=self.denoising.seed,
-                    thinking=self.asking.thinking,
-                    tools=self.tools,
-                    chat_template_kwargs=self.variables,
-                    image_tokens=self.image_tokens,
+                    prompt_settings=self.prompt_settings,
                     prefill_step_size=self.asking.prefill_step_size,
                     config=self._config,
                     stop=self.asking.stop,

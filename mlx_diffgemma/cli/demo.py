@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from mlx_diffgemma.cli.opening import Opened
     from mlx_diffgemma.demo.sudoku import Puzzle
-    from mlx_diffgemma.generation import GenerationResponse
+    from mlx_diffgemma.generation_response import GenerationResponse
 
 SECONDS_PER_STEP = 0.5  # for the eye: the model itself takes a few hundredths
 

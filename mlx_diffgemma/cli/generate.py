@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mlx_diffgemma.cli.output import OnPrefill
-    from mlx_diffgemma.generation import GenerationResponse
+    from mlx_diffgemma.generation_response import GenerationResponse
+    from mlx_diffgemma.text.prompt_settings import PromptSettings
 
 GO_ON = "--max-tokens {} leaves room to go on."
 MAKE_ROOM = "a shorter prompt leaves more of it."
@@ -59,15 +60,14 @@ def generate(
 
     constraint = validity.constraint(choices or ())
     images = pictures.read(prompt, raw=asking.raw)
+    prompt_settings = asking.prompt_settings(images, pictures.image_tokens)
     if prompt is not None:  # as mlx-lm reads it
         prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
     text = read_prompt(prompt, raw=asking.raw)
     if constraint is not None:
-        structured.answer(
-            text, constraint, asking, loading, denoising, showing, images, pictures.image_tokens
-        )
+        structured.answer(text, constraint, asking, loading, denoising, showing, prompt_settings)
     else:
-        _answer(text, asking, loading, denoising, showing, images, pictures.image_tokens)
+        _answer(text, asking, loading, denoising, showing, prompt_settings)
 
 
 def _answer(
@@ -76,13 +76,11 @@ def _answer(
     loading: Loading,
     denoising: Denoising,
     showing: Showing,
-    images: list[object],
-    image_tokens: int | None,
+    prompt_settings: PromptSettings,
 ) -> None:
     from mlx_diffgemma.cli import opening, output, report
     from mlx_diffgemma.cli.outcome import Outcome, pieces_of
 
-    tools, variables = asking.offered(), asking.variables()
     opened = opening.open_to_ask(loading, asking, prompt)
     from mlx_diffgemma.generation import stream_generate
 
@@ -92,15 +90,7 @@ def _answer(
             opened.tokenizer,
             prompt,
             seed=denoising.seed,
-            system_prompt=asking.system_prompt,
-            raw=asking.raw,
-            markers=asking.markers,
-            thinking=asking.thinking,
-            tools=tools,
-            chat_template_kwargs=variables,
-            prefill_response=asking.prefill_response,
-            images=images,
-            image_tokens=image_tokens,
+            prompt_settings=prompt_settings,
             prefill_step_size=asking.prefill_step_size,
             config=denoising.config(opened.model),
             draft=False,

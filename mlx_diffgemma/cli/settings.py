@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from mlx_diffgemma.cli.command import Changes, Of
 from mlx_diffgemma.config import SOFT_TOKENS
@@ -17,6 +18,7 @@ from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.diffusion.profiles import PROFILES, profile_settings
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
+from mlx_diffgemma.text.prompt_settings import PromptSettings
 
 if TYPE_CHECKING:
     from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
@@ -138,7 +140,27 @@ class Asking:
         if not all(self.stop):
             raise UsageError("--stop must be a text of at least one character.")
 
-    def offered(self) -> list[dict[str, object]] | None:
+    def prompt_settings(
+        self, images: Sequence[object] = (), image_tokens: int | None = None
+    ) -> PromptSettings:
+        """How the prompt becomes token ids, with these pictures.
+
+        Raises:
+            DiffGemmaError: a file of `--tools` or `--chat-template-config` is not what it must be.
+        """
+        return PromptSettings(
+            system_prompt=self.system_prompt,
+            raw=self.raw,
+            markers=self.markers,
+            thinking=self.thinking,
+            tools=self._offered(),
+            chat_template_kwargs=self._variables(),
+            prefill_response=self.prefill_response,
+            images=images,
+            image_tokens=image_tokens,
+        )
+
+    def _offered(self) -> list[dict[str, object]] | None:
         """The tools in the files of `--tools`, None where there are none.
 
         Raises:
@@ -157,7 +179,7 @@ class Asking:
                 raise UsageError(f"--tools {path}: {error}") from None
         return tools or None
 
-    def variables(self) -> dict[str, object] | None:
+    def _variables(self) -> dict[str, object] | None:
         """The variables of `--chat-template-config`, None where there are none.
 
         Raises:
@@ -225,7 +247,7 @@ class Pictures:
         if self.image.count("-") > 1:
             raise UsageError("--image - reads stdin, which there is once: give it once.")
 
-    def read(self, prompt: str | None, *, raw: bool = False) -> list[Any]:
+    def read(self, prompt: str | None, *, raw: bool = False) -> list[object]:
         """What the library takes for `images`; a `prompt` of None or "-" comes from stdin too.
 
         Raises:
@@ -237,11 +259,11 @@ class Pictures:
             raise UsageError("--video needs a chat template, and --raw uses none: drop one.")
         from mlx_diffgemma.text.pictures import LARGEST_FILE
 
-        images: list[Any] = [
+        images: list[object] = [
             sys.stdin.buffer.read(LARGEST_FILE + 1) if path == "-" else path for path in self.image
         ]
         for path in self.video:
-            part = {"type": "video", "video": path, "fps": self.fps}
+            part: dict[str, object] = {"type": "video", "video": path, "fps": self.fps}
             images.append({**part, "max_frames": self.max_frames})
         return images
 

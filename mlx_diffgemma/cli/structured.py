@@ -10,6 +10,7 @@ from mlx_diffgemma.cli import editing
 from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Showing, parsed
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
+from mlx_diffgemma.text.prompt_settings import PromptSettings
 
 _PANEL = "Always valid"
 
@@ -86,8 +87,7 @@ def answer(
     loading: Loading,
     denoising: Denoising,
     showing: Showing,
-    images: Sequence[object],
-    image_tokens: int | None,
+    prompt_settings: PromptSettings,
 ) -> None:
     """Write an answer that satisfies the constraint."""
     from mlx_diffgemma.cli import opening, output
@@ -97,7 +97,6 @@ def answer(
         raise UsageError("--stop does not go with a constraint: drop one.")
     if asking.prefill_response is not None:
         raise UsageError("--prefill-response does not go with a constraint: drop one.")
-    tools, variables = asking.offered(), asking.variables()
     opened = opening.open_to_ask(loading, asking, prompt)
     try:
         with editing.drawn(opened, showing) as on_step:
@@ -110,14 +109,7 @@ def answer(
                 regex=constraint.regex,
                 choices=constraint.choices,
                 seed=denoising.seed,
-                system_prompt=asking.system_prompt,
-                raw=asking.raw,
-                markers=asking.markers,
-                thinking=asking.thinking,
-                tools=tools,
-                chat_template_kwargs=variables,
-                images=images,
-                image_tokens=image_tokens,
+                prompt_settings=prompt_settings,
                 prefill_step_size=asking.prefill_step_size,
                 config=denoising.config(opened.model),
                 on_step=on_step,
