@@ -112,6 +112,7 @@ def load_model(
         _check_finite(model)
     if not lazy:
         mx.eval(model.parameters())
+    model.reads_pictures = bool(eyes.stored) and vision is not False
     if eyes.stored:
         ids = (config.image_token_id, config.boi_token_id, config.eoi_token_id)
         model.never_drawn = tuple(

@@ -110,8 +110,9 @@ class DiffusionGemma(nn.Module):
         adaptations: how many times adapters were loaded; what was encoded before knows nothing of
             them.
         load_vision: gives the vision tower when the first picture comes.
-        never_drawn: ids that stand for pictures, where the checkpoint has a tower: no canvas may
-            hold them in the end.
+        reads_pictures: whether there is a vision tower to be loaded.
+        never_drawn: ids that stand for pictures, where there is: no canvas may hold them in the
+            end.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -123,6 +124,7 @@ class DiffusionGemma(nn.Module):
         self.adaptations = 0
         self.load_vision: Callable[[], Vision] = _no_tower
         self.never_drawn: tuple[int, ...] = ()
+        self.reads_pictures = False
         small = config.text.vocab_size <= _SMALL_VOCABULARY
         self.vocabulary_pass: VocabularyPass = whole_pass if small else vocabulary_pass
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from mlx_diffgemma.errors import PromptError, UsageError
 from mlx_diffgemma.reading import shown
+from mlx_diffgemma.text.pictures import Picture
 
 _PARTS = "'content' must be a text or a list of parts"
 
@@ -25,11 +26,14 @@ def checked_messages(items: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def as_data(value: Any) -> Any:
-    """`value` with dataclasses and pydantic models in it as dicts, and tuples as lists."""
+    """`value` with dataclasses and pydantic models in it as dicts, and tuples as lists; pictures
+    stay what they are."""
     if isinstance(value, Mapping):
         return {key: as_data(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [as_data(item) for item in value]
+    if isinstance(value, Picture):
+        return value
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: as_data(getattr(value, field.name)) for field in fields(value)}
     dump = None if isinstance(value, type) else getattr(value, "model_dump", None)
