@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from train_demo import steps_done, write_card
 
 from mlx_diffgemma.bench.openblas import load_openblas
-from train_demo import steps_done, write_card
 
 SCRIPTS = Path(__file__).parent
 SHIPPED = SCRIPTS.parent / "mlx_diffgemma" / "demo" / "checkpoint"
@@ -47,10 +47,10 @@ tags:
 # A small DiffusionGemma that reads drawn sudokus
 
 {parameters:.2f}M parameters in bf16, a vision tower among them, trained from nothing by
-`scripts/train_reader.py` of mlx-diffgemma on {seen:,} fresh pictures (`mlx_diffgemma/demo/drawing.py`).
-It proves the machinery for pictures (tower, encoder, training, conversion) from end to end, and says
-nothing about the quality of the released 26B model, with which it shares the architecture and no
-weight.
+`scripts/train_reader.py` of mlx-diffgemma on {seen:,} fresh pictures of
+`mlx_diffgemma/demo/drawing.py`. It proves the machinery for pictures (tower, encoder, training,
+conversion) from end to end, and says nothing about the quality of the released 26B model, with
+which it shares the architecture and no weight.
 
 Asked to `read` the picture of a 6×6 sudoku, it answers the 36 cells row by row, with `.` for blanks.
 Exact on {count} pictures of fresh puzzles (seed {seed}), default settings: {exact:.3f} ± {error:.3f}.

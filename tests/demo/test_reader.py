@@ -1,4 +1,4 @@
-"""The small model that reads pictures of sudokus, by every way in which pictures are asked about."""
+"""The small model that reads drawn sudokus, by every way in which pictures are asked about."""
 
 from __future__ import annotations
 
