@@ -52,8 +52,9 @@ tags:
 conversion) from end to end, and says nothing about the quality of the released 26B model, with
 which it shares the architecture and no weight.
 
-Asked to `read` the picture of a 6×6 sudoku, it answers the 36 cells row by row, with `.` for blanks.
-Exact on {count} pictures of fresh puzzles (seed {seed}), default settings: {exact:.3f} ± {error:.3f}.
+Asked to `read` the picture of a 6×6 sudoku, it answers the 36 cells row by row, with `.` for
+blanks. Exact on {count} pictures of fresh puzzles (seed {seed}) with the default settings:
+{exact:.3f} ± {error:.3f}.
 """
 SOFT_TOKENS = 36
 TEXT = {

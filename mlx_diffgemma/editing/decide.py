@@ -38,6 +38,7 @@ from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.chat_template import template_text
 from mlx_diffgemma.text.picture_places import PictureReader, read_images
 from mlx_diffgemma.text.prompt import encode_prompt, in_common
+from mlx_diffgemma.text.prompt_settings import check_images
 from mlx_diffgemma.text.tokenizer import check_tokenizer, hf_tokenizer
 
 
@@ -94,6 +95,7 @@ def decide(
     if calibration is not None and not isinstance(calibration, Calibration):
         raise UsageError(f"calibration must come from calibrate, not be {shown(calibration)}.")
     asked, seed = read_questions(questions), checked_seed(seed)
+    check_images(images)
     text = "" if images and state in (None, "") else state_text(state)
     shown_first = read_images(images, PictureReader(model.config, image_tokens))
     if calibration is not None:

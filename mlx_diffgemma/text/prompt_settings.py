@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from mlx_diffgemma.checks import check_flag, check_text, overridden
+from mlx_diffgemma.checks import check_flag, check_integer, check_text, overridden
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.reading import shown
 
@@ -59,8 +59,9 @@ class PromptSettings:
             raise UsageError("prefill_response must be a text that is not blank; leave it out.")
         if self.markers and not self.raw:
             raise UsageError("markers count in a raw prompt only; add raw, or leave markers out.")
-        if isinstance(self.images, (str, bytes)) or not isinstance(self.images, Sequence):
-            raise UsageError("images must be a list of pictures.")
+        check_images(self.images)
+        if self.image_tokens is not None:
+            check_integer("image_tokens", self.image_tokens, 1)
 
     def refuse_template(self, what: str) -> None:
         """Raise UsageError where a setting needs the chat template; `what` uses none."""
@@ -73,6 +74,12 @@ class PromptSettings:
         }.items():
             if value is not None:
                 raise UsageError(f"a {name} needs the chat template; {what} uses none.")
+
+
+def check_images(images: Any) -> None:
+    """Raise UsageError unless `images` is a list."""
+    if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
+        raise UsageError(f"images must be a list of pictures, not {shown(images)}.")
 
 
 def parted(

@@ -112,6 +112,6 @@ def test_the_text_model_refuses_pictures():
 
 def test_the_card_tells_its_figure():
     card = (FOLDER / "README.md").read_text()
-    figure = float(card.split("default settings: ")[1].split(" ±")[0])
+    figure = float(card.split("default settings:")[1].split("±")[0])
     assert figure >= 0.9
     assert json.loads((FOLDER / "conversion.json").read_text())["files"]["README.md"]
