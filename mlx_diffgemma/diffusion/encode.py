@@ -55,7 +55,8 @@ def encode(
                 seen[span], looking = _look(model, span, looking)
         # The shorter prefix is given up as soon as the longer one is there, whose arrays may then
         # be written where its own were.
-        cache.prefix = model.encode([ids[first:last]], [cache.prefix], [seen])[1][0]
+        with_pictures = ([seen],) if seen else ()
+        cache.prefix = model.encode([ids[first:last]], [cache.prefix], *with_pictures)[1][0]
         del seen
         finish(cache.prefix.arrays())
         mx.clear_cache()

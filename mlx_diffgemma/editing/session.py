@@ -12,7 +12,7 @@ import numpy as np
 from mlx_diffgemma.checks import check_callable, check_integer
 from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.config import DiffusionConfig
-from mlx_diffgemma.diffusion.constraints import Layout
+from mlx_diffgemma.diffusion.constraints import Layout, without
 from mlx_diffgemma.diffusion.denoiser import Denoiser, InFlight, Look, denoise, until_done
 from mlx_diffgemma.diffusion.encode import encode
 from mlx_diffgemma.diffusion.events import DenoisingStep
@@ -138,7 +138,7 @@ class Session:
             self.canvases,
             self.length,
             self.vocabulary.size,
-            layout=layout,
+            layout=without(self.model.never_drawn, self.length, self.vocabulary.size, layout),
             **start,
         )
 
