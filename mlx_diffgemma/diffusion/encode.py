@@ -57,7 +57,7 @@ def encode(
         # be written where its own were.
         with_pictures = ([seen],) if seen else ()
         cache.prefix = model.encode([ids[first:last]], [cache.prefix], *with_pictures)[1][0]
-        del seen
+        del seen, with_pictures
         finish(cache.prefix.arrays())
         mx.clear_cache()
         if last in marks:
