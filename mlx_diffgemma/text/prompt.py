@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from mlx_diffgemma.checks import overridden
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import PromptError, UsageError
+from mlx_diffgemma.pictured import PicturedIds
 from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.chat_template import render, template_text
 from mlx_diffgemma.text.control_tokens import (
@@ -102,6 +103,8 @@ def encode(
     check_tokenizer(tokenizer)
     if isinstance(prompt, Encoded):
         return prompt
+    if isinstance(prompt, PicturedIds):
+        return Encoded(prompt)
     how = overridden(how or PromptSettings(), settings)
     reader, images = PictureReader(config, how.image_tokens), how.images
     if isinstance(prompt, str):
