@@ -46,8 +46,8 @@ tags:
 
 # A small DiffusionGemma that reads drawn sudokus
 
-{parameters:.2f}M parameters in bf16, a vision tower among them, trained from nothing by
-`scripts/train_reader.py` of mlx-diffgemma on {seen:,} fresh pictures of
+{parameters:.2f}M parameters, the text model's in bf16 and the vision tower's in float32, trained
+from nothing by `scripts/train_reader.py` of mlx-diffgemma on {seen:,} fresh pictures of
 `mlx_diffgemma/demo/drawing.py`. It proves the machinery for pictures (tower, encoder, training,
 conversion) from end to end, and says nothing about the quality of the released 26B model, with
 which it shares the architecture and no weight.
