@@ -184,6 +184,7 @@ class DiffusionGemma(nn.Module):
         """
         self.require_vision()
         encoder = self.model.encoder
+        assert picture.patches is not None, "a picture that was read before is not read again"
         values = mx.array(picture.patches)[None].astype(mx.float32) / 255
         seen = embedded(encoder.vision_tower, encoder.embed_vision, values, picture.columns)
         return seen[0].astype(self.dtype)

@@ -74,8 +74,8 @@ class VisionAttention(nn.Module):
         queries = turn(self.q_norm(self.q_proj(x).reshape(shape)))
         keys = turn(self.k_norm(self.k_proj(x).reshape(shape)))
         values = mx.fast.rms_norm(self.v_proj(x).reshape(shape), None, self._eps)
-        parts = (part.transpose(0, 2, 1, 3) for part in (queries, keys, values))
-        seen = attend(*parts, None, bounded=not self.training)
+        queries, keys, values = (part.transpose(0, 2, 1, 3) for part in (queries, keys, values))
+        seen = attend(queries, keys, values, None, bounded=not self.training)
         return self.o_proj(seen.transpose(0, 2, 1, 3).reshape(batch, count, -1))
 
 
@@ -95,7 +95,7 @@ class Turn:
         """[B, P, H, Dh] -> [B, P, H, Dh]."""
         pairs = x.reshape(*x.shape[:-1], 2, 2, -1)
         first, second = pairs[..., 0, :], pairs[..., 1, :]
-        turned = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
+        turned = [first * self.cos - second * self.sin, second * self.cos + first * self.sin]
         return mx.stack(turned, axis=-2).reshape(x.shape)
 
 

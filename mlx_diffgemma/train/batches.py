@@ -192,7 +192,12 @@ def _pictures(drawn: Sequence[Drawn], length: int) -> dict[str, Any]:
     spans = [(row, span) for row, one in enumerate(drawn) for span in one.example.pictures]
     if not spans:
         return {}
-    sizes = {(span.columns, len(span), np.shape(span.patches)) for _, span in spans}
+    read = [span.patches for _, span in spans if span.patches is not None]
+    assert len(read) == len(spans), "an example's pictures have their patches"
+    sizes = {
+        (span.columns, len(span), patches.shape)
+        for (_, span), patches in zip(spans, read, strict=True)
+    }
     if len(sizes) > 1:
         raise UsageError(
             "the pictures of a batch differ in size; bring all to one, or lower batch_size to 1."
@@ -201,9 +206,8 @@ def _pictures(drawn: Sequence[Drawn], length: int) -> dict[str, Any]:
     places = np.full((len(drawn), length), -1, np.int32)
     for number, (row, span) in enumerate(spans):
         places[row, span.start : span.stop] = number * count + np.arange(count)
-    patches = np.stack([span.patches for _, span in spans if span.patches is not None])
     return {
-        "patches": mx.array(patches).astype(mx.float32) / 255,
+        "patches": mx.array(np.stack(read)).astype(mx.float32) / 255,
         "soft_places": mx.array(places),
         "columns": columns,
     }
