@@ -33,7 +33,8 @@ from mlx_diffgemma.pictured import PictureSpan
 from mlx_diffgemma.reading import Section
 from mlx_diffgemma.text.pictures import Picture, read_picture
 
-WIDE = {**SMALL_VISION, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+WIDE = {**SMALL_VISION, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+        "head_dim": 32, "position_embedding_size": 256}  # fmt: skip
 
 
 def picture_for(vision: VisionConfig, soft_tokens: int) -> Picture:

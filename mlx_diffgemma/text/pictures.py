@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from stat import S_ISREG
+from stat import S_ISDIR, S_ISFIFO, S_ISREG
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,10 +105,12 @@ def read_picture(
     if isinstance(source, Picture):
         return source
     path = Path(source) if isinstance(source, (str, Path)) else None
-    name = name or (str(path) if path is not None else "the picture")
+    name = name or ("the picture" if path is None else str(source))
     image = _as_image(source, path, name)
     width, height = image.size
     size = target_size(height, width, soft_tokens, vision)
+    if max(size) // vision.patch_size > vision.position_embedding_size:
+        raise PromptError(f"{name} is too long and narrow for this model ({width} × {height}).")
     pixels = np.asarray(_resized(image, size))
     return Picture(np.ascontiguousarray(pixels), vision.patch_size, vision.pooling_kernel_size)
 
@@ -163,20 +165,22 @@ def _as_image(source: Any, path: Path | None, name: str) -> Image:
 
 def _read_file(path: Path, name: str) -> bytes:
     if str(path).startswith(("http:", "https:", "data:")):
-        raise PromptError(f"{str(path)[:60]} is a URL, and none is opened; give a file.")
+        raise PromptError(f"{name[:60]} is a URL, and none is opened; give a file.")
     try:
-        if path.is_dir():
-            raise PromptError(f"{name} is a folder; name a picture in it.")
         status = path.stat()
-        if S_ISREG(status.st_mode) and status.st_size > LARGEST_FILE:
-            raise PromptError(_too_many_bytes(name))
-        with path.open("rb") as file:
-            return file.read(LARGEST_FILE + 1)
+        if (S_ISREG(status.st_mode) and status.st_size <= LARGEST_FILE) or S_ISFIFO(status.st_mode):
+            with path.open("rb") as file:
+                return file.read(LARGEST_FILE + 1)
     except FileNotFoundError:
         raise PromptError(f"{name} is not there; check its name.") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise PromptError(f"{name} cannot be read ({reason}).") from None
+    if S_ISDIR(status.st_mode):
+        raise PromptError(f"{name} is a folder; name a picture in it.")
+    if S_ISREG(status.st_mode):
+        raise PromptError(_too_many_bytes(name))
+    raise PromptError(f"{name} is a device or a socket; give a file.")
 
 
 def _opened(data: bytes, name: str) -> Image:

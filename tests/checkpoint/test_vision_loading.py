@@ -21,7 +21,10 @@ from mlx_diffgemma.model.vision import Vision
 from mlx_diffgemma.pictured import PictureSpan
 from mlx_diffgemma.text.pictures import read_picture
 
-WIDE = {**SMALL_VISION, "hidden_size": 32, "intermediate_size": 64}
+WIDE = {
+    **SMALL_VISION, "hidden_size": 32, "intermediate_size": 64, "head_dim": 32,
+    "position_embedding_size": 256,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

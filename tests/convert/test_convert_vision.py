@@ -15,7 +15,7 @@ from mlx_diffgemma_convert.source import FolderSource
 from mlx_diffgemma_convert.verify import compare_with_source, verify
 
 PIXELS = "model.encoder.vision_tower.patch_embedder.input_proj.weight"
-WIDE = {**tiny.SMALL_VISION, "hidden_size": 64, "intermediate_size": 80}
+WIDE = {**tiny.SMALL_VISION, "hidden_size": 64, "intermediate_size": 80, "head_dim": 64}
 
 
 @pytest.fixture(scope="module")

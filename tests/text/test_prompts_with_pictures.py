@@ -16,7 +16,7 @@ from mlx_diffgemma.pictured import PicturedIds, pictures_of
 from mlx_diffgemma.text.prompt import encode_prompt
 
 WITH_IMAGES = gemma_like.TEMPLATE.replace(
-    "{% endif %}\\\n{% endfor %}",
+    "{% endif %}{% endfor %}",
     "{% elif part['type'] == 'image' %}<|image|>{% endif %}{% endfor %}",
 )
 TRIMMING = WITH_IMAGES.replace("{{ part['text'] }}", "{{ part['text'] | trim }}")
