@@ -108,7 +108,7 @@ def encode(
     how = overridden(how or PromptSettings(), settings)
     reader, images = PictureReader(config, how.image_tokens), how.images
     if isinstance(prompt, str):
-        if not prompt or not (how.raw or prompt.strip() or images):
+        if not (images or (prompt if how.raw else prompt.strip())):
             raise PromptError(_EMPTY)
         if how.raw:
             how.refuse_template("a raw prompt")

@@ -105,11 +105,6 @@ def test_image_tokens_without_a_picture_are_refused(reader):
         generate(*reader, [2, 6, 9])
 
 
-def test_the_text_model_refuses_pictures():
-    with pytest.raises(PromptError, match="has no vision tower, so it reads no pictures"):
-        generate(*load("demo"), "a", images=[pictured(0)[1]])
-
-
 def test_the_card_tells_its_figure():
     card = (FOLDER / "README.md").read_text()
     figure = float(card.split("default settings:")[1].split("±")[0])
