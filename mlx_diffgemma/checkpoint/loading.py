@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
+from weakref import proxy
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -83,16 +85,16 @@ def load_model(
         check_generation_ids(raw["generation_config"], config.text.vocab_size, inside_config=inside)
     stored = _text_tensors(folder)
     dtype = _fast_dtype() if dtype is None else dtype
-    eyes = _Eyes(folder, config, dtype, lazy=lazy, check=check, name=name or str(path_or_repo))
+    eyes = _Eyes(folder, config, dtype, check=check, name=name or str(path_or_repo))
     if vision and not eyes.stored:
         raise CheckpointError(eyes.missing())
     if not lazy:
-        weights = sum(_loaded_bytes(tensor, dtype) for tensor in stored.values())
+        size = sum(_loaded_bytes(tensor, dtype) for tensor in stored.values())
         if vision:
-            weights += eyes.nbytes
+            size += eyes.nbytes
         estimate = memory.estimate(
             config.text,
-            weights,
+            size,
             canvas_length=config.canvas_length,
             activation_bytes=2 if dtype is None else dtype.size,
         )
@@ -106,7 +108,14 @@ def load_model(
         cpu.use(model)
     else:
         model.compile()
-    model.load_weights(list(_read(stored, dtype).items()))
+    if lazy:
+        # What is read later may be read in any thread, and other streams are one thread's own.
+        with mx.stream(mx.new_thread_unsafe_stream(mx.cpu)):
+            weights = _read(stored, dtype)
+        model.read_weights = _Unread(model)
+    else:
+        weights = _read(stored, dtype)
+    model.load_weights(list(weights.items()))
     model.eval()
     if check:
         _check_finite(model)
@@ -135,7 +144,6 @@ class _Eyes:
     folder: Path
     config: ModelConfig
     dtype: mx.Dtype | None
-    lazy: bool
     check: bool
     name: str
 
@@ -177,8 +185,7 @@ class _Eyes:
         config = self.config.vision
         if config is None or not self.stored:
             raise PromptError(self.missing())
-        if not self.lazy:
-            memory.require(memory.MemoryEstimate(self.nbytes, 0, 0, 0), f"the tower of {self.name}")
+        memory.require(memory.MemoryEstimate(self.nbytes, 0, 0, 0), f"the tower of {self.name}")
         size = self.config.text.hidden_size
         _compare_shapes(vision_shapes(config, size), self.stored)
         vision = Vision(config, size)
@@ -191,8 +198,7 @@ class _Eyes:
         vision.eval()
         if self.check:
             _check_finite(vision)
-        if not self.lazy:
-            mx.eval(vision.parameters())
+        mx.eval(vision.parameters())
         return vision
 
 
@@ -330,6 +336,21 @@ def _read(stored: Mapping[str, StoredTensor], dtype: mx.Dtype | None) -> dict[st
             array = array.astype(dtype)
         weights[name] = array
     return weights
+
+
+class _Unread:
+    """Reads the weights of a model that are still on disk, for the first who uses them; whoever
+    comes meanwhile waits."""
+
+    def __init__(self, model: DiffusionGemma) -> None:
+        self._model: Any = proxy(model)
+        self._lock = Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            if self._model.read_weights is not None:
+                mx.eval(self._model.parameters())
+                self._model.read_weights = None
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -113,11 +113,14 @@ class DiffusionGemma(nn.Module):
         reads_pictures: whether there is a vision tower to be loaded.
         never_drawn: ids that stand for pictures, where there is: no canvas may hold them in the
             end.
+        read_weights: reads what is still on disk of the weights of a model that was loaded lazily,
+            before they are first used; None where nothing is.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.read_weights: Callable[[], None] | None = None
         self.model = _Backbone(config.text)
         self.prefill_step_size = _PREFILL_STEP_SIZE
         self.adapted = False
@@ -209,6 +212,8 @@ class DiffusionGemma(nn.Module):
             raise UsageError(
                 "there is nothing to encode in an empty row of token ids; leave it out."
             )
+        if self.read_weights is not None and not self.training:
+            self.read_weights()
         x = self.embed(mx.array([token for row in ids for token in row], mx.int32)[None])
         own_pictures = [dict(row) for row in pictures] or [{} for _ in ids]
         x = _with_pictures(x, lengths, prefixes, own_pictures)
