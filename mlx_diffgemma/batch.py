@@ -245,7 +245,7 @@ def batch_generate(
                 check_integer("seed", seeds[row], 0)
                 own_seed = checked_seed(seeds[row])
         with _naming(row, PromptError) if count > 1 else nullcontext():
-            encoded = encode(tokenizer, prompt, prompt_settings)
+            encoded = encode(tokenizer, prompt, prompt_settings, config=model.config)
         answer = Answer(tokenizer, stop=stops, thinking=encoded.thinking, prompt=encoded.ids)
         sequence = row if seeds is None else 0
         rows.append(_Row(answer, encoded, own_seed, sequence, own, own.max_tokens))

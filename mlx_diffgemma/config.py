@@ -17,6 +17,8 @@ from mlx_diffgemma.reading import LARGEST_LENGTH, Section, shown
 MODEL_TYPE = "diffusion_gemma"
 SLIDING = "sliding_attention"
 FULL = "full_attention"
+SOFT_TOKENS = (70, 140, 280, 560, 1120)
+"""How many soft tokens a picture may be asked to take at most."""
 
 _LAYER = re.compile(r"[0-9]{1,9}")
 _GLOBAL = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
@@ -202,15 +204,107 @@ def _layer_sizes(
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower, and how a picture is cut for it.
+
+    Attributes:
+        patch_size: pixels of a side of a patch.
+        pooling_kernel_size: patches of a side of the square that becomes one soft token.
+        position_embedding_size: most patches of a side of a picture.
+        soft_tokens: most soft tokens of a picture, where nothing else is asked for.
+        use_clipped_linears: whether projections clip what goes in and comes out.
+        standardize: whether soft tokens are shifted and scaled at the end.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    patch_size: int
+    pooling_kernel_size: int
+    position_embedding_size: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 100.0
+    use_clipped_linears: bool = False
+    standardize: bool = False
+    soft_tokens: int = 280
+
+    @property
+    def side_multiple(self) -> int:
+        """Pixels of whose multiple the sides of a picture are: those of one soft token."""
+        return self.patch_size * self.pooling_kernel_size
+
+    @classmethod
+    def read(cls, section: Section, soft_tokens: int) -> VisionConfig:
+        """Read the `vision_config` of a `config.json`.
+
+        Raises:
+            ConfigError: naming the key that is missing, unknown or contradictory.
+        """
+        if section.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
+            raise section.fail("hidden_activation", "must be 'gelu_pytorch_tanh'")
+        if section.flag("attention_bias", False):
+            raise section.fail("attention_bias", "must be false")
+        rope = section.section("rope_parameters", {})
+        if rope.get("rope_type", "axial") not in ("axial", "default"):
+            raise rope.fail("rope_type", f"is {shown(rope.get('rope_type'))}; known is 'axial'")
+        heads, kv_heads = section.size("num_attention_heads"), section.size("num_key_value_heads")
+        if heads % kv_heads:
+            raise section.fail("num_attention_heads", f"is {heads}, no multiple of {kv_heads}")
+        head_dim = section.size("head_dim")
+        if head_dim % 4:
+            raise section.fail("head_dim", f"must be a multiple of 4, not {head_dim}")
+        return cls(
+            hidden_size=section.size("hidden_size"),
+            intermediate_size=section.size("intermediate_size"),
+            num_hidden_layers=section.size("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            patch_size=section.size("patch_size"),
+            pooling_kernel_size=section.size("pooling_kernel_size"),
+            position_embedding_size=section.size("position_embedding_size"),
+            rms_norm_eps=section.number("rms_norm_eps", 1e-6, most=1.0),
+            rope_theta=rope.number("rope_theta", 100.0),
+            use_clipped_linears=section.flag("use_clipped_linears", False),
+            standardize=section.flag("standardize", False),
+            soft_tokens=soft_tokens,
+        )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A whole checkpoint's `config.json`."""
+    """A whole checkpoint's `config.json`.
+
+    Attributes:
+        image_token_id: stands for a soft token of a picture, or None.
+        boi_token_id, eoi_token_id: stand before and behind the soft tokens of a picture, or None.
+    """
 
     text: TextConfig
     canvas_length: int
     eos_token_ids: tuple[int, ...] = ()
-    image_token_ids: tuple[int, ...] = ()
+    image_token_id: int | None = None
+    boi_token_id: int | None = None
+    eoi_token_id: int | None = None
     quantization: Mapping[str, Any] | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def vision(self) -> VisionConfig | None:
+        """The vision tower, or None where the config names none or no token that stands for what
+        it sees.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        top = Section(self.raw)
+        if not top.has("vision_config") or self.image_token_id is None:
+            return None
+        soft_tokens = top.size("vision_soft_tokens_per_image", 280)
+        return VisionConfig.read(top.section("vision_config"), soft_tokens)
 
     @property
     def stated_end_ids(self) -> tuple[int, ...]:
@@ -269,11 +363,9 @@ class ModelConfig:
             canvas_length=top.size("canvas_length"),
             eos_token_ids=top.ids("eos_token_id", text.vocab_size)
             or top.section("text_config").ids("eos_token_id", text.vocab_size),
-            image_token_ids=tuple(
-                i
-                for key in ("image_token_id", "boi_token_id", "eoi_token_id")
-                for i in top.ids(key)
-            ),
+            image_token_id=next(iter(top.ids("image_token_id")), None),
+            boi_token_id=next(iter(top.ids("boi_token_id")), None),
+            eoi_token_id=next(iter(top.ids("eoi_token_id")), None),
             quantization=quantization,
             raw=data,
         )

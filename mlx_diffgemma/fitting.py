@@ -15,6 +15,7 @@ from mlx_diffgemma.diffusion.profiles import profile_settings
 from mlx_diffgemma.errors import PromptError, UsageError
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.pictured import pictures_of
 from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.tokenizer import check_tokenizer, end_token_ids
 
@@ -100,7 +101,7 @@ def fit_to_context(
     model; returns the settings of each, with an answer that ends where its context ends.
 
     Raises:
-        PromptError: empty, outside the vocabulary, with image tokens, or too long.
+        PromptError: empty, outside the vocabulary, with image tokens of no picture, or too long.
         UsageError: the canvas is longer than the context.
         MemoryShortageError: prefixes and a denoising step exceed what the machine offers.
     """
@@ -135,6 +136,8 @@ def fit_to_context(
             )
         fitted.append(replace(settings, max_tokens=min(settings.max_tokens, canvases * length)))
         lengths.append(length)
+    pictures = [span for ids in prompts for span in pictures_of(ids)]
+    sizes = [0 if span.patches is None else len(span.patches) for span in pictures]
     estimate = memory.estimate(
         model.config.text,
         0,
@@ -144,6 +147,8 @@ def fit_to_context(
         ],
         activation_bytes=model.dtype.size,
         step_size=step_size or model.prefill_step_size,
+        vision=model.config.vision if sizes else None,
+        patches=max(sizes, default=0),
     )
     longest = max(map(len, prompts))
     what = f"a prompt of {longest} tokens"
@@ -155,16 +160,20 @@ def fit_to_context(
 
 
 def _check_tokens(model: DiffusionGemma, ids: Sequence[int], name: str) -> None:
-    vocab, images = model.config.text.vocab_size, set(model.config.image_token_ids)
+    config, pictures = model.config, pictures_of(ids)
+    vocab = config.text.vocab_size
     if not ids:
         raise PromptError(f"{name} is empty; give some text or token ids.")
+    inside = {place for span in pictures for place in range(span.start, span.stop)}
     for place, token in enumerate(ids):
         if not 0 <= token < vocab:
             raise PromptError(
                 f"{name}: token {place} is {shown(token)}; ids go from 0 to {vocab - 1}."
             )
-        if token in images:
+        if (token == config.image_token_id) != (place in inside):
             raise PromptError(
-                f"{name}: token {place} ({token}) stands for an image; images are not supported "
-                "yet, take it out."
+                f"{name}: token {place} ({token}) stands for a picture, and none belongs to it; "
+                "give pictures as parts of messages, or take it out."
             )
+    if pictures:
+        model.require_vision()

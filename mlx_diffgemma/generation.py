@@ -51,6 +51,7 @@ def load(
     chat_template: str | None = None,
     trust_remote_code: bool = False,
     check: bool = False,
+    vision: bool | None = None,
 ) -> tuple[DiffusionGemma, TokenizerWrapper]:
     """Load a model and its tokenizer, as `mlx_lm.load` does.
 
@@ -62,6 +63,8 @@ def load(
         chat_template: a Jinja template, or a file that holds one, in place of the checkpoint's.
         trust_remote_code: allow the tokenizer to run code that the repository holds.
         check: look for NaN and infinity in every weight.
+        vision: whether to load the vision tower. None loads it when the first picture comes, and
+            False refuses pictures.
 
     Returns:
         The model, ready to run on the default device, and mlx-lm's wrapper of its tokenizer.
@@ -73,7 +76,9 @@ def load(
     from mlx_diffgemma.text.tokenizer import load_tokenizer
 
     path = locate.locate(path_or_repo, revision)
-    model, _ = loading.load_model(path, lazy=lazy, check=check, name=str(path_or_repo))
+    model, _ = loading.load_model(
+        path, lazy=lazy, check=check, name=str(path_or_repo), vision=vision
+    )
     if adapter_path is not None:
         adapters.load_adapters(model, adapter_path)
     tokenizer = load_tokenizer(
@@ -135,8 +140,9 @@ def stream_generate(
     """Generate, yielding after each denoising step, before the next one starts.
 
     Args:
-        prompt: text, messages (`{"role": ..., "content": ...}`), or token ids in a list, a tuple,
-            an array or a `BatchEncoding`; or what `mlx_diffgemma.text.prompt.encode` made of one.
+        prompt: text, messages (`{"role": ..., "content": ...}`, whose content may be parts with
+            pictures, `{"type": "image", "image": ...}`), or token ids in a list, a tuple, an array
+            or a `BatchEncoding`; or what `mlx_diffgemma.text.prompt.encode` made of one.
         max_tokens: most tokens to generate; None takes the checkpoint's setting.
         seed: makes the run repeatable on one machine; None draws a fresh one (see the responses).
         initial_canvas: token ids [C] that the first canvas starts from instead of noise.
@@ -170,7 +176,7 @@ def stream_generate(
         raise UsageError(f"initial_canvas must be token ids, not {shown(initial_canvas)}.")
     check_flag("draft", draft)
     check_callable("on_prefill", on_prefill)
-    encoded = encode(tokenizer, prompt, prompt_settings)
+    encoded = encode(tokenizer, prompt, prompt_settings, config=model.config)
     wanted = config.max_tokens
     (config,) = fit_to_context(model, [encoded.ids], config, step_size=prefill_step_size)
     return _stream(
@@ -229,6 +235,7 @@ def _stream(
         for event in events:
             if isinstance(event, PrefillProgress):
                 on_prefill(event.done, event.total)
+                clock.looking = event.looking
                 if event.done == event.total:
                     clock.prompt_is_encoded(event.total)
                     if prompt.prefill:

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_diffgemma.diffusion.events import Looking
 from mlx_diffgemma.text.parts import EndReason, Parts
 from mlx_diffgemma.text.tool_calls import ToolCall
 
@@ -57,6 +58,8 @@ class GenerationResponse:
         parts: the parts of the answer before this canvas; `parts.pieces(canvas)` says what each
             token of the draft is part of.
         seed: the seed of every random draw of this run.
+        images: pictures that were read for this prompt; those of a prefix cache are not.
+        image_seconds: what the vision tower took for them; it is part of the time of the prompt.
     """
 
     text: str
@@ -86,6 +89,8 @@ class GenerationResponse:
     context_full: bool = False
     parts: Parts | None = field(default=None, repr=False, compare=False)
     seed: int = 0
+    images: int = 0
+    image_seconds: float = 0.0
 
 
 class Clock:
@@ -97,6 +102,7 @@ class Clock:
 
     Attributes:
         converged: whether every canvas committed so far was done before its steps were used up.
+        looking: what the vision tower did for the prompt.
     """
 
     def __init__(self, prompt_tokens: int, seed: int) -> None:
@@ -105,6 +111,7 @@ class Clock:
         self.prompt_seconds = 0.0
         self.encoded = 0
         self.converged = True
+        self.looking = Looking()
 
     def prompt_is_encoded(self, positions: int) -> None:
         """Note that the prompt is encoded; `positions` of it were not known before."""
@@ -135,5 +142,7 @@ class Clock:
             tokens_per_forward=len(tokens) / sum(steps) if steps else 0.0,
             converged=self.converged,
             seed=self.seed,
+            images=self.looking.pictures,
+            image_seconds=self.looking.seconds,
             **now,
         )

@@ -2,7 +2,7 @@
 
     python -m build && python scripts/check_distributions.py dist
 
-The wheel holds the modules of the program and of the converter, the demo's checkpoint, `py.typed`
+The wheel holds the modules of the program and of the converter, the demo's checkpoints, `py.typed`
 and the licence, all as in this repository, and nothing else. The source distribution holds what a
 wheel is built from.
 """
@@ -40,7 +40,8 @@ def shipped() -> dict[str, bytes]:
     found = {}
     for package, base in PACKAGES.items():
         for path in (base / package).rglob("*"):
-            data = path.parent.name == "checkpoint" and path.parent.parent.name == "demo"
+            shipped = path.parent.name in ("checkpoint", "reader")
+            data = shipped and path.parent.parent.name == "demo"
             if path.is_file() and (path.suffix == ".py" or path.name == "py.typed" or data):
                 found[path.relative_to(base).as_posix()] = path.read_bytes()
     return found

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_diffgemma.checkpoint.names import expected_shapes, to_hugging_face
+from mlx_diffgemma.checkpoint.names import expected_shapes, to_hugging_face, vision_shapes
 from mlx_diffgemma.config import FULL, SLIDING, ModelConfig, both_spellings
 from mlx_diffgemma_convert.plan import Stored
 from mlx_diffgemma_convert.shard_file import header_bytes
@@ -100,38 +100,6 @@ def make_config(text: Mapping[str, int], vision: Mapping[str, int], layers: int)
     }
 
 
-def vision_shapes(vision: Mapping[str, Any], hidden: int) -> dict[str, tuple[int, ...]]:
-    """The vision tower and its projection, by Hugging Face name."""
-    dim, width = vision["hidden_size"], vision["intermediate_size"]
-    heads = vision["num_attention_heads"] * vision["head_dim"]
-    tower = "model.encoder.vision_tower."
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.encoder.embed_vision.embedding_projection.weight": (hidden, dim),
-        f"{tower}patch_embedder.input_proj.weight": (dim, 3 * vision["patch_size"] ** 2),
-        f"{tower}patch_embedder.position_embedding_table": (
-            2, vision["position_embedding_size"], dim,
-        ),
-    }  # fmt: skip
-    if vision["standardize"]:
-        shapes |= {f"{tower}std_bias": (dim,), f"{tower}std_scale": (dim,)}
-    for index in range(vision["num_hidden_layers"]):
-        layer = f"{tower}encoder.layers.{index}."
-        for norm in (
-            "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
-            "post_feedforward_layernorm",
-        ):  # fmt: skip
-            shapes[f"{layer}{norm}.weight"] = (dim,)
-        for norm in ("q_norm", "k_norm"):
-            shapes[f"{layer}self_attn.{norm}.weight"] = (vision["head_dim"],)
-        for name in "qkv":
-            shapes[f"{layer}self_attn.{name}_proj.linear.weight"] = (heads, dim)
-        shapes[f"{layer}self_attn.o_proj.linear.weight"] = (dim, heads)
-        for name in ("gate", "up"):
-            shapes[f"{layer}mlp.{name}_proj.linear.weight"] = (width, dim)
-        shapes[f"{layer}mlp.down_proj.linear.weight"] = (dim, width)
-    return shapes
-
-
 def write_checkpoint(
     folder: Path,
     config: Mapping[str, Any],
@@ -144,10 +112,10 @@ def write_checkpoint(
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 5]}))
-    hidden = config["text_config"]["hidden_size"]
-    text = expected_shapes(ModelConfig.from_dict(config))
-    shapes = {to_hugging_face(name): shape for name, shape in text.items()}
-    shapes |= vision_shapes(config["vision_config"], hidden)
+    parsed = ModelConfig.from_dict(config)
+    shapes = {to_hugging_face(name): shape for name, shape in expected_shapes(parsed).items()}
+    if parsed.vision is not None:
+        shapes |= vision_shapes(parsed.vision, parsed.text.hidden_size)
     tensors = [Stored(name, "BF16", shape) for name, shape in sorted(shapes.items())]
     shards: list[list[Stored]] = [[]]
     for tensor in tensors:

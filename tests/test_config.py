@@ -99,7 +99,7 @@ def test_the_demo_model():
     assert [a.head_dim for a in config.text.attention] == [32, 32, 64, 32, 32, 64]
     assert [a.num_kv_heads for a in config.text.attention] == [2, 2, 1, 2, 2, 1]
     assert config.text.attention[2].rope == RopeConfig(10000.0, "proportional", 0.25)
-    assert config.image_token_ids == (6,)
+    assert (config.image_token_id, config.boi_token_id) == (6, None)
     assert config.text.final_logit_softcapping == 30.0
 
 
@@ -108,7 +108,7 @@ def test_top_level_fields(tiny_config):
     raw["boi_token_id"] = 9
     config = ModelConfig.from_dict(raw)
     assert config.eos_token_ids == (1, 5)
-    assert sorted(config.image_token_ids) == [6, 9]
+    assert (config.image_token_id, config.boi_token_id) == (6, 9)
     assert config.raw is raw
     del raw["eos_token_id"]
     assert ModelConfig.from_dict(raw).eos_token_ids == (1,)

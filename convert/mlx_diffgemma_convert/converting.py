@@ -11,7 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_diffgemma.checkpoint.names import is_quantizable, module_path
+from mlx_diffgemma.checkpoint.names import (
+    is_quantizable,
+    is_vision_quantizable,
+    module_path,
+)
 from mlx_diffgemma.checkpoint.quantization import FLOATS, RECIPES, Format, Recipe, Rule
 from mlx_diffgemma.errors import CheckpointError, UsageError
 from mlx_diffgemma.reading import os_reason, read_object, shown
@@ -134,10 +138,15 @@ def _plan(source: Source, recipe: Recipe, rules: list[Rule], conversion: Convers
         dequantize=conversion.dequantize,
         hugging_face=conversion.to_hf,
         shard_size=conversion.max_shard_size,
+        vision=not conversion.no_vision,
     )
     if rules:
         draft = plan(Recipe("draft", ()))
-        paths = [module_path(t.name) for t in draft.targets if is_quantizable(t.name, len(t.shape))]
+        paths = [
+            module_path(t.name)
+            for t in draft.targets
+            if is_quantizable(t.name, len(t.shape)) or is_vision_quantizable(t.name, len(t.shape))
+        ]
         recipe, matched = recipe.with_rules(rules, paths, draft.config.text.num_hidden_layers)
         for rule, found in matched:
             some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")

@@ -20,6 +20,7 @@ from mlx_diffgemma.checkpoint.names import (
     expected_shapes,
     is_quantizable,
     is_vision,
+    is_vision_quantizable,
     module_path,
     to_hugging_face,
 )
@@ -158,6 +159,7 @@ def make_plan(
     keep_formats: bool = False,
     hugging_face: bool = False,
     shard_size: int | str = "5GB",
+    vision: bool = True,
 ) -> Plan:
     """Decide what becomes of every tensor of `source`.
 
@@ -169,6 +171,7 @@ def make_plan(
             only a name then.
         hugging_face: write the names of the reference implementation.
         shard_size: most bytes of a file.
+        vision: whether the vision tower comes along.
 
     Raises:
         CheckpointError: a tensor is missing, extra or of the wrong shape.
@@ -182,7 +185,11 @@ def make_plan(
         )
     if dequantize:
         recipe = Recipe("dequantized", ())
+    if hugging_face and not vision:
+        raise UsageError("transformers loads no checkpoint without its vision tower; keep it.")
     targets = _targets(source, config, recipe, dtype, keep_formats)
+    if not vision:
+        targets = [target for target in targets if not is_vision(target.name)]
     if hugging_face and any(target.format.quantized for target in targets):
         raise UsageError("the Hugging Face layout is unquantized; leave out the recipe.")
     targets.sort(key=lambda t: min((p.tensor.shard, p.tensor.start) for p in t.parts["weight"]))
@@ -203,6 +210,7 @@ def make_plan(
         "dtype": dtype,
         "layout": "hugging_face" if hugging_face else "mlx",
         "shard_size": str(shard_size),
+        **({} if vision else {"vision": False}),
     }
     fingerprint = _fingerprint(source, settings)
     return Plan(source, config, recipe, shards, hugging_face, settings, fingerprint)
@@ -269,8 +277,13 @@ def _targets(
                 f"tensor {found[0].name} in {found[0].shard} has no place in the model that "
                 "config.json describes; they are of different models."
             )
-        whole = {"weight": pieces_of(name, found[0].shape, found)}
-        targets.append(Target(name, found[0].shape, Format(KEEP), found[0].dtype, whole))
+        shape = found[0].shape
+        whole = {"weight": pieces_of(name, shape, found)}
+        fmt = Format(KEEP)
+        if is_vision_quantizable(name, len(shape)) and not keep_formats:
+            fmt = recipe.format_for_vision(path, shape[-1])
+        kind = found[0].dtype if fmt.mode == KEEP else _value_dtype(found[0], fmt, dtype, None)
+        targets.append(Target(name, shape, fmt, kind, whole))
     return targets
 
 

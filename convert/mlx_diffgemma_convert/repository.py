@@ -21,7 +21,8 @@ def converted_config(plan: Plan) -> dict[str, Any]:
     """`config.json` of the output: the source's, with both spellings of the attention sizes and the
     formats of the modules."""
     config = both_spellings(plan.source.config)
-    for key in ("quantization", "quantization_config", "_name_or_path"):
+    without = ("vision_config",) if plan.settings.get("vision") is False else ()
+    for key in ("quantization", "quantization_config", "_name_or_path", *without):
         config.pop(key, None)
     names = {stored: FLOATS[fmt] for fmt, stored in FLOAT_DTYPES.items()}
     dtypes = {target.dtype for target in plan.targets if not is_vision(target.name)}
@@ -29,7 +30,12 @@ def converted_config(plan: Plan) -> dict[str, Any]:
         config["dtype"] = names[dtypes.pop()]
         config["text_config"]["dtype"] = config["dtype"]
         config.pop("torch_dtype", None)
-    modules = [t for t in plan.targets if is_quantizable(t.name, len(t.shape))]
+    modules = [
+        t
+        for t in plan.targets
+        # What reads the tower elsewhere takes each module that has scales for packed.
+        if is_quantizable(t.name, len(t.shape)) or (is_vision(t.name) and t.format.quantized)
+    ]
     block = quantization_entry(
         {module_path(t.name): t.format for t in modules},
         {module_path(t.name): t.rows * t.columns for t in modules},

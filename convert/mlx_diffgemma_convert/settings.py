@@ -76,6 +76,9 @@ class Conversion:
     dequantize: Annotated[
         bool, Setting("Plain weights in place of quantized ones.", panel=_WEIGHTS)
     ] = False
+    no_vision: Annotated[
+        bool, Setting("Result without the vision tower, which reads no pictures.", panel=_WEIGHTS)
+    ] = False
     delete_source_shards: Annotated[
         bool, Setting("Deletion of each downloaded shard after its use.", panel=_NETWORK)
     ] = False

@@ -13,7 +13,9 @@ import numpy as np
 from mlx_diffgemma.checkpoint.names import (
     canonical_name,
     expected_shapes,
+    is_vision,
     module_path,
+    vision_shapes,
 )
 from mlx_diffgemma.checkpoint.quantization import Recipe, formats_from_config
 from mlx_diffgemma.config import ModelConfig
@@ -115,7 +117,10 @@ def _check_complete(folder: Path, tensors: Mapping[str, SourceTensor]) -> None:
     config = ModelConfig.from_dict(read_object(folder / "config.json"))
     shapes = {canonical_name(t.name) or t.name: t.shape for t in tensors.values()}
     formats = formats_from_config(config, shapes)
-    for name, shape in expected_shapes(config).items():
+    expected = expected_shapes(config)
+    if config.vision is not None and any(map(is_vision, shapes)):
+        expected |= vision_shapes(config.vision, config.text.hidden_size)
+    for name, shape in expected.items():
         fmt = formats.get(module_path(name))
         parts: Iterable[Stored] = [Stored(name, "BF16", shape)]
         if fmt is not None and name.endswith(".weight"):
@@ -145,6 +150,7 @@ def compare_with_source(folder: Path, source: Source) -> Loss:
         dequantize="quantization" in source.config,
         hugging_face=record["layout"] == "hugging_face",
         shard_size=record["shard_size"],
+        vision=record.get("vision", True),
     )
     result = FolderSource(folder)
     total = Loss()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -15,13 +17,22 @@ from mlx.utils import tree_flatten
 from mlx_diffgemma import cpu
 from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.checkpoint.locate import locate
-from mlx_diffgemma.checkpoint.names import canonical_name, expected_shapes, expert_piece, is_vision
+from mlx_diffgemma.checkpoint.names import (
+    CLIP_BOUNDS,
+    VISION_ROOT,
+    canonical_name,
+    expected_shapes,
+    expert_piece,
+    is_vision,
+    vision_shapes,
+)
 from mlx_diffgemma.checkpoint.quantization import formats_from_config
 from mlx_diffgemma.checkpoint.shards import StoredTensor, stored_tensors
 from mlx_diffgemma.checks import check_flag
 from mlx_diffgemma.config import ModelConfig, check_generation_ids
-from mlx_diffgemma.errors import CheckpointError, UsageError
+from mlx_diffgemma.errors import CheckpointError, PromptError, UsageError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.model.vision import Vision
 from mlx_diffgemma.reading import is_there, read_object, shown
 
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16)
@@ -37,11 +48,11 @@ def load_model(
     dtype: mx.Dtype | None = None,
     check: bool = False,
     name: str | None = None,
+    vision: bool | None = None,
 ) -> tuple[DiffusionGemma, dict[str, Any]]:
     """Load a model without its tokenizer, for work on token ids.
 
-    Reads the layout of Hugging Face and the converted layout of MLX. Vision weights are left on
-    disk.
+    Reads the layout of Hugging Face and the converted layout of MLX.
 
     Args:
         path_or_repo: a folder, a Hugging Face repository, or "demo".
@@ -51,6 +62,8 @@ def load_model(
             other.
         check: look for NaN and infinity in every weight.
         name: what errors call the model; None takes `path_or_repo`.
+        vision: whether to load the vision tower, which pictures need. None leaves it on disk until
+            a picture comes.
 
     Returns:
         The model and its `config.json` (with the content of `generation_config.json` under the key
@@ -61,8 +74,9 @@ def load_model(
     """
     if dtype is not None and dtype not in _DTYPES:
         raise UsageError(f"dtype must be float32, float16 or bfloat16 of mlx, not {shown(dtype)}.")
-    for flag, value in (("lazy", lazy), ("check", check)):
-        check_flag(flag, value)
+    for flag, value in (("lazy", lazy), ("check", check), ("vision", vision)):
+        if value is not None:
+            check_flag(flag, value)
     folder = locate(path_or_repo, revision)
     raw = read_config(folder)
     config = ModelConfig.from_dict(raw)
@@ -71,8 +85,13 @@ def load_model(
         check_generation_ids(raw["generation_config"], config.text.vocab_size, inside_config=inside)
     stored = _text_tensors(folder)
     dtype = _fast_dtype() if dtype is None else dtype
+    eyes = _Eyes(folder, config, dtype, check=check, name=name or str(path_or_repo))
+    if vision and not eyes.stored:
+        raise CheckpointError(eyes.missing())
     if not lazy:
         size = sum(_loaded_bytes(tensor, dtype) for tensor in stored.values())
+        if vision:
+            size += eyes.nbytes
         estimate = memory.estimate(
             config.text,
             size,
@@ -81,7 +100,7 @@ def load_model(
         )
         memory.require(estimate, name or str(path_or_repo))
 
-    _compare_sizes(config, stored)
+    _compare_shapes(expected_shapes(config), stored)
     model = DiffusionGemma(config)
     _quantize_modules(model, config, stored)
     _require_shapes(model, stored)
@@ -102,7 +121,85 @@ def load_model(
         _check_finite(model)
     if not lazy:
         mx.eval(model.parameters())
+    model.reads_pictures = bool(eyes.stored) and vision is not False
+    if eyes.stored:
+        ids = (config.image_token_id, config.boi_token_id, config.eoi_token_id)
+        model.never_drawn = tuple(
+            token for token in ids if token is not None and token < config.text.vocab_size
+        )
+    model.load_vision = eyes.closed if vision is False else eyes.load
+    if vision:
+        model.require_vision()
     return model, dict(raw)
+
+
+@dataclass(frozen=True)
+class _Eyes:
+    """The vision tower of a checkpoint, on disk.
+
+    Attributes:
+        name: what errors call the model.
+    """
+
+    folder: Path
+    config: ModelConfig
+    dtype: mx.Dtype | None
+    check: bool
+    name: str
+
+    @cached_property
+    def stored(self) -> dict[str, StoredTensor]:
+        """Its tensors by name; none where the checkpoint has no tower."""
+        if self.config.vision is None:
+            return {}
+        tensors = {n: t for n, t in stored_tensors(self.folder).items() if is_vision(n)}
+        if self.config.vision.use_clipped_linears:
+            return tensors
+        # Some repositories carry bounds that nothing is clipped to.
+        return {n: t for n, t in tensors.items() if not n.endswith(CLIP_BOUNDS)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes once it is loaded."""
+        return sum(_loaded_bytes(tensor, self.dtype) for tensor in self.stored.values())
+
+    def missing(self) -> str:
+        return (
+            f"{self.name} has no vision tower, so it reads no pictures; take a checkpoint that "
+            "was converted with one."
+        )
+
+    def closed(self) -> Vision:
+        raise PromptError(
+            f"{self.name} was loaded without its vision tower, so it reads no pictures."
+        )
+
+    def load(self) -> Vision:
+        """The tower, from disk.
+
+        Raises:
+            PromptError: the checkpoint has none.
+            CheckpointError: it is incomplete or damaged.
+            MemoryShortageError: it does not fit.
+        """
+        config = self.config.vision
+        if config is None or not self.stored:
+            raise PromptError(self.missing())
+        memory.require(memory.MemoryEstimate(self.nbytes, 0, 0, 0), f"the tower of {self.name}")
+        size = self.config.text.hidden_size
+        _compare_shapes(vision_shapes(config, size), self.stored)
+        vision = Vision(config, size)
+        own = {name.removeprefix(VISION_ROOT): tensor for name, tensor in self.stored.items()}
+        _quantize_modules(vision, self.config, self.stored, VISION_ROOT)
+        _require_shapes(vision, own)
+        if cpu.is_device():
+            cpu.use(vision)
+        vision.load_weights(list(_read(own, self.dtype).items()))
+        vision.eval()
+        if self.check:
+            _check_finite(vision)
+        mx.eval(vision.parameters())
+        return vision
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -156,30 +253,33 @@ def _loaded_bytes(tensor: StoredTensor, dtype: mx.Dtype | None) -> int:
 
 
 def _quantize_modules(
-    model: DiffusionGemma, config: ModelConfig, stored: Mapping[str, StoredTensor]
+    model: nn.Module, config: ModelConfig, stored: Mapping[str, StoredTensor], root: str = ""
 ) -> None:
-    """Turn every module whose scales are stored into its quantized form."""
+    """Turn every module whose scales are stored into its quantized form. Names are those of the
+    modules behind `root`."""
     if config.quantization is None:
         return
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     formats = formats_from_config(config, shapes)
 
     def parameters(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if path not in formats:
+        fmt = formats.get(root + path)
+        if fmt is None:
             return False
-        fmt = formats[path]
         return {"group_size": fmt.group_size, "bits": fmt.bits, "mode": fmt.mode}
 
     nn.quantize(model, class_predicate=parameters)
 
 
-def _compare_sizes(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> None:
+def _compare_shapes(
+    shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]
+) -> None:
     """Sizes that no stored matrix has are refused before a model of them is made.
 
     Raises:
         CheckpointError: naming the first tensor of another shape.
     """
-    for name, shape in expected_shapes(config).items():
+    for name, shape in shapes.items():
         tensor = stored.get(name)
         packed = tensor is not None and tensor.dtype not in _FLOATS
         if tensor is not None and not packed and tensor.shape != shape:
@@ -193,7 +293,7 @@ def _of_another_shape(tensor: StoredTensor, shape: tuple[int, ...]) -> Checkpoin
     )
 
 
-def _require_shapes(model: DiffusionGemma, stored: Mapping[str, StoredTensor]) -> None:
+def _require_shapes(model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
     """Every parameter must be stored, in its shape and a type that it can take; nothing else may.
 
     Raises:
@@ -253,7 +353,7 @@ class _Unread:
                 self._model.read_weights = None
 
 
-def _check_finite(model: DiffusionGemma) -> None:
+def _check_finite(model: nn.Module) -> None:
     parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     for name, parameter in parameters.items():
         if mx.issubdtype(parameter.dtype, mx.floating) and not mx.isfinite(parameter).all().item():

@@ -11,6 +11,7 @@ from mlx_diffgemma.errors import CheckpointError, UsageError
 from mlx_diffgemma.reading import is_there, os_reason, shown
 
 DEMO = "demo"
+_SHIPPED = {DEMO: "checkpoint", "demo-image": "reader"}
 RELEASE = "google/diffusiongemma-26B-A4B-it"
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # `./typo` is a path
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
@@ -19,13 +20,14 @@ _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 def locate(path_or_repo: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint, downloaded from the Hugging Face hub if need be.
 
-    "demo" is the small model that comes with this package.
+    "demo" is the small model that comes with this package, and "demo-image" the one that reads
+    drawn sudokus.
 
     Raises:
         CheckpointError: no such folder or repository, or the hub cannot be reached.
     """
-    if path_or_repo == DEMO:
-        return Path(__file__).parents[1] / "demo" / "checkpoint"
+    if isinstance(path_or_repo, str) and path_or_repo in _SHIPPED:
+        return Path(__file__).parents[1] / "demo" / _SHIPPED[path_or_repo]
     if not isinstance(path_or_repo, (str, Path)) or not str(path_or_repo):
         raise UsageError(
             f'a model is named by a folder, a repository or "{DEMO}", not {shown(path_or_repo)}.'

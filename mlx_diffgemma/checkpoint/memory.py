@@ -15,7 +15,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_diffgemma.config import AttentionConfig, TextConfig
+from mlx_diffgemma.config import AttentionConfig, TextConfig, VisionConfig
 from mlx_diffgemma.errors import MemoryShortageError
 
 MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
@@ -88,6 +88,8 @@ def estimate(
     sequences: Sequence[tuple[int, int]] = (),
     activation_bytes: int = 2,
     step_size: int = 512,
+    vision: VisionConfig | None = None,
+    patches: int = 0,
 ) -> MemoryEstimate:
     """Memory of a generation, counted from the shapes.
 
@@ -101,6 +103,7 @@ def estimate(
             rounded up to whole canvases. Without sequences, one canvas behind no prompt is counted.
         activation_bytes: of a number between layers.
         step_size: positions of a prompt that are encoded at a time.
+        vision, patches: the tower, and the patches of the largest picture; one is read at a time.
     """
     answers = [_whole(answer, canvas_length) for _, answer in sequences]
     held = [prompt + answer for (prompt, _), answer in zip(sequences, answers, strict=True)]
@@ -114,6 +117,8 @@ def estimate(
         committed = canvas_length if answer > canvas_length else 0
         new = min(step_size, max(prompt, committed))
         prefill = max(prefill, _prefill(config, new, positions, activation_bytes))
+    if vision is not None:
+        prefill = max(prefill, _picture(vision, patches, activation_bytes))
     step = _step(config, held or [canvas_length], canvas_length, activation_bytes)
     return MemoryEstimate(weights, prefix, prefill, step, len(sequences))
 
@@ -159,6 +164,15 @@ def _prefill(config: TextConfig, new: int, positions: int, item: int) -> int:
         activations = new * layer_numbers(config, layer) * item
         most = max(most, activations + scores + keys * _entry(layer, item))
     return most + 2 * new * config.hidden_size * item
+
+
+def _picture(vision: VisionConfig, patches: int, item: int) -> int:
+    """Bytes that the tower takes for a picture: its values in float32, and the widest layer twice,
+    for one is queued while another is computed."""
+    heads = (vision.num_attention_heads + 2 * vision.num_key_value_heads) * vision.head_dim
+    layer = 4 * vision.hidden_size + 2 * heads + 3 * vision.intermediate_size
+    values = 2 * 3 * vision.patch_size**2 * 4
+    return patches * (values + 2 * layer * item) + 2 * _SCORE_BYTES
 
 
 def _step(config: TextConfig, held: Sequence[int], canvas_length: int, item: int) -> int:

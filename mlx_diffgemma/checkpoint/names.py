@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mlx_diffgemma.config import AttentionConfig, ModelConfig, TextConfig
+    from mlx_diffgemma.config import AttentionConfig, ModelConfig, TextConfig, VisionConfig
 
-VISION_PREFIXES = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+VISION_ROOT = "model.encoder."
+VISION_PREFIXES = (f"{VISION_ROOT}vision_tower.", f"{VISION_ROOT}embed_vision.")
+CLIP_BOUNDS = ("input_min", "input_max", "output_min", "output_max")
 _TIED_PREFIX = "model.encoder.language_model."
 _STACKS = (".experts.gate_up_proj", ".experts.down_proj")
 _PIECE = re.compile(
@@ -122,6 +124,18 @@ def is_quantizable(name: str, ndim: int) -> bool:
     return name.endswith(".weight") and ndim >= 2 and kind in QUANTIZABLE_CLASSES
 
 
+def is_vision_quantizable(name: str, ndim: int) -> bool:
+    """Whether a parameter of the vision tower is a matrix that may be quantized. The projection of
+    the pixels is none: cast to the type of packed weights, pixels become integers."""
+    path = module_path(name)
+    return (
+        is_vision(path)
+        and name.endswith(".weight")
+        and ndim == 2
+        and not path.endswith("patch_embedder.input_proj")
+    )
+
+
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every text parameter of the unquantized model, by MLX name."""
     text = config.text
@@ -174,3 +188,45 @@ def _gated(prefix: str, dim: int, width: int) -> dict[str, tuple[int, ...]]:
         f"{prefix}up_proj.weight": (width, dim),
         f"{prefix}down_proj.weight": (dim, width),
     }
+
+
+def vision_shapes(vision: VisionConfig, text_size: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of the unquantized vision tower and of its projection into a text
+    model of `text_size`, by name."""
+    dim, width = vision.hidden_size, vision.intermediate_size
+    queries = vision.num_attention_heads * vision.head_dim
+    keys = vision.num_key_value_heads * vision.head_dim
+    tower, projection = VISION_PREFIXES
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{projection}embedding_projection.weight": (text_size, dim),
+        f"{tower}patch_embedder.input_proj.weight": (dim, 3 * vision.patch_size**2),
+        f"{tower}patch_embedder.position_embedding_table": (2, vision.position_embedding_size, dim),
+    }
+    if vision.standardize:
+        shapes |= {f"{tower}std_bias": (dim,), f"{tower}std_scale": (dim,)}
+    linears = {
+        "self_attn.q_proj": (queries, dim),
+        "self_attn.k_proj": (keys, dim),
+        "self_attn.v_proj": (keys, dim),
+        "self_attn.o_proj": (dim, queries),
+        "mlp.gate_proj": (width, dim),
+        "mlp.up_proj": (width, dim),
+        "mlp.down_proj": (dim, width),
+    }
+    norms = {
+        "input_layernorm": dim,
+        "post_attention_layernorm": dim,
+        "pre_feedforward_layernorm": dim,
+        "post_feedforward_layernorm": dim,
+        "self_attn.q_norm": vision.head_dim,
+        "self_attn.k_norm": vision.head_dim,
+    }
+    for index in range(vision.num_hidden_layers):
+        layer = f"{tower}encoder.layers.{index}."
+        shapes |= {f"{layer}{name}.weight": (size,) for name, size in norms.items()}
+        for name, shape in linears.items():
+            shapes[f"{layer}{name}.linear.weight"] = shape
+            if vision.use_clipped_linears:
+                for bound in CLIP_BOUNDS:
+                    shapes[f"{layer}{name}.{bound}"] = ()
+    return shapes

@@ -19,6 +19,7 @@ from mlx_diffgemma.checkpoint.names import (
     expected_shapes,
     is_vision,
     module_class,
+    vision_shapes,
 )
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import CheckpointError, UsageError
@@ -137,8 +138,9 @@ _LAYER = re.compile(r"\.decoder\.layers\.(\d+)\.")
 @dataclass(frozen=True)
 class Rule:
     """`selector=format`. A selector is a class of modules (`experts`, `attn`, `mlp`, `router`,
-    `embedding`, `self_conditioning`, `all`), one of its projections (`experts.down_proj`), either
-    of them in some layers (`layers[0:3].attn`, `layers[-1]`), or a path with `*`."""
+    `embedding`, `self_conditioning`, `vision`; `all` but the last), one of its projections
+    (`experts.down_proj`), either of them in some layers (`layers[0:3].attn`, `layers[-1]`), or a
+    path with `*`."""
 
     selector: str
     format: Format
@@ -171,7 +173,7 @@ def selects(selector: str, path: str, num_layers: int = 0) -> bool:
     if module in ("", "all"):
         return True
     head, _, tail = module.partition(".")
-    if _ALIASES.get(head, head) in QUANTIZABLE_CLASSES:
+    if _ALIASES.get(head, head) in (*QUANTIZABLE_CLASSES, "vision"):
         kind = _ALIASES.get(head, head)
         return module_class(path) == kind and (not tail or path.endswith(f".{tail}"))
     return fnmatchcase(path, module) or fnmatchcase(path, f"*.{module}")
@@ -209,6 +211,16 @@ class Recipe:
                 return rule.format
         return Format(KEEP)
 
+    def format_for_vision(self, path: str, columns: int) -> Format:
+        """The format of a matrix of the vision tower: that of the last rule which names the tower
+        (`vision`) or the module's path. "none" where there is no such rule, or where the groups do
+        not divide the `columns`."""
+        for rule in reversed(self.rules):
+            if rule.selector not in ("", "all") and rule.matches(path):
+                fits = not rule.format.quantized or columns % rule.format.group_size == 0
+                return rule.format if fits else Format(KEEP)
+        return Format(KEEP)
+
     def with_rules(
         self, rules: Iterable[Rule], paths: Iterable[str], num_layers: int
     ) -> tuple[Recipe, list[tuple[Rule, list[str]]]]:
@@ -223,7 +235,7 @@ class Recipe:
             if not found:
                 raise UsageError(
                     f"--set '{rule}' matches no module; known are all, "
-                    f"{', '.join(QUANTIZABLE_CLASSES)}, one of their projections "
+                    f"{', '.join(QUANTIZABLE_CLASSES)}, vision, one of their projections "
                     "(experts.down_proj), layers[0:3].attn, or a path with *."
                 )
             matched.append((rule, found))
@@ -285,10 +297,12 @@ def formats_from_config(
     """
     block = config.quantization or {}
     full = expected_shapes(config)
+    if any(map(is_vision, shapes)) and (vision := config.vision) is not None:
+        full |= vision_shapes(vision, config.text.hidden_size)
     formats = {}
     for name, scales in shapes.items():
         path = name.removesuffix(".scales")
-        if path == name or is_vision(name) or f"{path}.weight" not in full:
+        if path == name or f"{path}.weight" not in full:
             continue
         stored = _stored_format(path, full[f"{path}.weight"], shapes, scales)
         entry = block.get(path)
@@ -303,7 +317,7 @@ def formats_from_config(
         formats[path] = stored
     for path, entry in block.items():
         wanted = entry is True or isinstance(entry, Mapping)
-        if wanted and not is_vision(path) and f"{path}.weight" in shapes and path not in formats:
+        if wanted and f"{path}.weight" in shapes and path not in formats:
             raise CheckpointError(
                 f"tensor {path}.scales is missing, though config.json says that {path} is "
                 "quantized; convert the weights again."

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mlx_diffgemma.cli import errors
-from mlx_diffgemma.cli.command import Without, command
-from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Showing
+from mlx_diffgemma.cli.command import Only, Without, command
+from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Pictures, Showing
 from mlx_diffgemma.errors import DiffGemmaError, PromptError, UsageError
 
 if TYPE_CHECKING:
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 
 GO_ON = "ask to go on, or start the chat with --max-tokens {}."
 MAKE_ROOM = "/reset forgets the conversation and makes room."
-COMMANDS = ("/help", "/reset", "/system", "/quit")
+COMMANDS = ("/help", "/reset", "/system", "/image", "/quit")
 HELP = """\
 /help           this list
 /reset          forget the conversation, keep the system prompt
 /system TEXT    set the system prompt; 'off' for none; without TEXT, show it
+/image FILE     show a picture with the next question
 /quit           end (so does Ctrl-D)
 //...           ask a question that begins with a slash
 Ctrl-C          stop the answer; at the prompt, clear the line, or twice: end
@@ -39,6 +41,7 @@ Keys typed while an answer forms are dropped."""
 def chat(
     *,
     asking: Annotated[Asking, Without("raw", "markers", "prefill_response")],
+    pictures: Annotated[Pictures, Only("image_tokens")],
     loading: Loading,
     denoising: Denoising,
     showing: Annotated[Showing, Without("json")],
@@ -47,7 +50,7 @@ def chat(
     from mlx_diffgemma.cli.keys import Guard
     from mlx_diffgemma.cli.opening import end_at, open_model
 
-    prompt_settings = asking.prompt_settings()
+    prompt_settings = asking.prompt_settings(image_tokens=pictures.image_tokens)
     with Guard():
         opened = open_model(loading)
         end_at(opened, asking)
@@ -67,6 +70,7 @@ class Chat:
         system_prompt: what is put before the first turn.
         prompt_settings: how every prompt is encoded; None stands for the defaults.
         turns: the messages so far, questions and answers in turn.
+        images: pictures that go with the next question.
     """
 
     opened: Opened
@@ -75,7 +79,8 @@ class Chat:
     showing: Showing = field(default_factory=Showing)
     system_prompt: str | None = None
     prompt_settings: PromptSettings | None = None
-    turns: list[dict[str, str]] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._cache = self.opened.model.make_cache()
@@ -105,10 +110,16 @@ class Chat:
                 single = line.startswith("//") and "\n" not in line
                 self._turn(line[1:] if single else line, interactive)
 
-    def messages(self, question: str) -> list[dict[str, str]]:
-        """The conversation with a question at its end."""
+    def messages(self, question: str) -> list[dict[str, Any]]:
+        """The conversation with a question, and the pictures for it, at its end."""
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        return [*system, *self.turns, {"role": "user", "content": question}]
+        return [*system, *self.turns, self._asked(question)]
+
+    def _asked(self, question: str) -> dict[str, Any]:
+        if not self.images:
+            return {"role": "user", "content": question}
+        shown_first = [{"type": "image", "image": image} for image in self.images]
+        return {"role": "user", "content": [*shown_first, {"type": "text", "text": question}]}
 
     def _command(self, line: str, interactive: bool) -> None:
         name, *rest = line.split(maxsplit=1)
@@ -117,6 +128,7 @@ class Chat:
             _say(HELP)
         elif name == "/reset":
             self.turns.clear()
+            self.images.clear()
             self._forget()
             _say("the conversation is forgotten.")
         elif name == "/system" and text:
@@ -124,11 +136,32 @@ class Chat:
             _say("no system prompt." if text == "off" else "the system prompt is set.")
         elif name == "/system":
             _say(self.system_prompt or "no system prompt.")
+        elif name == "/image" and text:
+            self._show(text, interactive)
+        elif name == "/image":
+            _say(f"{len(self.images)} pictures go with the next question; /image FILE adds one.")
         else:
             unknown = f"{name} is not a command; /help lists them. // in place of / asks it."
             if not interactive:
                 raise UsageError(unknown)
             _say(unknown)
+
+    def _show(self, file: str, interactive: bool) -> None:
+        """Take a picture for the next question."""
+        from mlx_diffgemma.text.picture_places import PictureReader, read_images
+
+        try:
+            model = self.opened.model
+            path = str(Path(file).expanduser())
+            how = self.prompt_settings
+            most = None if how is None else how.image_tokens
+            self.images += read_images([path], PictureReader(model.config, most))
+        except DiffGemmaError as error:
+            if not interactive:
+                raise
+            errors.complain(str(error))
+        else:
+            _say(f"{file} goes with the next question.")
 
     def _turn(self, question: str, interactive: bool) -> None:
         from mlx_diffgemma.cli import report
@@ -156,7 +189,8 @@ class Chat:
             if not outcome.text.strip():
                 return
             # What was thought is left out, as templates leave it out of earlier turns.
-            self.turns.append({"role": "user", "content": question})
+            self.turns.append(self._asked(question))
+            self.images.clear()
             self.turns.append({"role": "assistant", "content": outcome.text})
             _say(report.summary(outcome))
 

@@ -12,7 +12,7 @@ from mlx_diffgemma.checks import overridden
 from mlx_diffgemma.cli import editing, errors
 from mlx_diffgemma.cli.command import Changes, Of, Only, command
 from mlx_diffgemma.cli.help_page import PLAIN, PlainCommand
-from mlx_diffgemma.cli.settings import Denoising, Loading, Showing
+from mlx_diffgemma.cli.settings import Denoising, Loading, Pictures, Showing
 from mlx_diffgemma.editing.questions import DecisionSettings
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
@@ -77,6 +77,7 @@ def decide(
         str | None,
         Setting("File that `decide calibrate` saved for this model.", panel=_PANEL),
     ] = None,
+    pictures: Pictures,
     prompting: editing.Prompting,
     loading: Loading,
     denoising: Seed,
@@ -95,7 +96,9 @@ def decide(
     from mlx_diffgemma.editing.calibration import Calibration
     from mlx_diffgemma.editing.questions import read_questions
 
-    about, read, whole = _state(state), read_questions(_questions(questions)), _text(frame)
+    images = pictures.read(state or "", raw=prompting.raw)
+    about = "" if state is None and images else _state(state)
+    read, whole = read_questions(_questions(questions)), _text(frame)
     opened = opening.open_model(loading)
     fitted = None if calibration is None else Calibration.load(calibration, opened.model)
     how = looking.settings()
@@ -109,6 +112,8 @@ def decide(
         seed=denoising.seed,
         system_prompt=prompting.system_prompt,
         raw=prompting.raw,
+        images=images,
+        image_tokens=pictures.image_tokens,
         **asdict(how),
     )
     given = asdict(how)

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from mlx_diffgemma.cli.command import Only, command
 from mlx_diffgemma.cli.settings import Denoising, Loading, Showing
+from mlx_diffgemma.settings import Setting
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
-    import numpy as np
     from rich.console import Console
 
     from mlx_diffgemma.cli.opening import Opened
+    from mlx_diffgemma.demo.sudoku import Puzzle
     from mlx_diffgemma.generation_response import GenerationResponse
 
 SECONDS_PER_STEP = 0.5  # for the eye: the model itself takes a few hundredths
@@ -25,21 +26,65 @@ SECONDS_PER_STEP = 0.5  # for the eye: the model itself takes a few hundredths
     "mlx-diffgemma demo",
     "mlx-diffgemma demo --seed 7",
     "mlx-diffgemma demo --no-watch",
+    "mlx-diffgemma demo --image",
 )
 def demo(
     *,
     loading: Annotated[Loading, Only("adapter_path")],
     denoising: Annotated[Denoising, Only("seed")],
     showing: Annotated[Showing, Only("watch")],
+    image: Annotated[
+        bool,
+        Setting("Reading of a puzzle from a fresh picture, by another tiny model.", panel="Prompt"),
+    ] = False,
 ) -> None:
     """Solve fresh sudokus with a tiny model that ships with the program; needs no network."""
-    _show(denoising.seed, showing.watch, replace(loading, model="demo"))
+    if image:
+        _read(denoising.seed, showing.watch, loading)
+    else:
+        _show(denoising.seed, showing.watch, replace(loading, model="demo"))
+
+
+def _read(seed: int | None, watch: bool, loading: Loading) -> None:
+    """Read a puzzle from a picture, then solve what was read."""
+    import tempfile
+
+    import numpy as np
+
+    from mlx_diffgemma.cli import grid, opening, output
+    from mlx_diffgemma.demo import drawing, sudoku
+    from mlx_diffgemma.generation import generate
+
+    if seed is None:
+        seed = secrets.randbelow(2**16)
+    rng = np.random.default_rng(seed)
+    puzzle = sudoku.make_puzzle(rng)
+    image = drawing.draw(puzzle.givens, rng)
+    with tempfile.NamedTemporaryFile(suffix=".png", delete=False) as file:
+        image.save(file, "PNG")
+    console = output.terminal()
+    print(f"A fresh 6×6 sudoku, drawn into {file.name} (seed {seed}).", flush=True)
+    reader = opening.open_model(replace(loading, model="demo-image"))
+    read = generate(reader.model, reader.tokenizer, drawing.PROMPT, images=[image], seed=seed)
+    rows = drawing.rows_of(read).split("\n")
+    if not grid.is_grid(rows):
+        print(f"What was read is no puzzle: {read!r}.")
+        return
+    print("Read from the picture:")
+    console.print(grid.puzzle(rows))
+    wrong = sum(a != b for a, b in zip(read, drawing.answer(puzzle.givens), strict=True))
+    if wrong:
+        print(f"Wrong in {wrong} of 36 cells.")
+        return
+    print("Right: every cell is as it was drawn.\n\nSolved by the other small model:", flush=True)
+    _solve(opening.open_model(replace(loading, model="demo")), console, [puzzle], seed, watch)
 
 
 def _show(seed: int | None, watch: bool, loading: Loading) -> None:
     import numpy as np
 
     from mlx_diffgemma.cli import display, opening, output
+    from mlx_diffgemma.demo import sudoku
 
     if seed is None:
         seed = secrets.randbelow(2**16)
@@ -51,20 +96,20 @@ def _show(seed: int | None, watch: bool, loading: Loading) -> None:
     if watch:
         console.print("The draft, by how sure the model is:", display.legend())
     print("\nOne puzzle:", flush=True)
-    _solve(opened, console, 1, rng, seed, watch)
+    _solve(opened, console, [sudoku.make_puzzle(rng)], seed, watch)
     print("\nTwo puzzles in one prompt; the answer is longer than a canvas:", flush=True)
-    _solve(opened, console, 2, rng, seed, watch)
+    _solve(opened, console, [sudoku.make_puzzle(rng) for _ in range(2)], seed, watch)
 
 
 def _solve(
-    opened: Opened, console: Console, count: int, rng: np.random.Generator, seed: int, watch: bool
+    opened: Opened, console: Console, made: Sequence[Puzzle], seed: int, watch: bool
 ) -> None:
     from mlx_diffgemma.cli import display, grid, output, report
     from mlx_diffgemma.cli.outcome import Outcome, pieces_of
     from mlx_diffgemma.demo import sudoku
     from mlx_diffgemma.generation import stream_generate
 
-    made = [sudoku.make_puzzle(rng) for _ in range(count)]
+    count = len(made)
     prompt = sudoku.prompt(made)
     puzzles, solutions = grid.grids(prompt), grid.grids(sudoku.answer(made))
     console.print(grid.beside([grid.puzzle(puzzle) for puzzle in puzzles]))

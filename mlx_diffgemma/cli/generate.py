@@ -8,7 +8,7 @@ import typer
 
 from mlx_diffgemma.cli import structured
 from mlx_diffgemma.cli.command import command
-from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Showing
+from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Pictures, Showing
 from mlx_diffgemma.settings import Setting
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from mlx_diffgemma.cli.output import OnPrefill
     from mlx_diffgemma.generation_response import GenerationResponse
+    from mlx_diffgemma.text.prompt_settings import PromptSettings
 
 GO_ON = "--max-tokens {} leaves room to go on."
 MAKE_ROOM = "a shorter prompt leaves more of it."
@@ -25,6 +26,7 @@ MAKE_ROOM = "a shorter prompt leaves more of it."
     "mlx-diffgemma generate --prompt 'Why is the sky blue?'",
     "cat notes.txt | mlx-diffgemma generate --max-tokens 1024 --seed 7",
     "mlx-diffgemma generate -p 'Is it late?' --choices yes no unsure",
+    "mlx-diffgemma generate -p 'What is this?' --image photo.jpg",
 )
 def generate(
     *,
@@ -42,6 +44,7 @@ def generate(
             panel="Prompt",
         ),
     ] = None,
+    pictures: Pictures,
     asking: Asking,
     loading: Loading,
     denoising: Denoising,
@@ -57,22 +60,28 @@ def generate(
     from mlx_diffgemma.cli.inputs import read_prompt
 
     constraint = validity.constraint(choices or ())
+    images = pictures.read(prompt, raw=asking.raw)
+    prompt_settings = asking.prompt_settings(images, pictures.image_tokens)
     if prompt is not None:  # as mlx-lm reads it
         prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
     text = read_prompt(prompt, raw=asking.raw)
     if constraint is not None:
-        structured.answer(text, constraint, asking, loading, denoising, showing)
+        structured.answer(text, constraint, asking, loading, denoising, showing, prompt_settings)
     else:
-        _answer(text, asking, loading, denoising, showing)
+        _answer(text, asking, loading, denoising, showing, prompt_settings)
 
 
 def _answer(
-    prompt: str, asking: Asking, loading: Loading, denoising: Denoising, showing: Showing
+    prompt: str,
+    asking: Asking,
+    loading: Loading,
+    denoising: Denoising,
+    showing: Showing,
+    prompt_settings: PromptSettings,
 ) -> None:
     from mlx_diffgemma.cli import opening, output, report
     from mlx_diffgemma.cli.outcome import Outcome, pieces_of
 
-    prompt_settings = asking.prompt_settings()
     opened = opening.open_to_ask(loading, asking, prompt)
     from mlx_diffgemma.generation import stream_generate
 

@@ -53,6 +53,7 @@ def statistics(outcome: Outcome) -> str:
         return ""
     rows = (
         ("prompt", f"{_count(last.prompt_tokens, 'token')}, {last.prompt_tps:.1f} tokens/s"),
+        *((("pictures", f"{last.images} in {last.image_seconds:.2f} s"),) if last.images else ()),
         (
             "generation",
             f"{_count(last.generation_tokens, 'token')}, {last.generation_tps:.1f} tokens/s",
@@ -118,8 +119,10 @@ def as_json(outcome: Outcome, opened: Opened) -> str:
             "times": {
                 "load_s": opened.load_seconds,
                 "prompt_s": outcome.prompt_seconds,
+                "images_s": last.image_seconds,
                 "generation_s": outcome.generation_seconds,
             },
+            "images": last.images,
             "prompt_tps": last.prompt_tps,
             "generation_tps": last.generation_tps,
             "peak_memory": last.peak_memory,

@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 from mlx_diffgemma.cli.command import Changes, Of
+from mlx_diffgemma.config import SOFT_TOKENS
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.diffusion.profiles import PROFILES, profile_settings
@@ -140,8 +143,10 @@ class Asking:
         if not all(self.stop):
             raise UsageError("--stop must be a text of at least one character.")
 
-    def prompt_settings(self) -> PromptSettings:
-        """How the prompt becomes token ids.
+    def prompt_settings(
+        self, images: Sequence[object] = (), image_tokens: int | None = None
+    ) -> PromptSettings:
+        """How the prompt becomes token ids, with these pictures.
 
         Raises:
             DiffGemmaError: a file of `--tools` or `--chat-template-config` is not what it must be.
@@ -154,6 +159,8 @@ class Asking:
             tools=self._offered(),
             chat_template_kwargs=self._variables(),
             prefill_response=self.prefill_response,
+            images=images,
+            image_tokens=image_tokens,
         )
 
     def _offered(self) -> list[dict[str, object]] | None:
@@ -187,6 +194,81 @@ class Asking:
         if not isinstance(found, dict):
             raise UsageError('--chat-template-config must be a JSON object, like {"name": true}.')
         return found
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of a prompt.
+
+    Raises:
+        UsageError: a value is out of range, or nothing is there for it.
+    """
+
+    image: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Picture that stands before the prompt, - for stdin; it may be given several times.",
+            panel=_PROMPT,
+        ),
+    ] = ()
+    image_tokens: Annotated[
+        int | None,
+        Setting(
+            f"Most tokens of a picture: {', '.join(map(str, SOFT_TOKENS))}; the checkpoint's own "
+            "number if left out.",
+            panel=_PROMPT,
+        ),
+    ] = None
+    video: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Video whose frames stand before the prompt, 70 tokens each; needs "
+            "mlx-diffgemma[video]. It may be given several times.",
+            panel=_PROMPT,
+        ),
+    ] = ()
+    fps: Annotated[
+        float | None,
+        Setting(
+            "Frames of a second of video; --max-frames over all of it if left out.", panel=_PROMPT
+        ),
+    ] = None
+    max_frames: Annotated[
+        int | None, Setting("Most frames of a video; 32 if left out.", panel=_PROMPT)
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.image_tokens is not None and self.image_tokens not in SOFT_TOKENS:
+            known = ", ".join(map(str, SOFT_TOKENS))
+            raise UsageError(f"--image-tokens must be one of {known}, not {self.image_tokens}.")
+        if self.fps is not None and not 0 < self.fps < float("inf"):
+            raise UsageError(f"--fps must be a number above 0, not {self.fps:g}.")
+        if self.max_frames is not None and self.max_frames < 1:
+            raise UsageError(f"--max-frames must be at least 1, not {self.max_frames}.")
+        if not self.video and (self.fps is not None or self.max_frames is not None):
+            raise UsageError("--fps and --max-frames are for a --video: add it, or drop them.")
+        if self.image.count("-") > 1:
+            raise UsageError("--image - reads stdin, which there is once: give it once.")
+
+    def read(self, prompt: str | None, *, raw: bool = False) -> list[object]:
+        """What the library takes for `images`; a `prompt` of None or "-" comes from stdin too.
+
+        Raises:
+            UsageError: stdin is asked for twice, or a raw prompt has videos.
+        """
+        if "-" in self.image and prompt in (None, "-"):
+            raise UsageError("the prompt and --image - both come from stdin: give one otherwise.")
+        if self.video and raw:
+            raise UsageError("--video needs a chat template, and --raw uses none: drop one.")
+        from mlx_diffgemma.text.pictures import LARGEST_FILE
+
+        images: list[object] = [
+            sys.stdin.buffer.read(LARGEST_FILE + 1) if path == "-" else path for path in self.image
+        ]
+        for path in self.video:
+            part: dict[str, object] = {"type": "video", "video": path, "fps": self.fps}
+            images.append({**part, "max_frames": self.max_frames})
+        return images
 
 
 def parsed(text: str, where: str) -> object:

@@ -10,6 +10,7 @@ from mlx_diffgemma.cli import editing
 from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Showing, parsed
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
+from mlx_diffgemma.text.prompt_settings import PromptSettings
 
 _PANEL = "Always valid"
 
@@ -90,6 +91,7 @@ def answer(
     loading: Loading,
     denoising: Denoising,
     showing: Showing,
+    prompt_settings: PromptSettings,
 ) -> None:
     """Write an answer that satisfies the constraint."""
     from mlx_diffgemma.cli import opening, output
@@ -99,7 +101,6 @@ def answer(
         raise UsageError("--stop does not go with a constraint: drop one.")
     if asking.prefill_response is not None:
         raise UsageError("--prefill-response does not go with a constraint: drop one.")
-    prompt_settings = asking.prompt_settings()
     opened = opening.open_to_ask(loading, asking, prompt)
     try:
         with editing.drawn(opened, showing) as on_step:

@@ -29,6 +29,7 @@ from mlx_diffgemma.kernels.vocabulary import vocabulary_pass
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.model.experts import Experts
 from mlx_diffgemma.model.layers import MLP, SelfConditioning
+from mlx_diffgemma.model.vision import VisionMLP
 
 _PREFILL_STEP_SIZE = 512  # more tokens at a time gain nothing where products are slow
 
@@ -57,6 +58,10 @@ class _Gated(nn.Module):
 
 class CpuMLP(_Gated, MLP):
     """A gated MLP."""
+
+
+class CpuVisionMLP(_Gated, VisionMLP):
+    """A gated MLP of the vision tower."""
 
 
 class CpuSelfConditioning(_Gated, SelfConditioning):
@@ -106,6 +111,7 @@ _FORMS: dict[type, type] = {
     SwitchLinear: GroupedSwitchLinear,
     QuantizedSwitchLinear: DequantizedSwitchLinear,
     MLP: CpuMLP,
+    VisionMLP: CpuVisionMLP,
     SelfConditioning: CpuSelfConditioning,
     Experts: CpuExperts,
     DiffusionGemma: CpuDiffusionGemma,

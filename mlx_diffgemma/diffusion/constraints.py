@@ -8,7 +8,7 @@ Letters: C canvas, V vocabulary, W = ⌈V / 32⌉ words of a bit mask.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import mlx.core as mx
@@ -96,6 +96,23 @@ def not_at_first(tokens: Iterable[int], length: int, vocab: int) -> Layout:
     """The layout of a canvas that may begin with any but some tokens."""
     mask = every_token(vocab) & ~token_mask(tokens, vocab)
     return Layout((FREE,) * length, {0: mask})
+
+
+def without(
+    tokens: Iterable[int], length: int, vocab: int, layout: Layout | None = None
+) -> Layout | None:
+    """A layout, or one that allows anything, less some tokens at every position that may hold
+    more than a few; the same where there are none of them."""
+    unwanted = tuple(tokens)
+    if not unwanted:
+        return layout
+    layout = layout or Layout((FREE,) * length)
+    mask = every_token(vocab) & ~token_mask(unwanted, vocab)
+    free = [p for p in range(length) if layout.tokens[p] == FREE and p not in layout.candidates]
+    # Positions that share a mask cost one; so each of the layout's own is cut once.
+    cut = {id(own): own & mask for own in layout.allowed.values()}
+    allowed = {p: cut[id(layout.allowed[p])] if p in layout.allowed else mask for p in free}
+    return replace(layout, allowed={**layout.allowed, **allowed})
 
 
 def token_mask(tokens: Iterable[int], vocab: int) -> np.ndarray:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import mlx.core as mx
 
-from mlx_diffgemma.diffusion.events import PrefillProgress
+from mlx_diffgemma.diffusion.events import Looking, PrefillProgress
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.pictured import PictureSpan, pictures_of
 
 _NEAR = 64  # tokens that are sooner encoded again than a mark is kept
 
@@ -37,6 +39,7 @@ def encode(
         ahead: hand the work to the device without waiting for it where it is no more than one chunk
             of tokens, for a caller that has more to queue.
     """
+    pictures = pictures_of(ids)
     cache.begin(ids)
     start, total = len(cache.prefix), len(ids)
     cache.prefix = cache.prefix.with_room(total - start + room)
@@ -44,18 +47,51 @@ def encode(
     size = step_size or model.prefill_step_size
     finish = mx.async_eval if ahead and total - start <= size else mx.eval
     edges = sorted({start, *(mark for mark in marks if start < mark < total), total})
-    # Behind a mark whole chunks begin anew: every chunk reads all weights.
-    firsts = [first for a, b in pairwise(edges) for first in range(a, b, size)]
-    for first, last in pairwise([*firsts, total]):
+    looking = Looking(0, 0.0)
+    for first, last in chunks(edges, size, pictures):
+        seen = {}
+        for span in pictures:
+            if first <= span.start < last:
+                seen[span], looking = _look(model, span, looking)
         # The shorter prefix is given up as soon as the longer one is there, whose arrays may then
         # be written where its own were.
-        cache.prefix = model.encode([ids[first:last]], [cache.prefix])[1][0]
+        with_pictures = ([seen],) if seen else ()
+        cache.prefix = model.encode([ids[first:last]], [cache.prefix], *with_pictures)[1][0]
+        del seen, with_pictures
         finish(cache.prefix.arrays())
         mx.clear_cache()
         if last in marks:
             cache.prefix = cache.prefix.marked(cache.mark_bytes)
         cache.rest()
-        yield PrefillProgress(row, last - start, total - start)
+        yield PrefillProgress(row, last - start, total - start, looking)
+
+
+def chunks(
+    edges: Sequence[int], size: int, pictures: Sequence[PictureSpan] = ()
+) -> list[tuple[int, int]]:
+    """From where to where each chunk goes, of `size` positions at most: none crosses one of the
+    ascending `edges`, and none cuts one of the `pictures`, so a chunk may be as long as one of
+    them. Behind an edge whole chunks begin anew: every chunk reads all weights."""
+    whole = {place: span for span in pictures for place in range(span.start + 1, span.stop)}
+    edges = [edge for edge in edges if edge not in whole]
+    cut = []
+    for start, end in pairwise(edges):
+        while start < end:
+            stop = min(start + size, end)
+            if (span := whole.get(stop)) is not None:
+                stop = span.start if span.start > start else span.stop
+            cut.append((start, stop))
+            start = stop
+    return cut
+
+
+def _look(model: DiffusionGemma, span: PictureSpan, before: Looking) -> tuple[mx.array, Looking]:
+    """The embeddings of a picture, and what all of them took so far."""
+    begun = time.perf_counter()
+    seen = model.embed_picture(span)
+    mx.eval(seen)
+    mx.clear_cache()
+    return seen, Looking(before.pictures + 1, before.seconds + time.perf_counter() - begun)
 
 
 def ends_of_turns(ids: Sequence[int], eos_token_ids: Sequence[int]) -> tuple[int, ...]:

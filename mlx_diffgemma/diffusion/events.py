@@ -12,12 +12,21 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
+class Looking:
+    """How many pictures the vision tower has read, and the seconds that it took."""
+
+    pictures: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class PrefillProgress:
-    """`done` of `total` prompt tokens of a sequence are encoded."""
+    """`done` of `total` prompt tokens of a sequence are encoded, pictures among them."""
 
     row: int
     done: int
     total: int
+    looking: Looking = Looking()
 
 
 @dataclass(frozen=True)

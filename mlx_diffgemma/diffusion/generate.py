@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.config import DiffusionConfig
-from mlx_diffgemma.diffusion.constraints import Layout, not_at_first
+from mlx_diffgemma.diffusion.constraints import Layout, not_at_first, without
 from mlx_diffgemma.diffusion.denoiser import Denoiser, InFlight, denoise
 from mlx_diffgemma.diffusion.encode import encode
 from mlx_diffgemma.diffusion.events import (
@@ -132,6 +132,8 @@ def generate_canvases(
         layout = None if constrain is None else constrain(row, index)
         if settings.forbid_empty and constrain is None and index == 0:
             layout = not_at_first(settings.eos_token_ids, length, vocab)
+        if constrain is None:
+            layout = without(model.never_drawn, length, vocab, layout)
         started = Canvas.start(
             settings,
             noise(row),

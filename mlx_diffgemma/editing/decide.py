@@ -36,7 +36,9 @@ from mlx_diffgemma.model.cache import Prefix, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.chat_template import template_text
+from mlx_diffgemma.text.picture_places import PictureReader, read_images
 from mlx_diffgemma.text.prompt import encode_prompt, in_common
+from mlx_diffgemma.text.prompt_settings import check_images
 from mlx_diffgemma.text.tokenizer import check_tokenizer, hf_tokenizer
 
 
@@ -52,6 +54,8 @@ def decide(
     seed: int | None = None,
     system_prompt: str | None = None,
     raw: bool = False,
+    images: Sequence[Any] = (),
+    image_tokens: int | None = None,
     prefix_cache: PrefixCache | None = None,
     prefill_step_size: int | None = None,
     denoiser: Denoiser | None = None,
@@ -64,13 +68,14 @@ def decide(
     looked at.
 
     Args:
-        state: what the questions are about, a text or any JSON.
+        state: what the questions are about, a text or any JSON; with pictures it may be empty.
         questions: by name, each as {"type": "noul" | "choice" | "score", "instructions": ...,
             "criteria": ...}, or a `Question`.
         frame: the whole answer with `{name}` in the place of each question's answer, for a model
             that answers in a form of its own. The prompt is then the state alone, and an option
             stands in the answer by its name.
         calibration: what `calibrate` fitted for this model; None leaves probabilities as they are.
+        images, image_tokens: pictures that the questions are about too, before the state.
         seed, system_prompt, raw, prefix_cache, prefill_step_size, denoiser: as for
             `stream_generate`.
         settings: fields of `DecisionSettings`.
@@ -89,7 +94,10 @@ def decide(
         check_text("frame", frame)
     if calibration is not None and not isinstance(calibration, Calibration):
         raise UsageError(f"calibration must come from calibrate, not be {shown(calibration)}.")
-    asked, text, seed = read_questions(questions), state_text(state), checked_seed(seed)
+    asked, seed = read_questions(questions), checked_seed(seed)
+    check_images(images)
+    text = "" if images and state in (None, "") else state_text(state)
+    shown_first = read_images(images, PictureReader(model.config, image_tokens))
     if calibration is not None:
         calibration.require_model(model)
     vocabulary = Vocabulary(tokenizer, model.config.text.vocab_size, config.eos_token_ids)
@@ -110,6 +118,8 @@ def decide(
             raw=raw,
             system_prompt=system_prompt,
             thinking=None if raw else _unless_thinking(tokenizer),
+            images=shown_first,
+            config=model.config,
         )
 
     prompts = [prompt(shift, asked) for shift in range(shifts)]

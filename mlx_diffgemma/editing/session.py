@@ -12,7 +12,7 @@ import numpy as np
 from mlx_diffgemma.checks import check_callable, check_integer
 from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.config import DiffusionConfig
-from mlx_diffgemma.diffusion.constraints import Layout
+from mlx_diffgemma.diffusion.constraints import Layout, without
 from mlx_diffgemma.diffusion.denoiser import Denoiser, InFlight, Look, denoise, until_done
 from mlx_diffgemma.diffusion.encode import encode
 from mlx_diffgemma.diffusion.events import DenoisingStep
@@ -23,6 +23,7 @@ from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.fitting import cache_of, configured, denoiser_of, fit_to_context
 from mlx_diffgemma.model.cache import Prefix, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.pictured import followed_by
 from mlx_diffgemma.text.prompt import Prompt, encode_prompt
 from mlx_diffgemma.text.prompt_settings import PromptSettings, parted
 
@@ -98,7 +99,7 @@ class Session:
             tokenizer, model.config.text.vocab_size, self.config.eos_token_ids
         )
         self.encode: Callable[[Prompt], list[int]] = partial(
-            encode_prompt, tokenizer, how=self.prompt_settings
+            encode_prompt, tokenizer, how=self.prompt_settings, config=model.config
         )
         self.prompt = self.encode(prompt)
         self._prefill_step_size = prefill_step_size
@@ -121,7 +122,7 @@ class Session:
 
     def prefix(self, text_tokens: Sequence[int] = ()) -> Prefix:
         """The prompt, followed by these tokens of the answer, encoded."""
-        ids = [*self.prompt, *text_tokens]
+        ids = followed_by(self.prompt, text_tokens)
         fit_to_context(self.model, [ids], self.config)
         return self.encoded(ids)
 
@@ -139,7 +140,7 @@ class Session:
             self.canvases,
             self.length,
             self.vocabulary.size,
-            layout=layout,
+            layout=without(self.model.never_drawn, self.length, self.vocabulary.size, layout),
             **start,
         )
 

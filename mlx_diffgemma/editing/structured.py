@@ -29,6 +29,7 @@ from mlx_diffgemma.editing.validated import Lenient, UnmetConstraintError, first
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.fitting import fit_to_context
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.pictured import followed_by
 from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.prompt import Prompt
 
@@ -163,7 +164,9 @@ def _run(session: Session, matcher: GrammarMatcher, thinks: Any) -> Structured:
                 thought.text,
             )
         config = replace(config, max_tokens=most - len(thought.tokens))
-        (config,) = fit_to_context(session.model, [[*session.prompt, *thought.tokens]], config)
+        (config,) = fit_to_context(
+            session.model, [followed_by(session.prompt, thought.tokens)], config
+        )
     events = generate_matching(
         session.model,
         session.denoiser,

@@ -9,6 +9,7 @@ from typing import Any
 from mlx_diffgemma.diffusion.constraints import FREE, Layout
 from mlx_diffgemma.diffusion.generate import cut
 from mlx_diffgemma.editing.session import Session
+from mlx_diffgemma.pictured import followed_by
 from mlx_diffgemma.text.markers import Markers, markers_of
 from mlx_diffgemma.text.parts import Parts, Thought
 
@@ -61,7 +62,7 @@ def think(session: Session, tokenizer: Any, most: int) -> Thinking:
         tokens += kept
         if len(tokens) > most:
             return Thinking((), _text(tokenizer, session.prompt, tokens), tuple(steps), cut=True)
-        session.encoded([*session.prompt, *tokens])
+        session.encoded(followed_by(session.prompt, tokens))
     text = _text(tokenizer, session.prompt, tokens)
     return Thinking(tuple(tokens), text, tuple(steps), converged=converged)
 

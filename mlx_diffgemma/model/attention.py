@@ -5,6 +5,7 @@ Letters: B batch, S new positions, C canvas, K keys in sight, H heads, Dh head s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -20,9 +21,11 @@ _SCORE_BYTES = 64 << 20  # most bytes of attention scores to hold at once
 @dataclass(frozen=True)
 class Causal:
     """A token sees itself and what came before it; where `window` is given, only the last `window`
-    positions, itself included. The last query stands at the last key."""
+    positions, itself included. The tokens of one of the `pictures`, each from a query to before
+    another, see all of it besides. The last query stands at the last key."""
 
     window: int | None = None
+    pictures: tuple[tuple[int, int], ...] = ()
 
 
 Mask = mx.array | Causal | None
@@ -127,11 +130,36 @@ def _sight(
     if isinstance(mask, mx.array):
         return 0, total, mask[..., start:stop, :] if mask.shape[2] > 1 else mask
     own, last = total - new + start, total - new + stop
+    before = total - new
+    around = [(a + before, b + before) for a, b in mask.pictures if a < stop and b > start]
+    if around:
+        return _sight_of_pictures(mask, own, last, around)
     if mask.window is None or last <= mask.window:
         return 0, last, "causal"
     first = max(0, own - (mask.window - 1))
     apart = mx.arange(own, last)[:, None] - mx.arange(first, last)[None]
     return first, last, ((apart >= 0) & (apart < mask.window))[None, None]
+
+
+def _sight_of_pictures(
+    mask: Causal, own: int, last: int, pictures: Sequence[tuple[int, int]]
+) -> tuple[int, int, mx.array]:
+    """As `_sight`, for queries that stand from the key `own` to before `last`, some of them in
+    pictures, each from a key to before another."""
+    first = 0 if mask.window is None else max(0, own - (mask.window - 1))
+    first = min([first, *(a for a, _ in pictures)])
+    end = max([last, *(b for _, b in pictures)])
+    place = np.arange(first, end)
+    picture = np.full(end - first, -1)
+    for number, (a, b) in enumerate(pictures):
+        picture[a - first : b - first] = number
+    queries = slice(own - first, last - first)
+    apart = place[queries, None] - place[None]
+    seen = apart >= 0
+    if mask.window is not None:
+        seen &= apart < mask.window
+    same = picture[queries, None] == picture[None]
+    return first, end, mx.array(seen | (same & (picture >= 0)))[None, None]
 
 
 class Attention(nn.Module):

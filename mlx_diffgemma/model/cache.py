@@ -17,13 +17,15 @@ import mlx.core as mx
 
 from mlx_diffgemma.config import TextConfig
 from mlx_diffgemma.errors import CheckpointError, UsageError
+from mlx_diffgemma.pictured import PictureSpan, pictures_of
 from mlx_diffgemma.reading import Section, parse_object, shown
 
 KeysValues = tuple[mx.array, mx.array]
 
 MARK_BYTES = 1 << 30  # most bytes of the marks of one prefix
 _GROWTH = 256  # positions by which a buffer grows, so that few sizes occur
-_FORMAT = "mlx-diffgemma prefix 2"
+_FORMAT = "mlx-diffgemma prefix 3"
+_READABLE = (_FORMAT, "mlx-diffgemma prefix 2")  # the older one knows no pictures
 _ANEW = "encode the prompt again"
 
 
@@ -141,12 +143,14 @@ class Prefix:
         layers: what each layer holds of them.
         room: positions for which buffers are made when they have to grow.
         marks: places to go back to, the least recently used first.
+        pictures: those among the tokens, in order.
     """
 
     ids: tuple[int, ...]
     layers: tuple[LayerPrefix, ...]
     room: int = 0
     marks: tuple[Mark, ...] = ()
+    pictures: tuple[PictureSpan, ...] = ()
 
     @classmethod
     def empty(cls, config: TextConfig) -> Prefix:
@@ -185,10 +189,11 @@ class Prefix:
         return replace(self, marks=tuple(marks))
 
     def back_to(self, ids: Sequence[int]) -> Prefix:
-        """The longest beginning of `ids` that this prefix can become without encoding anything:
-        itself, itself cut short where no sliding layer has dropped a position yet, one of its
-        marks, or a prefix of no tokens."""
-        common = _in_common(self.ids, tuple(ids))
+        """The longest beginning of `ids`, and of the pictures among them, that this prefix can
+        become without encoding anything: itself, itself cut short where no sliding layer has
+        dropped a position yet, one of its marks, or a prefix of no tokens. It ends inside no
+        picture."""
+        common = self._in_common(ids)
         if common == len(self):
             return self
         if all(layer.length == len(self) for layer in self.layers):
@@ -205,13 +210,30 @@ class Prefix:
         used = (*(other for other in self.marks if other is not mark), mark)
         return replace(self, marks=used)._cut(mark.length, layers)
 
+    def continues(self, other: Prefix) -> bool:
+        """Whether this prefix begins with all that another holds, pictures too."""
+        begun = tuple(span for span in self.pictures if span.stop <= len(other))
+        return self.ids[: len(other)] == other.ids and begun == other.pictures
+
+    def _in_common(self, ids: Sequence[int]) -> int:
+        """How many tokens both begin with, up to where a picture differs."""
+        common, pictures = _in_common(self.ids, tuple(ids)), pictures_of(ids)
+        if not self.pictures and not pictures:
+            return common
+        # The tokens of a picture see each other both ways, so each depends on all of it.
+        apart = set(self.pictures) ^ set(pictures)
+        both = set(self.pictures) & set(pictures)
+        cut = (span.start for span in both if span.start < common < span.stop)
+        return min([common, *(span.start for span in apart), *cut])
+
     def emptied(self) -> Prefix:
         """A prefix of no tokens, which holds no arrays."""
         return Prefix((), tuple(LayerPrefix(layer.window) for layer in self.layers))
 
     def _cut(self, length: int, layers: tuple[LayerPrefix, ...]) -> Prefix:
         marks = tuple(mark for mark in self.marks if mark.length <= length)
-        return Prefix(self.ids[:length], layers, marks=marks)
+        pictures = tuple(span for span in self.pictures if span.stop <= length)
+        return Prefix(self.ids[:length], layers, marks=marks, pictures=pictures)
 
 
 class PrefixCache:
@@ -302,7 +324,13 @@ class PrefixCache:
         for index, layer in enumerate(self.prefix.layers):
             if layer.keys is not None:
                 arrays[f"{index}.keys"], arrays[f"{index}.values"] = layer.held()
-        state = {"format": _FORMAT, "model": self._identity(), "ids": list(self.prefix.ids)}
+        pictures = [[span.start, span.stop, span.key] for span in self.prefix.pictures]
+        state = {
+            "format": _FORMAT,
+            "model": self._identity(),
+            "ids": list(self.prefix.ids),
+            "pictures": pictures,
+        }
         if not file.parent.is_dir():
             raise CheckpointError(
                 f"{file} cannot be written: there is no folder {file.parent}; make it first."
@@ -331,7 +359,7 @@ class PrefixCache:
             raise CheckpointError(f"{file} is not a saved prefix cache (it holds no prefix).")
         content = parse_object(metadata["prefix"], file, mend=_ANEW)
         state = Section(content, "prefix", str(file), _ANEW)
-        if state.get("format") != _FORMAT:
+        if state.get("format") not in _READABLE:
             raise CheckpointError(
                 f"{file} is not a saved prefix cache (its format is {shown(state.get('format'))})."
             )
@@ -341,7 +369,9 @@ class PrefixCache:
                 f"{file} was saved with other weights; encode the prompt again with this model."
             )
         if ids:
-            cache.prefix = Prefix(ids, _loaded_layers(file, arrays, cache.prefix, len(ids)))
+            pictures = _loaded_pictures(state)
+            layers = _loaded_layers(file, arrays, cache.prefix, len(ids))
+            cache.prefix = Prefix(ids, layers, pictures=pictures)
         return cache
 
 
@@ -353,6 +383,21 @@ class MakesCaches(Protocol):
     def make_cache(self) -> PrefixCache: ...
 
     def identity(self) -> str: ...
+
+
+def _loaded_pictures(state: Section) -> tuple[PictureSpan, ...]:
+    """The pictures of a saved prefix.
+
+    Raises:
+        ConfigError: they are damaged.
+    """
+    try:
+        return tuple(
+            PictureSpan(int(start), int(stop), str(key))
+            for start, stop, key in state.get("pictures", ())
+        )
+    except (TypeError, ValueError):
+        raise state.fail("pictures", f"is damaged; {_ANEW}") from None
 
 
 def _loaded_layers(

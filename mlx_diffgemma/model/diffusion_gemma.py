@@ -9,7 +9,7 @@ together, H KV heads, Dh head size, D hidden, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -19,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_diffgemma.config import ModelConfig, TextConfig
-from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.errors import PromptError, UsageError
 from mlx_diffgemma.kernels.activation import softcap
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
 from mlx_diffgemma.kernels.few_tokens import few_tokens_pass, products
@@ -33,7 +33,10 @@ from mlx_diffgemma.kernels.vocabulary import (
 from mlx_diffgemma.model.attention import Attention, attend
 from mlx_diffgemma.model.cache import KeysValues, LayerPrefix, Prefix, PrefixCache
 from mlx_diffgemma.model.layers import DecoderLayer, SelfConditioning
+from mlx_diffgemma.model.vision import Vision, embedded
+from mlx_diffgemma.pictured import PictureSpan
 
+_VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 _PREFILL_STEP_SIZE = 2048  # as mlx-lm: many tokens a product, for a GPU
 _SMALL_VOCABULARY = 8192  # words up to which the logits of a canvas may be held
 
@@ -56,6 +59,7 @@ class _Encoder(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.language_model = _EncoderText(config)
+        # The vision tower is attached when it is needed: `vision_tower` and `embed_vision`.
 
 
 class _Decoder(nn.Module):
@@ -105,6 +109,10 @@ class DiffusionGemma(nn.Module):
         adapted: whether an adapter is part of the weights.
         adaptations: how many times adapters were loaded; what was encoded before knows nothing of
             them.
+        load_vision: gives the vision tower when the first picture comes.
+        reads_pictures: whether there is a vision tower to be loaded.
+        never_drawn: ids that stand for pictures, where there is: no canvas may hold them in the
+            end.
         read_weights: reads what is still on disk of the weights of a model that was loaded lazily,
             before they are first used; None where nothing is.
     """
@@ -117,6 +125,9 @@ class DiffusionGemma(nn.Module):
         self.prefill_step_size = _PREFILL_STEP_SIZE
         self.adapted = False
         self.adaptations = 0
+        self.load_vision: Callable[[], Vision] = _no_tower
+        self.never_drawn: tuple[int, ...] = ()
+        self.reads_pictures = False
         small = config.text.vocab_size <= _SMALL_VOCABULARY
         self.vocabulary_pass: VocabularyPass = whole_pass if small else vocabulary_pass
 
@@ -145,8 +156,10 @@ class DiffusionGemma(nn.Module):
         return cache
 
     def identity(self) -> str:
-        """A fingerprint of the weights: equal for equal weights, and hardly ever for others."""
-        parameters: list[tuple[str, mx.array]] = tree_flatten(self.parameters())
+        """A fingerprint of the text model's weights: equal for equal weights, and hardly ever for
+        others. The vision tower is left out, for it may not be loaded yet."""
+        every: list[tuple[str, mx.array]] = tree_flatten(self.parameters())
+        parameters = [each for each in every if not each[0].startswith(_VISION)]
         firsts = [array.reshape(-1)[:8] for _, array in parameters]
         mx.eval(firsts)
         digest = hashlib.sha256()
@@ -154,11 +167,42 @@ class DiffusionGemma(nn.Module):
             digest.update(f"{name} {array.dtype} {array.shape} {first.tolist()}".encode())
         return digest.hexdigest()
 
+    def require_vision(self) -> None:
+        """Load the vision tower, unless it is there.
+
+        Raises:
+            PromptError: there is none.
+        """
+        encoder = self.model.encoder
+        if "vision_tower" not in encoder:
+            vision = self.load_vision()
+            encoder.vision_tower, encoder.embed_vision = vision.vision_tower, vision.embed_vision
+
+    def embed_picture(self, picture: PictureSpan) -> mx.array:
+        """The embeddings [S, D] that stand in the place of a picture's image tokens, not scaled by
+        √D.
+
+        Raises:
+            PromptError: the model has no vision tower.
+        """
+        self.require_vision()
+        encoder = self.model.encoder
+        assert picture.patches is not None, "a picture that was read before is not read again"
+        values = mx.array(picture.patches)[None].astype(mx.float32) / 255
+        seen = embedded(encoder.vision_tower, encoder.embed_vision, values, picture.columns)
+        return seen[0].astype(self.dtype)
+
     def encode(
-        self, ids: Sequence[Sequence[int]], prefixes: Sequence[Prefix]
+        self,
+        ids: Sequence[Sequence[int]],
+        prefixes: Sequence[Prefix],
+        pictures: Sequence[Mapping[PictureSpan, mx.array]] = (),
     ) -> tuple[mx.array, tuple[Prefix, ...]]:
         """Append token ids, one sequence of them for each of R prefixes; returns the hidden states
         [N, D] of all of them, one sequence behind the other, and the longer prefixes.
+
+        `pictures` are, for each sequence, the whole pictures among its new tokens with their
+        embeddings [S, D]; they stand where they do in the longer prefix.
 
         A caller that only wants the prefixes evaluates their arrays: the last layer's MLP and the
         final norm are then never computed.
@@ -171,6 +215,12 @@ class DiffusionGemma(nn.Module):
         if self.read_weights is not None and not self.training:
             self.read_weights()
         x = self.embed(mx.array([token for row in ids for token in row], mx.int32)[None])
+        own_pictures = [dict(row) for row in pictures] or [{} for _ in ids]
+        x = _with_pictures(x, lengths, prefixes, own_pictures)
+        spans = [
+            tuple((span.start - len(prefix), span.stop - len(prefix)) for span in row)
+            for prefix, row in zip(prefixes, own_pictures, strict=True)
+        ]
         layers: list[list[LayerPrefix]] = [[] for _ in prefixes]
         scalars = self.model.encoder.language_model.layers
         for index, (layer, own) in enumerate(zip(self.layers, scalars, strict=True)):
@@ -184,13 +234,19 @@ class DiffusionGemma(nn.Module):
                     layers[row].append(longer)
                     # A gradient is traced, and nothing can be evaluated inside it.
                     bounded = not attention.training
-                    outputs.append(attend(queries, keys, values, attention.causal, bounded=bounded))
+                    sight = replace(attention.causal, pictures=spans[row])
+                    outputs.append(attend(queries, keys, values, sight, bounded=bounded))
                 return attention.output(_joined(outputs))
 
             x = layer(x, look, own.layer_scalar)
         longer = tuple(
-            replace(prefix, ids=(*prefix.ids, *map(int, row)), layers=tuple(made))
-            for prefix, row, made in zip(prefixes, ids, layers, strict=True)
+            replace(
+                prefix,
+                ids=(*prefix.ids, *map(int, row)),
+                layers=tuple(made),
+                pictures=(*prefix.pictures, *(span.known() for span in seen)),
+            )
+            for prefix, row, made, seen in zip(prefixes, ids, layers, own_pictures, strict=True)
         )
         return self.model.decoder.norm(x)[0], longer
 
@@ -293,6 +349,34 @@ class DiffusionGemma(nn.Module):
                 soft = mx.zeros((canvas.tokens.shape[0], x.shape[-1]), x.dtype)
             parts.append((soft if place is None else soft[place]).astype(x.dtype))
         return mx.concatenate(parts)[None]
+
+
+def _no_tower() -> Vision:
+    raise PromptError("this model has no vision tower, so it reads no pictures.")
+
+
+def _with_pictures(
+    x: mx.array,
+    lengths: Sequence[int],
+    prefixes: Sequence[Prefix],
+    pictures: Sequence[Mapping[PictureSpan, mx.array]],
+) -> mx.array:
+    """Embeddings [1, N, D] of sequences that lie one behind the other, with those of pictures in
+    their places."""
+    if not any(pictures):
+        return x
+    parts, done, begin = [], 0, 0
+    for length, prefix, row in zip(lengths, prefixes, pictures, strict=True):
+        for span, seen in sorted(row.items(), key=lambda item: item[0].start):
+            start, stop = (begin + place - len(prefix) for place in (span.start, span.stop))
+            if start < max(begin, done) or stop > begin + length or seen.shape[0] != len(span):
+                raise UsageError(
+                    f"a picture of {seen.shape[0]} soft tokens has {len(span)} places, or is cut."
+                )
+            parts += [x[:, done:start], seen[None].astype(x.dtype)]
+            done = stop
+        begin += length
+    return mx.concatenate([*parts, x[:, done:]], axis=1)
 
 
 def _rows(lengths: Sequence[int], *heads: mx.array) -> list[tuple[mx.array, ...]]:

@@ -7,8 +7,10 @@ import binascii
 import re
 from typing import Any
 
+from mlx_diffgemma.errors import PromptError
 from mlx_diffgemma.server.engine import Engine
 from mlx_diffgemma.server.refusals import RefusedError
+from mlx_diffgemma.text.pictures import read_picture
 
 _DATA = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,", re.IGNORECASE)
 
@@ -17,11 +19,17 @@ def picture(engine: Engine, data: bytes, where: str) -> dict[str, Any]:
     """A part of a message that shows a picture, from the bytes of its file.
 
     Raises:
-        RefusedError: the model reads no pictures.
+        RefusedError: the model reads no pictures, or this is none.
     """
-    raise RefusedError(
-        400, f"{where} is a picture, and this model reads no pictures; leave it out.", where
-    )
+    vision = engine.model.config.vision if engine.model.reads_pictures else None
+    if vision is None:
+        raise RefusedError(
+            400, f"{where} is a picture, and this model reads no pictures; leave it out.", where
+        )
+    try:
+        return {"type": "image", "image": read_picture(data, vision, name=where)}
+    except PromptError as error:
+        raise RefusedError(400, str(error), where) from None
 
 
 def from_url(engine: Engine, url: str, most: int, where: str) -> dict[str, Any]:

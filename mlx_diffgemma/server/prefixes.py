@@ -44,7 +44,7 @@ class KeptPrefixes:
         """Keep a prefix, in the place of those that it continues."""
         if not len(prefix):
             return
-        others = [each for each in self._kept if prefix.ids[: len(each)] != each.ids]
+        others = [each for each in self._kept if not prefix.continues(each)]
         self._kept = [*others, prefix]
         self.shrink(self.most_bytes)
 

@@ -187,6 +187,7 @@ def _encoded(engine: Engine, asked: Asked) -> Encoded:
         tools=None if asked.tool_choice == "none" else asked.tools,
         chat_template_kwargs=asked.chat_template_kwargs,
         prefill_response=asked.prefill,
+        config=engine.model.config,
     )
 
 

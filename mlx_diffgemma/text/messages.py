@@ -9,6 +9,8 @@ from inspect import isroutine
 from typing import Any
 
 from mlx_diffgemma.errors import PromptError, UsageError
+from mlx_diffgemma.reading import shown
+from mlx_diffgemma.text.pictures import Picture
 
 _PARTS = "'content' must be a text or a list of parts"
 
@@ -18,17 +20,20 @@ def checked_messages(items: Sequence[Any]) -> list[dict[str, Any]]:
     leaves them out, and calls of tools have their arguments as objects.
 
     Raises:
-        PromptError: one of them is malformed or holds pictures; it is named by its number.
+        PromptError: one of them is malformed; it is named by its number.
     """
     return [_checked(as_data(item), number) for number, item in enumerate(items, start=1)]
 
 
 def as_data(value: Any) -> Any:
-    """`value` with dataclasses and pydantic models in it as dicts, and tuples as lists."""
+    """`value` with dataclasses and pydantic models in it as dicts, and tuples as lists; pictures
+    stay what they are."""
     if isinstance(value, Mapping):
         return {key: as_data(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [as_data(item) for item in value]
+    if isinstance(value, Picture):
+        return value
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: as_data(getattr(value, field.name)) for field in fields(value)}
     dump = None if isinstance(value, type) else getattr(value, "model_dump", None)
@@ -51,8 +56,15 @@ def _checked(item: Any, number: int) -> dict[str, Any]:
         raise PromptError(f"message {number}: {_PARTS}.")
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind in ("image", "image_url", "audio", "video"):
-            raise PromptError(f"message {number} holds {kind} data: only text is supported yet.")
+        if kind in ("image", "video") and part.get(kind) is not None:
+            continue
+        if kind in ("image_url", "audio"):
+            raise PromptError(f"message {number} holds {kind} data, which is not read here.")
+        if kind in ("image", "video"):
+            raise PromptError(
+                f'message {number}: a part with a picture must be {{"type": "image", "image": '
+                f'...}}, or "video" with a path, not {shown(part)}.'
+            )
         if kind != "text" or not isinstance(part.get("text"), str):
             raise PromptError(
                 f'message {number}: a part of its content must be {{"type": "text", "text": '
@@ -131,14 +143,57 @@ def _described(function: Any) -> dict[str, Any]:
 
 
 def text_of(message: Mapping[str, Any]) -> str:
-    """What a message says, its parts joined."""
+    """What a message says, its parts of text joined."""
     content = message.get("content", "")
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def with_plain_content(message: dict[str, Any]) -> dict[str, Any]:
     """For templates that only print `content`: its parts joined."""
     return {**message, "content": text_of(message)} if "content" in message else message
+
+
+def with_images(messages: Sequence[dict[str, Any]], images: Sequence[Any]) -> list[dict[str, Any]]:
+    """Messages with pictures before the text of the last one of a user.
+
+    Raises:
+        PromptError: there is no such message.
+    """
+    found = list(messages)
+    for place in range(len(found) - 1, -1, -1):
+        if found[place]["role"] == "user":
+            content = found[place].get("content", "")
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            shown_first = [
+                image if isinstance(image, dict) else {"type": "image", "image": image}
+                for image in images
+            ]
+            found[place] = {**found[place], "content": [*shown_first, *parts]}
+            return found
+    raise PromptError("pictures belong to a message of a user, and there is none.")
+
+
+def media_in(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The parts of messages that hold pictures or videos, in order."""
+    contents = (message.get("content") for message in messages)
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    return [part for part in parts if part["type"] != "text"]
+
+
+def with_places(
+    messages: Sequence[dict[str, Any]], places: Iterable[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Messages with these parts in the place of those that `media_in` finds, in order."""
+    given, found = iter(places), []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [part if part["type"] == "text" else next(given) for part in content]
+            message = {**message, "content": parts}
+        found.append(message)
+    return found
 
 
 def strings_in(value: Any) -> list[str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from numbers import Integral
 from typing import Any, TypeAlias
 
 from mlx_diffgemma.checks import overridden
+from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import PromptError, UsageError
+from mlx_diffgemma.pictured import PicturedIds
 from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.chat_template import render, template_text
 from mlx_diffgemma.text.control_tokens import (
@@ -22,10 +24,15 @@ from mlx_diffgemma.text.markers import CHANNEL, THINK
 from mlx_diffgemma.text.messages import (
     checked_messages,
     checked_tools,
+    media_in,
     strings_in,
     text_of,
+    with_images,
+    with_places,
     with_plain_content,
 )
+from mlx_diffgemma.text.picture_places import PictureReader
+from mlx_diffgemma.text.pictures import Picture
 from mlx_diffgemma.text.prompt_settings import PromptSettings, Tools
 from mlx_diffgemma.text.tokenizer import check_tokenizer, hf_tokenizer
 
@@ -34,6 +41,7 @@ Prompt: TypeAlias = "str | Sequence[Any] | Mapping[str, Any] | Any"
 
 THOUGHT_MARKERS = (CHANNEL, *THINK)  # by them templates find the thoughts that they leave out
 _EMPTY = "the prompt is empty; say what to write about."
+_READS_IMAGES = re.compile(r"""['"]image['"]""")
 _READS_PARTS = re.compile(r"""['"]text['"]|\.text\b""")
 _OURS = (  # what the chat template gets from elsewhere than `chat_template_kwargs`
     "messages", "conversation", "tools", "chat_template", "add_generation_prompt",
@@ -48,7 +56,7 @@ class Encoded:
     """A prompt as the model reads it.
 
     Attributes:
-        ids: its token ids.
+        ids: its token ids, with its pictures where it has any.
         prefill: the text that the model's turn begins with, as the template has it, or "".
         thinking: whether a thought is expected at the beginning of the answer.
     """
@@ -66,7 +74,12 @@ def encode_prompt(
 
 
 def encode(
-    tokenizer: Any, prompt: Prompt, how: PromptSettings | None = None, **settings: Any
+    tokenizer: Any,
+    prompt: Prompt,
+    how: PromptSettings | None = None,
+    *,
+    config: ModelConfig | None = None,
+    **settings: Any,
 ) -> Encoded:
     """A prompt as the model reads it; one that is encoded already is that.
 
@@ -78,36 +91,45 @@ def encode(
         prompt: a text, which becomes a user's turn; messages, as `{"role": ..., "content": ...}`;
             or token ids in a list, a tuple, an array or a `BatchEncoding`.
         how: the settings; None stands for the defaults.
+        config: that of the model (`model.config`), which pictures need.
         settings: fields of `PromptSettings` to put over `how`.
 
     Raises:
-        PromptError: the prompt is empty, malformed, of an unknown kind, or holds images.
+        PromptError: the prompt is empty, malformed or of an unknown kind, or a picture cannot be
+            read.
         UsageError: the settings contradict each other, or the template cannot do what they ask.
         CheckpointError: the chat template is missing or broken.
     """
     check_tokenizer(tokenizer)
     if isinstance(prompt, Encoded):
         return prompt
+    if isinstance(prompt, PicturedIds):
+        return Encoded(prompt)
     how = overridden(how or PromptSettings(), settings)
+    reader, images = PictureReader(config, how.image_tokens), how.images
     if isinstance(prompt, str):
-        if not prompt or not (how.raw or prompt.strip()):
+        if not (images or (prompt if how.raw else prompt.strip())):
             raise PromptError(_EMPTY)
         if how.raw:
             how.refuse_template("a raw prompt")
             _check_unicode(prompt)
-            return Encoded(_encode_raw(hf_tokenizer(tokenizer), prompt, how.markers))
+            ids = _encode_raw(hf_tokenizer(tokenizer), prompt, how.markers)
+            return Encoded(reader.in_ids(ids, images, tokenizer.bos_token_id))
         items: list[Any] = [{"role": "user", "content": prompt}]
     else:
         items = _items(prompt)
     if all(isinstance(item, Integral) and not isinstance(item, bool) for item in items):
         how.refuse_template("a prompt of token ids")
-        return Encoded([int(item) for item in items])
+        return Encoded(reader.in_ids([int(item) for item in items], images, None))
     if how.raw:
         raise UsageError("a raw prompt is a text; leave out raw to send messages.")
     own = hf_tokenizer(tokenizer)
     messages = checked_messages(items)
+    if images:
+        messages = with_images(messages, images)
     last = messages[-1]
-    if last["role"] == "user" and "content" in last and not text_of(last).strip():
+    is_asked = last["role"] == "user" and "content" in last
+    if is_asked and not text_of(last).strip() and not media_in([last]):
         raise PromptError(_EMPTY)
     if how.system_prompt is not None:
         if messages[0]["role"] in ("system", "developer"):
@@ -122,7 +144,7 @@ def encode(
     if begun is not None:
         messages.append({"role": "assistant", "content": begun})
     chat = _Chat(messages, described, variables, prefilled=begun is not None)
-    ids, rendered = _encode_chat(own, chat, template)
+    ids, rendered = _encode_chat(own, chat, template, reader)
     prefill = "" if begun is None else _as_rendered(begun, rendered)
     # What follows a beginning of the answer's text is no thought.
     return Encoded(ids, prefill, bool(variables.get("enable_thinking")) and not prefill)
@@ -141,7 +163,7 @@ def encode_conversation(
     template = template_text(own, tools=bool(described))
     variables = _variables(template, None, thinking)
     chat = _Chat(checked_messages(messages), described, variables, open_turn=False)
-    return _encode_chat(own, chat, template)[0]
+    return _encode_chat(own, chat, template, PictureReader())[0]
 
 
 def in_common(*rows: Sequence[int]) -> int:
@@ -275,8 +297,36 @@ class _Chat:
         return _Chat(messages, tools, variables, self.prefilled, self.open_turn)
 
 
-def _encode_chat(tokenizer: Any, chat: _Chat, template: str) -> tuple[list[int], str]:
+def _encode_chat(
+    tokenizer: Any, chat: _Chat, template: str, reader: PictureReader
+) -> tuple[list[int], str]:
     """The token ids of a chat, and its text."""
+    media = media_in(chat.messages)
+    if not media:
+        return _encode_text(tokenizer, chat, template)
+    texts = strings_in([with_plain_content(message) for message in chat.messages])
+    place = unused_character(template, *texts, *strings_in([chat.tools, chat.variables]))
+    pictures: list[Picture] = []
+    parts = []
+    for part in media:
+        found, said = reader.read(part, place)
+        pictures += found
+        native = part["type"] == "image" and _READS_IMAGES.search(template)
+        parts.append({"type": "image"} if native else {"type": "text", "text": said})
+    chat = replace(chat, messages=with_places(chat.messages, parts))
+    ids, rendered = _encode_text(tokenizer, chat, template, (place, reader.spelled(tokenizer)))
+    return reader.expanded(ids, pictures), rendered
+
+
+def _encode_text(
+    tokenizer: Any, chat: _Chat, template: str, place: tuple[str, str] | None = None
+) -> tuple[list[int], str]:
+    """As `_encode_chat`, each picture being one token. `place` is a character that stands for one,
+    and the token's spelling."""
+
+    def put(rendered: str) -> str:
+        return rendered if place is None else rendered.replace(*place)
+
     if not _READS_PARTS.search(template):
         messages = [with_plain_content(message) for message in chat.messages]
         chat = _Chat(messages, chat.tools, chat.variables, chat.prefilled, chat.open_turn)
@@ -285,12 +335,12 @@ def _encode_chat(tokenizer: Any, chat: _Chat, template: str) -> tuple[list[int],
         _check_unicode(string)
     controls = control_tokens_of(tokenizer)
     if not any(controls.breaks(string) for string in strings):
-        rendered = chat.render(tokenizer, template)
+        rendered = put(chat.render(tokenizer, template))
         ids: list[int] = tokenizer.encode(rendered, add_special_tokens=False)
         return ids, rendered
     marker = unused_character(template, *strings)
     own = [name for pair in THOUGHT_MARKERS if pair[1] in template for name in pair]
-    rendered = chat.marked(controls, marker, own).render(tokenizer, template)
+    rendered = put(chat.marked(controls, marker, own).render(tokenizer, template))
     return controls.encode_rendered(rendered, marker), rendered.replace(marker, "")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from mlx_diffgemma.checks import check_flag, check_text, overridden
+from mlx_diffgemma.checks import check_flag, check_integer, check_text, overridden
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.reading import shown
 
@@ -26,6 +26,12 @@ class PromptSettings:
             that describe them. Calls come back as `tool_calls`, and results go in as messages.
         chat_template_kwargs: variables for the chat template.
         prefill_response: the text that the model's turn begins with; it is part of the answer.
+        images: pictures that stand before the text of the last turn of a user, beside those that
+            messages hold as `{"type": "image", "image": ...}`: paths, the bytes of files, Pillow
+            images or arrays. Videos are parts `{"type": "video", "video": path}` here and there,
+            with "fps" and "max_frames" where the frames are to be others.
+        image_tokens: most tokens of a picture, one of 70, 140, 280, 560 and 1120; None takes the
+            checkpoint's. A frame of a video takes 70.
 
     Raises:
         UsageError: a setting is of another type, or two contradict each other.
@@ -38,6 +44,8 @@ class PromptSettings:
     tools: Tools | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
     prefill_response: str | None = None
+    images: Sequence[Any] = ()
+    image_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.system_prompt is not None:
@@ -51,6 +59,9 @@ class PromptSettings:
             raise UsageError("prefill_response must be a text that is not blank; leave it out.")
         if self.markers and not self.raw:
             raise UsageError("markers count in a raw prompt only; add raw, or leave markers out.")
+        check_images(self.images)
+        if self.image_tokens is not None:
+            check_integer("image_tokens", self.image_tokens, 1)
 
     def refuse_template(self, what: str) -> None:
         """Raise UsageError where a setting needs the chat template; `what` uses none."""
@@ -65,6 +76,12 @@ class PromptSettings:
                 raise UsageError(
                     f"a {name} needs the chat template, and {what} uses none; leave it out."
                 )
+
+
+def check_images(images: Any) -> None:
+    """Raise UsageError unless `images` is a list."""
+    if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
+        raise UsageError(f"images must be a list of pictures, not {shown(images)}.")
 
 
 def parted(

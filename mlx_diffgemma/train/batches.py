@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -178,7 +179,38 @@ def lay_out(
         counted=mx.array(counted),
         conditioned=conditioned,
         tokens=sum(_needed(one, config, sizes.canvas) for one in drawn) + corrupted.size,
+        **_pictures(drawn, length),
     )
+
+
+def _pictures(drawn: Sequence[Drawn], length: int) -> dict[str, Any]:
+    """What a batch of sequences of `length` knows of pictures.
+
+    Raises:
+        UsageError: they differ in size.
+    """
+    spans = [(row, span) for row, one in enumerate(drawn) for span in one.example.pictures]
+    if not spans:
+        return {}
+    read = [span.patches for _, span in spans if span.patches is not None]
+    assert len(read) == len(spans), "an example's pictures have their patches"
+    sizes = {
+        (span.columns, len(span), patches.shape)
+        for (_, span), patches in zip(spans, read, strict=True)
+    }
+    if len(sizes) > 1:
+        raise UsageError(
+            "the pictures of a batch differ in size; bring all to one, or lower batch_size to 1."
+        )
+    ((columns, count, _),) = sizes
+    places = np.full((len(drawn), length), -1, np.int32)
+    for number, (row, span) in enumerate(spans):
+        places[row, span.start : span.stop] = number * count + np.arange(count)
+    return {
+        "patches": mx.array(np.stack(read)).astype(mx.float32) / 255,
+        "soft_places": mx.array(places),
+        "columns": columns,
+    }
 
 
 def _needed(one: Drawn, config: TrainConfig, canvas_length: int) -> int:

@@ -14,6 +14,7 @@ from mlx_diffgemma.diffusion.generate import generate_canvases
 from mlx_diffgemma.diffusion.noise import seeded
 from mlx_diffgemma.errors import NumericalError, not_finite
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.pictured import PicturedIds
 from mlx_diffgemma.train.batches import Drawn, Sizes, check, clean_canvases, draw_canvas, lay_out
 from mlx_diffgemma.train.config import EVALUATED_NOISE, TrainConfig
 from mlx_diffgemma.train.cross_entropy import cross_entropy
@@ -73,7 +74,7 @@ def _losses(
     """The canvas loss at each noise level, and the encoder's loss."""
     clean = clean_canvases(drawn, sizes)
     batch = lay_out(drawn, config, sizes, clean, np.zeros(len(drawn)), 0)
-    hidden, kept = encode(model, batch.sequence)
+    hidden, kept = encode(model, batch)
     losses = []
     for level in EVALUATED_NOISE:
         noise, spans = np.full(len(drawn), level), np.zeros(len(drawn), bool)
@@ -97,7 +98,7 @@ def exact_rate(
     right = 0
     for at in range(0, len(examples), batch_size):
         part = examples[at : at + batch_size]
-        prompts = [one.tokens[: one.prompt] for one in part]
+        prompts = [PicturedIds(one.tokens[: one.prompt], one.pictures) for one in part]
         for event in generate_canvases(model, prompts, config, seeded(seed + at)):
             if isinstance(event, Finished):
                 right += sum(

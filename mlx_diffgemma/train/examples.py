@@ -1,16 +1,17 @@
 """What is trained on: prompts and responses as token ids, and batches of them on the device.
 
-Letters: B examples, S sequence positions, C canvas.
+Letters: B examples, S sequence positions, C canvas, M pictures of P patches and N soft tokens each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.pictured import PictureSpan
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,13 @@ class Example:
     Attributes:
         tokens: ids of the prompt followed by those of the response, which ends with an eos.
         prompt: how many of them are the prompt.
+        pictures: those whose image tokens are in the prompt; all examples of a batch have pictures
+            of one size.
     """
 
     tokens: tuple[int, ...]
     prompt: int
+    pictures: tuple[PictureSpan, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.prompt < len(self.tokens):
@@ -58,6 +62,10 @@ class Batch:
             where that loss has no weight, for then the sequence ends with the prefix.
         conditioned: of how many examples, from the first, the decoder sees its own guess.
         tokens: how many ids the sequences and canvases hold, padding left out.
+        patches: [M, P, 3 · side²] numbers from 0 to 1, the pictures of all sequences.
+        soft_places: [B, S] which of the M · N soft tokens stands at a position; −1 for none. Empty
+            where there are no pictures.
+        columns: patches in a row of each picture.
     """
 
     sequence: mx.array
@@ -68,6 +76,9 @@ class Batch:
     counted: mx.array
     conditioned: int
     tokens: int = 0
+    patches: mx.array = field(default_factory=lambda: mx.zeros((0, 0, 0)))
+    soft_places: mx.array = field(default_factory=lambda: mx.zeros((0, 0), mx.int32))
+    columns: int = 0
 
     @property
     def size(self) -> int:

@@ -13,22 +13,52 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_diffgemma.config import FULL, SLIDING, TextConfig
 from mlx_diffgemma.model.attention import Attention, attend, canvas_masks
 from mlx_diffgemma.model.cache import KeysValues
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.model.vision import embedded
+from mlx_diffgemma.train.examples import Batch
 from mlx_diffgemma.train.recompute import recomputed
 
 
+def picture_masks(config: TextConfig, soft_places: mx.array, count: int) -> dict[str, mx.array]:
+    """Who sees whom in the encoder where pictures of `count` soft tokens stand, [B, 1, S, S]: every
+    token what came before it, in sliding layers the last of it, and all of its own picture."""
+    place = mx.arange(soft_places.shape[1])
+    apart = place[:, None] - place[None]
+    picture = mx.where(soft_places < 0, -1, soft_places // count)
+    own = (picture[:, :, None] == picture[:, None, :]) & (picture >= 0)[:, :, None]
+    seen = {FULL: apart >= 0, SLIDING: (apart >= 0) & (apart < config.sliding_window)}
+    return {kind: (mask | own)[:, None] for kind, mask in seen.items()}
+
+
+def embed(model: DiffusionGemma, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
+    """The embeddings [B, S, D] of the sequences with their pictures, and who sees whom where there
+    are pictures."""
+    x = model.embed(batch.sequence)
+    if not batch.soft_places.size:
+        return x, {}
+    model.require_vision()
+    encoder = model.model.encoder
+    seen = embedded(encoder.vision_tower, encoder.embed_vision, batch.patches, batch.columns)
+    soft = seen.reshape(-1, seen.shape[-1])[mx.maximum(batch.soft_places, 0)]
+    x = mx.where((batch.soft_places >= 0)[..., None], soft.astype(x.dtype), x)
+    return x, picture_masks(model.config.text, batch.soft_places, seen.shape[1])
+
+
 def encode(
-    model: DiffusionGemma, sequence: mx.array, *, checkpoint: bool = False
+    model: DiffusionGemma, batch: Batch, *, checkpoint: bool = False
 ) -> tuple[mx.array, list[KeysValues]]:
-    """[B, S] token ids -> hidden states [B, S, D], and the keys and values of every layer."""
-    x = model.embed(sequence)
+    """Hidden states [B, S, D] of the sequences of a batch, and the keys and values of every
+    layer."""
+    x, masks = embed(model, batch)
     kept = []
     scalars = model.model.encoder.language_model.layers
     for layer, own in zip(model.layers, scalars, strict=True):
         run = recomputed(layer, _encode_layer) if checkpoint else _bound(layer, _encode_layer)
-        x, keys, values = run(x, own.layer_scalar)
+        mask = [masks[layer.self_attn.sizes.kind]] if masks else []
+        x, keys, values = run(x, own.layer_scalar, *mask)
         kept.append((keys, values))
     return model.model.decoder.norm(x), kept
 
@@ -57,7 +87,7 @@ def decode(
 
 
 def _encode_layer(
-    layer: Any, x: mx.array, layer_scalar: mx.array
+    layer: Any, x: mx.array, layer_scalar: mx.array, mask: mx.array | None = None
 ) -> tuple[mx.array, mx.array, mx.array]:
     kept: list[mx.array] = []
 
@@ -66,7 +96,8 @@ def _encode_layer(
         queries, keys = attention.rotate(queries, keys, 0)
         kept.extend((keys, values))
         # Padding is on the right, where nobody looks.
-        return attention.output(attend(queries, keys, values, attention.causal))
+        sight = attention.causal if mask is None else mask
+        return attention.output(attend(queries, keys, values, sight))
 
     x = layer(x, look, layer_scalar)
     keys, values = kept

@@ -106,7 +106,7 @@ class Stepper:
         results = []
         for place in range(processes.place(), len(batches), processes.count()):
             batch = batches[place]
-            gradients = self._gradients(batch.conditioned)
+            gradients = self._gradients(batch.conditioned, batch.columns)
             if self._config.lora_parameters.dropout:
                 mx.random.seed(_seed(self._config.seed, number, place))
             results.append(gradients(parameters, *(getattr(batch, name) for name in _ARRAYS)))
@@ -116,7 +116,7 @@ class Stepper:
         state = {**state, "learning_rate": rate}  # the other entries are replaced one by one
         return StepResult(*self._update(parameters, state, results))
 
-    def _make_gradients(self, conditioned: int) -> Callable[..., Any]:
+    def _make_gradients(self, conditioned: int, columns: int) -> Callable[..., Any]:
         model, config = self._model, self._config
 
         def value(parameters: Tree, batch: Batch) -> Losses:
@@ -132,7 +132,8 @@ class Stepper:
 
         def gradients(parameters: Tree, *arrays: mx.array) -> tuple[Losses, Tree]:
             named: dict[str, Any] = dict(zip(_ARRAYS, arrays, strict=True))
-            return differentiate(parameters, Batch(**named, conditioned=conditioned))
+            batch = Batch(**named, conditioned=conditioned, columns=columns)
+            return differentiate(parameters, batch)
 
         if not self._is_compiled:
             return gradients

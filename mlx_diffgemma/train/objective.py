@@ -29,7 +29,7 @@ def loss(
     denoising step. No gradient goes into the first pass; the embedding gets that of the expectation
     over its rows, as in the reference.
     """
-    hidden, kept = encode(model, batch.sequence, checkpoint=checkpoint)
+    hidden, kept = encode(model, batch, checkpoint=checkpoint)
     soft = expected_embeddings(model, batch, kept)
     seen = decode(model, batch.corrupted, kept, batch.prefix, soft, checkpoint=checkpoint)
     canvas_loss = cross_entropy(model, seen, batch.canvas).mean()

@@ -28,7 +28,7 @@ class MockModel:
         text = SimpleNamespace(vocab_size=VOCAB)
         self.config = SimpleNamespace(text=text, canvas_length=LENGTH)
         self.dtype, self.adapted, self.adaptations = mx.float32, False, 0
-        self.prefill_step_size = 512
+        self.prefill_step_size, self.never_drawn = 512, ()
         self.encoded: list[list[int]] = []
 
     def make_cache(self) -> PrefixCache:

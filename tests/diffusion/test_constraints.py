@@ -11,7 +11,7 @@ from mock_model import MockModel
 
 from mlx_diffgemma.diffusion.canvas import Canvas, Passed, Prediction
 from mlx_diffgemma.diffusion.config import SAMPLERS, DiffusionConfig
-from mlx_diffgemma.diffusion.constraints import FREE, Layout, token_mask
+from mlx_diffgemma.diffusion.constraints import FREE, Layout, token_mask, without
 from mlx_diffgemma.diffusion.denoiser import Denoiser
 from mlx_diffgemma.diffusion.events import DenoisingStep
 from mlx_diffgemma.diffusion.generate import generate_canvases
@@ -340,3 +340,33 @@ def test_a_constraint_alone_says_how_an_answer_begins():
     )  # fmt: skip
     *_, finished = events
     assert finished.tokens == ((),)
+
+
+def test_tokens_that_may_stand_nowhere():
+    """One mask for all positions, and what a layout says besides still holds."""
+    assert without((), 4, 64) is None
+    plain = without((6, 40), 4, 64)
+    assert len({id(mask) for mask in plain.allowed.values()}) == 1 and set(plain.allowed) == set(
+        range(4)
+    )
+    own = Layout((FREE, 6, FREE, FREE), {0: token_mask([6, 7], 64)}, {3: (6, 8)})
+    cut = without((6,), 4, 64, own)
+    assert cut.tokens == own.tokens and cut.candidates == own.candidates
+    np.testing.assert_array_equal(cut.allowed[0], token_mask([7], 64))
+    np.testing.assert_array_equal(cut.allowed[2], token_mask([n for n in range(64) if n != 6], 64))
+    assert set(cut.allowed) == {0, 2}
+
+
+def test_a_canvas_never_ends_with_a_token_of_a_picture(tiny_model):
+    """Though the model wants nothing else."""
+    model = tiny_model(1)
+    weight = model.model.decoder.embed_tokens.weight
+    model.model.decoder.embed_tokens.weight = mx.where(
+        mx.arange(weight.shape[0])[:, None] == 6, weight * 40, weight
+    )
+    config = DiffusionConfig(max_tokens=8, max_denoising_steps=6, eos_token_ids=())
+    found = []
+    for model.never_drawn in ((), (6,)):
+        *_, last = generate_canvases(model, [[8, 9, 10]], config, seeded(0))
+        found.append(6 in last.tokens[0])
+    assert found == [True, False]

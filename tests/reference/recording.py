@@ -77,10 +77,12 @@ def record(
     max_new_tokens: int,
     eos_token_id: list[int] | None,
     router_gaps,
+    **inputs: torch.Tensor,
 ) -> Recording:
     """Run the reference with its own random numbers and default settings.
 
-    `router_gaps` is a `RouterGaps` on this model for as many sequences.
+    `router_gaps` is a `RouterGaps` on this model for as many sequences; `inputs` are what it takes
+    beside token ids, such as pictures.
     """
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
@@ -119,6 +121,7 @@ def record(
             max_new_tokens=max_new_tokens,
             eos_token_id=eos_token_id,
             pad_token_id=0,
+            **inputs,
         )
     finally:
         del model._prepare_sampler, model._denoising_step

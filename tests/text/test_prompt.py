@@ -337,7 +337,8 @@ def test_thinking_needs_a_template_that_knows_it(thinking, flag):
          "not {'content': 'a'}."),
         ([user(7)], "message 1: 'content' must be a text or a list of parts."),
         ([user([{"type": "image", "url": "x"}])],
-         "message 1 holds image data: only text is supported yet."),
+         'message 1: a part with a picture must be {"type": "image", "image": ...}, or "video" '
+         "with a path, not {'type': 'image', 'url': 'x'}."),
         ([user([{"type": "text"}])],
          'message 1: a part of its content must be {"type": "text", "text": "..."}, '
          "not {'type': 'text'}."),

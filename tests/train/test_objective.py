@@ -85,7 +85,7 @@ def test_first_pass_has_no_gradient(tiny_model, monkeypatch):
     model = tiny_model(2)
     batch = random_batch(model, conditioned=3)
     _, ours = gradients(model, batch, encoder_weight=0.0)
-    _, kept = objective.encode(model, batch.sequence)
+    _, kept = objective.encode(model, batch)
     logits = model.logits(objective.decode(model, batch.corrupted, kept, batch.prefix))
     fixed = mx.array(np.array(logits))
     monkeypatch.setattr(
@@ -102,7 +102,7 @@ def test_gradients_are_finite_differences(tiny_model, conditioned):
     are chosen: where a router changes its choice, the loss jumps."""
     model = tiny_model(0, num_experts=3, top_k_experts=3)
     batch = random_batch(model, conditioned=conditioned)
-    _, kept = objective.encode(model, batch.sequence)
+    _, kept = objective.encode(model, batch)
     soft = objective.expected_embeddings(model, batch, kept)
     _, slopes = gradients(model, batch)
     parameters = dict(tree_flatten(model.trainable_parameters()))

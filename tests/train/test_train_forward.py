@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ def test_logits_are_those_of_inference(tiny_model, seed, forms):
     if forms:
         cpu.use(model)
     model.train()
-    hidden, kept = forward.encode(model, batch.sequence)
+    hidden, kept = forward.encode(model, batch)
     ours = forward.decode(model, batch.corrupted, kept, batch.prefix, soft)
     model.eval()
     for row, prefix in enumerate(prefixes):
@@ -42,7 +44,7 @@ def test_what_follows_the_prefix_is_not_seen(tiny_model):
     other[0, 5:], other[1, 9:] = 8, 9
     seen = []
     for sequence in (batch.sequence, mx.array(other)):
-        _, kept = forward.encode(model, sequence)
+        _, kept = forward.encode(model, replace(batch, sequence=sequence))
         seen.append(np.array(forward.decode(model, batch.corrupted, kept, batch.prefix)))
     np.testing.assert_array_equal(*seen)
 
