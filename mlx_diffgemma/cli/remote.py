@@ -118,11 +118,12 @@ class Remote:
         with closing(self._connection(seconds)) as connection:
             response = self._request(connection, "GET", "/health", None)
             self.about = _read(response)
-        if "status" not in self.about or "identity" not in self.about:
+        if not {"status", "model", "version"} <= set(self.about):
             raise RemoteError(f"{self.url} is no server of mlx-diffgemma; name another.")
-        self.name = str(self.about.get("model"))
-        if self.about["status"] != "ok":
-            raise RemoteError(f"{self.url}: {self.name} is {self.about['status']}; try again soon.")
+        self.name, state = str(self.about["model"]), self.about["status"]
+        if state != "ok":
+            told = "still loads" if state == "loading" else "could not load"
+            raise RemoteError(f"{self.url} {told} {self.name}; try again later, or --no-server.")
 
     def ask(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to one request as a whole.
@@ -238,7 +239,6 @@ class Remote:
             text=message["content"],
             thought=message.get("reasoning_content", ""),
             tokens=(),
-            thought_tokens=(),
             entropy=(),
             generation_tokens=found["usage"]["completion_tokens"],
             denoising_steps=tuple(told["denoising_steps"]),
@@ -292,7 +292,9 @@ class Remote:
             "model": self.name,
         }
         body = {key: value for key, value in asked.items() if value is not None}
-        return self.ask("/v1/decisions", body)
+        found = self.ask("/v1/decisions", body)
+        found["usage"].pop("cached_tokens", None)  # a model that was just loaded knows none
+        return found
 
     def _body(
         self, messages: Any, asking: Asking, denoising: Denoising, tools: Any, variables: Any

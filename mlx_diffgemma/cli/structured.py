@@ -118,8 +118,10 @@ def answer(
         name = server.name
         assert form is not None
         done = server.generate_valid(prompt, form, asking, denoising, tools, variables)
+        tokens = done.generation_tokens
     else:
         name, done = _answer_here(prompt, constraint, asking, loading, denoising, showing)
+        tokens = len(done.thought_tokens) + len(done.tokens)
     if showing.json:
         editing.write_json(
             text=done.text,
@@ -127,7 +129,7 @@ def answer(
             tokens=list(done.tokens),
             entropy=list(done.entropy),
             finish_reason="stop",
-            generation_tokens=len(done.thought_tokens) + len(done.tokens),
+            generation_tokens=tokens,
             denoising_steps=list(done.denoising_steps),
             passes=done.passes,
             seed=done.seed,
