@@ -104,6 +104,7 @@ def _request(fields: Fields, model: str) -> tuple[Asked, Reply]:
         json_schema=_schema(fields),
         max_tokens=fields.integer("max_tokens", 1, required=True),
         temperature=fields.number("temperature", 0.0),
+        seed=fields.integer("seed", 0),
         stop=fields.texts("stop_sequences"),
         thinking=thinking,
     )

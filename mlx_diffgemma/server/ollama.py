@@ -200,8 +200,14 @@ def _message(message: Fields) -> dict[str, Any]:
 def _tool(tool: Fields) -> dict[str, Any]:
     function = tool.within("function", required=True)
     assert function is not None
-    function.text("name", required=True)
-    return {"type": "function", "function": function.data}
+    described = {
+        "name": function.text("name", required=True),
+        "description": function.text("description") or "",
+        "parameters": function.mapping("parameters") or {"type": "object"},
+    }
+    function.settle({})
+    tool.settle({}, ["type"])
+    return {"type": "function", "function": described}
 
 
 def _generate(fields: Fields) -> Asked | None:
@@ -214,6 +220,8 @@ def _generate(fields: Fields) -> Asked | None:
     if raw or suffix is not None:
         if system is not None:
             raise fields.refused("system", "needs a chat; leave out raw and suffix, or system.")
+        if common["thinking"]:
+            raise fields.refused("think", "needs a chat; leave out raw and suffix, or think.")
         return Asked(prompt=prompt, suffix=suffix, **common)
     return Asked(messages=[{"role": "user", "content": prompt}], system=system, **common)
 

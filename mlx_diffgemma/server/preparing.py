@@ -18,6 +18,7 @@ from mlx_diffgemma.server.engine import Engine
 from mlx_diffgemma.server.pieces import Asked
 from mlx_diffgemma.server.refusals import RefusedError
 from mlx_diffgemma.text.answer import stop_strings
+from mlx_diffgemma.text.chat_template import template_text
 from mlx_diffgemma.text.messages import checked_tools
 from mlx_diffgemma.text.parts import markers_of
 from mlx_diffgemma.text.prompt import Encoded, encode
@@ -172,12 +173,16 @@ def _encoded(engine: Engine, asked: Asked) -> Encoded:
         if asked.suffix is not None:
             return encode(tokenizer, f"{asked.prompt}{asked.suffix}" or " ", raw=True)
         return encode(tokenizer, asked.prompt, raw=isinstance(asked.prompt, str))
+    # A template that knows no thinking does none, so there is nothing to turn off.
+    thinking = asked.thinking
+    if thinking is False and "enable_thinking" not in template_text(hf_tokenizer(tokenizer)):
+        thinking = None
     # Where no tool may be called, the model is told of none.
     return encode(
         tokenizer,
         asked.messages,
         system_prompt=asked.system,
-        thinking=asked.thinking,
+        thinking=thinking,
         tools=None if asked.tool_choice == "none" else asked.tools,
         chat_template_kwargs=asked.chat_template_kwargs,
         prefill_response=asked.prefill,

@@ -122,12 +122,19 @@ def test_a_conversation_with_tools_is_translated(client, told):
         {"role": "assistant", "content": "It is"},
     ]  # fmt: skip
     system = [{"type": "text", "text": "be brief"}]
-    ask(client, messages=messages, system=system, tools=[WEATHER], extra_body={"temperature": 0.5})
+    ask(
+        client,
+        messages=messages,
+        system=system,
+        tools=[WEATHER],
+        extra_body={"temperature": 0.5, "seed": 4},
+    )
     asked = told.asked[-1]
     function = {"name": "weather", "description": "Weather of a city."}
     function["parameters"] = WEATHER["input_schema"]
     assert asked.tools == [{"type": "function", "function": function}]
-    assert (asked.system, asked.prefill, asked.temperature) == ("be brief", "It is", 0.5)
+    assert (asked.system, asked.prefill) == ("be brief", "It is")
+    assert (asked.temperature, asked.seed) == (0.5, 4)
 
     def called(id, **arguments):
         function = {"name": "weather", "arguments": arguments}
