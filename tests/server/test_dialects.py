@@ -156,6 +156,15 @@ def test_ollama_is_told_of_the_model(calling_engine, calling_url):
         assert httpx.request(method, f"{calling_url}/api/version").status_code == 200
 
 
+def test_one_list_of_models_is_read_by_all(calling_url):
+    with typed(calling_url) as client:
+        assert [model.name for model in client.models.list().models] == ["calling"]
+    with claude(calling_url) as client:
+        (listed,) = client.models.list().data
+        assert (listed.id, listed.lifecycle, listed.created_at.year) == ("calling", "active", 2026)
+        assert client.models.retrieve("calling").display_name == "calling"
+
+
 def test_an_infill_stands_between_both_texts(calling_url):
     with ollama.Client(host=calling_url) as client:
         options = {"seed": 1, "num_predict": 4}
