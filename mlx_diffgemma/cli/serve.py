@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from mlx_diffgemma.cli.command import command
+from mlx_diffgemma.cli.remote import KEY, identity
 from mlx_diffgemma.cli.settings import DEFAULT_MODEL, Loading
 from mlx_diffgemma.errors import DiffGemmaError, UsageError
 from mlx_diffgemma.server.config import ServerSettings
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from mlx_diffgemma.server.app import Server
     from mlx_diffgemma.server.engine import Engine
 
-KEY = "MLX_DIFFGEMMA_API_KEY"
 _NEEDED = ("greenlet", "starlette", "uvicorn")
 _GB = 1e9
 _TICK = 0.25  # seconds
@@ -52,7 +52,7 @@ def serve(*, loading: Loading, settings: ServerSettings) -> None:
     sockets = lifecycle.listen(settings)
     logs.start()
     name = loading.model or DEFAULT_MODEL
-    app = create_app(lambda: _engine(loading, settings), settings, name=name)
+    app = create_app(lambda: _engine(loading, settings, server), settings, name=name)
     server: Server = app.state.server
     telling = _Telling(server, lifecycle.url(sockets), loading)
     try:
@@ -65,11 +65,17 @@ def serve(*, loading: Loading, settings: ServerSettings) -> None:
         raise server.failure
 
 
-def _engine(loading: Loading, settings: ServerSettings) -> Engine:
+def _engine(loading: Loading, settings: ServerSettings, server: Server) -> Engine:
     from mlx_diffgemma.cli.opening import open_model
+    from mlx_diffgemma.generation import diffusion_config
     from mlx_diffgemma.server.engine import Engine, EngineSettings
 
     opened = open_model(loading)
+    server.about = {
+        "identity": identity(loading),
+        "max_tokens": diffusion_config(opened.model).max_tokens,
+        "canvas_length": opened.model.config.canvas_length,
+    }
     kept = settings.prefix_cache
     return Engine(
         opened.model,
