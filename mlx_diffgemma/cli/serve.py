@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from mlx_diffgemma.cli.command import command
+from mlx_diffgemma.cli.errors import INTERRUPTED
 from mlx_diffgemma.cli.remote import KEY, identity
 from mlx_diffgemma.cli.settings import DEFAULT_MODEL, Loading
 from mlx_diffgemma.errors import DiffGemmaError, UsageError
@@ -55,14 +56,17 @@ def serve(*, loading: Loading, settings: ServerSettings) -> None:
     app = create_app(lambda: _engine(loading, settings, server), settings, name=name)
     server: Server = app.state.server
     telling = _Telling(server, lifecycle.url(sockets), loading)
+    code = 0
     try:
         lifecycle.run(app, sockets, on_tick=telling.is_over)
-    finally:
-        if not server.ready and server.failure is None:
-            sys.stderr.flush()
-            os._exit(130)  # loading cannot be broken off
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     if server.failure is not None:
         raise server.failure
+    # All is done, or loading, which cannot be broken off; Python would tidy up for seconds.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _engine(loading: Loading, settings: ServerSettings, server: Server) -> Engine:
