@@ -10,7 +10,6 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -162,7 +161,7 @@ def create_app(
         server._open()
     if protocols is None:
         names = [f"mlx_diffgemma.server.{each}" for each in PROTOCOLS]
-        protocols = [import_module(name) for name in names if find_spec(name)]
+        protocols = [import_module(name) for name in names]
     routes = [
         *server.guarded([Route("/health", server.health)], _plain),
         *server.guarded([Route("/metrics", server.show_metrics)], _plain),
