@@ -132,7 +132,7 @@ def test_a_conversation_with_tools_is_translated(client, told):
         messages=messages,
         system=system,
         tools=[WEATHER],
-        extra_body={"temperature": 0.5, "seed": 4},
+        extra_body=extra,
     )
     asked = told.asked[-1]
     function = {"name": "weather", "description": "Weather of a city."}
