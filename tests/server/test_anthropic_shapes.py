@@ -44,6 +44,9 @@ def test_a_message_has_text_and_usage(client, told):
     ]
     assert (message.role, message.type, message.model) == ("assistant", "message", "demo")
     assert (message.stop_reason, message.stop_sequence) == ("end_turn", None)
+    told.say(text("Hello "), text("world"))
+    beta = client.beta.messages.create(model="demo", max_tokens=64, messages=USER, betas=["x"])
+    assert beta.content[0].text == "Hello world"
     usage = message.usage
     assert (usage.input_tokens, usage.cache_read_input_tokens, usage.output_tokens) == (7, 5, 9)
 
