@@ -340,6 +340,8 @@ def only_here(asking: Asking) -> dict[str, bool]:
 
 def pieces(response: Any) -> list[tuple[str, str]]:
     """A draft for the terminal; servers do not say how sure the model is of each token."""
+    if not response.canvas:
+        return [("text", "")]
     return [("thought", response.draft_thought), ("text", response.draft)]
 
 

@@ -89,7 +89,7 @@ def test_what_cannot_be_served_is_one_line(
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
 
 
-@pytest.mark.parametrize(("presses", "least", "most"), [(1, 2.0, 5.0), (2, 0.0, 2.0)])
+@pytest.mark.parametrize(("presses", "least", "most"), [(1, 1.5, 5.0), (2, 0.0, 2.0)])
 def test_ctrl_c_ends_within_seconds_and_a_second_one_at_once(
     presses: int, least: float, most: float
 ) -> None:
