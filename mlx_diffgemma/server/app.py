@@ -62,7 +62,7 @@ class Server:
         self._load = load
         self._engine: Engine | None = None
         self._started = time.monotonic()
-        self._loading = threading.Thread(target=self._open, name="loading", daemon=True)
+        self._loading = threading.Thread(target=self.open, name="loading", daemon=True)
         self._shapes: list[tuple[Route, Shape]] = []
 
     @property
@@ -108,7 +108,8 @@ class Server:
             self._shapes.append((made[-1], shape))
         return made
 
-    def _open(self) -> None:
+    def open(self) -> None:
+        """Load the model, in the thread that calls this; `failure` says why that did not work."""
         try:
             self._engine = self._load()
             self.name = self._engine.name
@@ -158,7 +159,7 @@ def create_app(
     settings = settings or ServerSettings()
     server = Server(engine if callable(engine) else lambda: engine, settings, name=name)
     if not callable(engine):
-        server._open()
+        server.open()
     if protocols is None:
         names = [f"mlx_diffgemma.server.{each}" for each in PROTOCOLS]
         protocols = [import_module(name) for name in names]
