@@ -321,7 +321,7 @@ def _called(call: Call) -> dict[str, Any]:
 def _figures(end: Ended) -> dict[str, Any]:
     """What text diffusion has beside the counts of tokens."""
     steps = sum(end.steps)
-    return {
+    told = {
         "seed": end.seed,
         "denoising_steps": list(end.steps),
         "tokens_per_forward": round(end.completion_tokens / steps, 3) if steps else None,
@@ -329,3 +329,4 @@ def _figures(end: Ended) -> dict[str, Any]:
         "stop": end.stop_string,
         "context_full": end.context_full,
     }
+    return {**told, "tokens": list(end.ids), "stop_token": end.stop_token} if end.ids else told

@@ -183,6 +183,8 @@ class _Work:
                     converged=response.converged,
                     context_full=response.context_full,
                     thought_tokens=thought_tokens,
+                    ids=response.tokens if asked.frames or asked.logprobs else (),
+                    stop_token=response.stop_token,
                 )
 
     def _frame(self, response: GenerationResponse) -> Frame:
@@ -274,7 +276,10 @@ class _Work:
         if text:
             yield Text(self.index, text, tuple(infos) if self.asked.logprobs else ())
         count = thought_tokens + len(infos)
-        yield self.ended(reason, count, stopped, steps, thought_tokens=thought_tokens, **more)
+        ids = tuple(info.token for info in infos) if self.asked.logprobs else ()
+        yield self.ended(
+            reason, count, stopped, steps, thought_tokens=thought_tokens, ids=ids, **more
+        )
 
     def _called(self) -> Iterator[Piece]:
         """A call that must be made: its name among those that may be called, then its arguments as
