@@ -178,7 +178,7 @@ class Streaming(Response):
             ClientDisconnect: it has not read for too long; the connection is cut.
         """
         message = {"type": "http.response.body", "body": body, "more_body": more}
-        # Unlike `asyncio.wait_for`, `asyncio.wait` never loses the cancellation of a client that left.
+        # `asyncio.wait_for` would lose a cancellation that comes when the piece is just sent.
         sending = asyncio.ensure_future(send(message))
         try:
             await asyncio.wait({sending}, timeout=STALL_SECONDS)
