@@ -178,13 +178,19 @@ class Streaming(Response):
             ClientDisconnect: it has not read for too long; the connection is cut.
         """
         message = {"type": "http.response.body", "body": body, "more_body": more}
+        # `asyncio.wait_for` would lose a cancellation that comes when the piece is just sent.
+        sending = asyncio.ensure_future(send(message))
         try:
-            await asyncio.wait_for(send(message), STALL_SECONDS)
-        except asyncio.TimeoutError:
+            await asyncio.wait({sending}, timeout=STALL_SECONDS)
+        finally:
+            sent = sending.done()
+            sending.cancel()
+        if not sent:
             cut = scope.get("state", {}).get("cut")
             if cut is not None:
                 cut()
-            raise ClientDisconnect() from None
+            raise ClientDisconnect()
+        sending.result()
 
 
 def sse(
