@@ -73,7 +73,10 @@ class Lifeline:
                 await asyncio.wait({answering}, timeout=_CANCELLING_SECONDS)
             await asyncio.wait({watching})
         if not scope.get("gone"):
-            answering.result()
+            try:
+                answering.result()
+            except ClientDisconnect:
+                scope["gone"] = True
 
 
 class Streaming(Response):
