@@ -172,11 +172,11 @@ class Chat:
             _say(report.summary(outcome))
 
     def _answer(self, question: str, outcome: Outcome) -> None:
-        from mlx_diffgemma.cli import keys, output, remote
+        from mlx_diffgemma.cli import keys, output, remote_answers
         from mlx_diffgemma.cli.outcome import pieces_of
 
         model, tokenizer = self.opened.model, self.opened.tokenizer
-        pieces = remote.pieces if self.server is not None else pieces_of(tokenizer)
+        pieces = remote_answers.pieces if self.server is not None else pieces_of(tokenizer)
         # A run that is broken off gives the cache free when it is closed; what it encoded is kept.
         with ExitStack() as runs:
 

@@ -93,6 +93,7 @@ def decide(
     if ctx.invoked_subcommand is not None:
         return
     from mlx_diffgemma.cli import remote
+    from mlx_diffgemma.cli.remote_answers import answers_of
     from mlx_diffgemma.editing.questions import read_questions
 
     asked = _questions(questions)
@@ -105,7 +106,7 @@ def decide(
         if showing.json:
             editing.write_json(**told)
             return
-        answers = remote.answers_of(told, read)
+        answers = answers_of(told, read)
         _print_answers(answers, looking.settings().draws > 1)
         editing.note_effort(told["passes"], told["seed"])
         return

@@ -75,7 +75,7 @@ def _answer(
     denoising: Denoising,
     showing: Showing,
 ) -> None:
-    from mlx_diffgemma.cli import opening, output, remote, report
+    from mlx_diffgemma.cli import opening, output, remote, remote_answers, report
     from mlx_diffgemma.cli.outcome import Outcome, pieces_of
 
     prompt_settings = asking.prompt_settings()
@@ -111,7 +111,7 @@ def _answer(
         return
     thoughts = output.thoughts(showing.show_thought, showing.hide_thought)
     if output.can_draw(showing.watch):
-        pieces = remote.pieces if server is not None else pieces_of(opened.tokenizer)
+        pieces = remote_answers.pieces if server is not None else pieces_of(opened.tokenizer)
         output.draw(start, pieces, outcome, thoughts)
     else:
         output.stream(start, outcome, thoughts)
