@@ -105,8 +105,7 @@ def edit(
                 lengths=together,
                 prompt=prompt,
                 seed=denoising.seed,
-                system_prompt=prompting.system_prompt,
-                raw=prompting.raw,
+                prompt_settings=prompting.prompt_settings(),
                 config=denoising.config(opened.model),
                 on_step=on_step,
             )
@@ -124,6 +123,7 @@ def edit(
             filled=editing.filled_as_json(done.filled),
             cut=done.cut,
             passes=done.passes,
+            converged=done.converged,
             seed=done.seed,
             model=name,
         )
@@ -133,7 +133,7 @@ def edit(
         output.note("nothing changed")
     elif not write:
         output.note("not written; --write changes the file")
-    editing.note_effort(done.passes, done.seed, done.cut)
+    editing.note_effort(done.passes, done.seed, converged=done.converged, cut=done.cut)
 
 
 def _range(text: str) -> tuple[int, int]:

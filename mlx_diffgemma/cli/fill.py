@@ -60,8 +60,7 @@ def fill(
                 lengths=together or room.LENGTHS,
                 prompt=prompt,
                 seed=denoising.seed,
-                system_prompt=prompting.system_prompt,
-                raw=prompting.raw,
+                prompt_settings=prompting.prompt_settings(),
                 config=denoising.config(opened.model),
                 on_step=on_step,
             )
@@ -72,9 +71,10 @@ def fill(
             details={name: editing.filled_as_json(each) for name, each in done.filled.items()},
             cut=done.cut,
             passes=done.passes,
+            converged=done.converged,
             seed=done.seed,
             model=name,
         )
         return
     editing.write_exactly(done.text)
-    editing.note_effort(done.passes, done.seed, done.cut)
+    editing.note_effort(done.passes, done.seed, converged=done.converged, cut=done.cut)

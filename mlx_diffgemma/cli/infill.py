@@ -64,8 +64,7 @@ def infill(
                 lengths=(candidates[0] if len(candidates) == 1 else candidates) or room.LENGTHS,
                 prompt=prompt,
                 seed=denoising.seed,
-                system_prompt=prompting.system_prompt,
-                raw=prompting.raw,
+                prompt_settings=prompting.prompt_settings(),
                 config=denoising.config(opened.model),
                 on_step=on_step,
             )
@@ -75,9 +74,10 @@ def infill(
             holes=[editing.filled_as_json(each) for each in done.holes],
             cut=done.cut,
             passes=done.passes,
+            converged=done.converged,
             seed=done.seed,
             model=name,
         )
         return
     editing.write_exactly(done.text)
-    editing.note_effort(done.passes, done.seed, done.cut)
+    editing.note_effort(done.passes, done.seed, converged=done.converged, cut=done.cut)

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from mlx_diffgemma.cli.settings import DEFAULT_MODEL, Asking, Denoising, Loading, Reaching
 from mlx_diffgemma.errors import DiffGemmaError, UsageError
+from mlx_diffgemma.text.prompt_settings import PromptSettings
 from mlx_diffgemma.text.tool_calls import ToolCall
 
 PLACE, KEY = "MLX_DIFFGEMMA_SERVER", "MLX_DIFFGEMMA_API_KEY"
@@ -203,15 +204,16 @@ class Remote:
 
     def generate(
         self,
-        messages: list[dict[str, Any]] | str,
-        asking: Asking,
+        messages: Sequence[Mapping[str, Any]] | str,
+        settings: PromptSettings,
+        stop: Sequence[str],
         denoising: Denoising,
-        tools: Any = None,
-        variables: Any = None,
     ) -> Generator[Any, None, None]:
         """An answer step by step, with the fields of a `GenerationResponse`; those that a server
         does not tell are empty."""
-        path, body = self._body(messages, asking, denoising, tools, variables)
+        path, body = self._body(messages, settings, denoising)
+        if stop:
+            body["stop"] = list(stop)
         body |= {"diffusion_frames": True, "stream_options": {"include_usage": True}}
         reading = _Reading(self)
         with closing(self.events(path, body)) as events:
@@ -223,15 +225,11 @@ class Remote:
         self,
         prompt: str,
         form: Mapping[str, Any],
-        asking: Asking,
+        settings: PromptSettings,
         denoising: Denoising,
-        tools: Any = None,
-        variables: Any = None,
     ) -> Any:
         """A whole answer of a given form, with the fields of a `StructuredResponse`."""
-        path, body = self._body(
-            [{"role": "user", "content": prompt}], asking, denoising, tools, variables
-        )
+        path, body = self._body([{"role": "user", "content": prompt}], settings, denoising)
         found = self.ask(path, {**body, "response_format": form, "logprobs": True})
         (choice,) = found["choices"]
         told, message = choice["diffusion"], choice["message"]
@@ -245,6 +243,7 @@ class Remote:
             generation_tokens=found["usage"]["completion_tokens"],
             denoising_steps=tuple(told["denoising_steps"]),
             passes=sum(told["denoising_steps"]),
+            converged=told["converged"],
             seed=told["seed"],
         )
 
@@ -299,20 +298,18 @@ class Remote:
         return found
 
     def _body(
-        self, messages: Any, asking: Asking, denoising: Denoising, tools: Any, variables: Any
+        self, messages: Any, settings: PromptSettings, denoising: Denoising
     ) -> tuple[str, dict[str, Any]]:
         body = {"model": self.name, **knobs(denoising)}
         body.setdefault("max_tokens", self.about.get("max_tokens"))
-        if asking.stop:
-            body["stop"] = list(asking.stop)
         if isinstance(messages, str):
             return "/v1/completions", {**body, "prompt": messages}
-        if asking.system_prompt:
-            messages = [{"role": "system", "content": asking.system_prompt}, *messages]
+        if settings.system_prompt:
+            messages = [{"role": "system", "content": settings.system_prompt}, *messages]
         body["messages"] = messages
-        if asking.thinking is not None:
-            body["reasoning_effort"] = "medium" if asking.thinking else "none"
-        more = {"tools": tools, "chat_template_kwargs": variables}
+        if settings.thinking is not None:
+            body["reasoning_effort"] = "medium" if settings.thinking else "none"
+        more = {"tools": settings.tools, "chat_template_kwargs": settings.chat_template_kwargs}
         return "/v1/chat/completions", body | {key: each for key, each in more.items() if each}
 
 

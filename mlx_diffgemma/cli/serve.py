@@ -120,6 +120,8 @@ class _Telling:
                 file=sys.stderr,
                 flush=True,
             )
+        if self._server.ready and self._server.engine.failure is not None:
+            self._server.failure = self._server.engine.failure
         return self._server.failure is not None
 
     def _progress(self) -> None:

@@ -287,3 +287,26 @@ def test_a_missing_file_and_a_damaged_schema(tmp_path):
     schema.write_text("{")
     result = run("generate", "-p", "x", "--json-schema", str(schema), code=2)
     assert result.stderr.startswith(f"error: {schema} is not JSON: line 1, column 2: ")
+
+
+HOLE = GRID.replace("461532", "[[?]]")
+SETTLING = {
+    "infill": ("infill", "--text", HOLE, "--lengths", "6"),
+    "edit": ("edit", "FILE", "-i", "c", "--range", "2", "--lengths", "6"),
+    "fill": ("fill", HOLE.replace("[[?]]", "{x:digits}"), "--lengths", "6"),
+    "a pattern": ("fill", HOLE.replace("[[?]]", "{x:/[1-6]{6}/}"), "--lengths", "6"),
+    "generate": ("generate",),
+    "structured": ("generate", "--regex", "[1-6]{6}"),
+}
+
+
+@pytest.mark.parametrize("name", SETTLING)
+def test_a_canvas_that_did_not_settle_is_said(name, tmp_path):
+    """It has one step, and at least two are needed to see that nothing changes any more."""
+    path = tmp_path / "grid"
+    path.write_text(GRID)
+    command = [str(path) if each == "FILE" else each for each in SETTLING[name]]
+    for steps, settled in (("1", False), ("48", True)):
+        arguments = [*command, *BARE, "--steps", steps]
+        assert ("not every canvas settled" in run(*arguments).stderr) == (not settled)
+        assert json.loads(run(*arguments, "--json").stdout)["converged"] is settled
