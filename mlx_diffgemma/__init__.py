@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         load,
         stream_generate,
     )
+    from mlx_diffgemma.text.prompt_settings import PromptSettings
 
 __version__ = "0.1.0"
 
@@ -31,7 +32,8 @@ _HOMES = {
     "BatchResponse": "mlx_diffgemma.batch",
     "DiffGemmaError": "mlx_diffgemma.errors",
     "DiffusionConfig": "mlx_diffgemma.diffusion.config",
-    "GenerationResponse": "mlx_diffgemma.generation",
+    "GenerationResponse": "mlx_diffgemma.generation_response",
+    "PromptSettings": "mlx_diffgemma.text.prompt_settings",
     "batch_generate": "mlx_diffgemma.batch",
     "calibrate": "mlx_diffgemma.editing.decide",
     "decide": "mlx_diffgemma.editing.decide",
@@ -50,6 +52,7 @@ __all__ = [
     "DiffGemmaError",
     "DiffusionConfig",
     "GenerationResponse",
+    "PromptSettings",
     "batch_generate",
     "calibrate",
     "decide",

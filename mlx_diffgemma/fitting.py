@@ -33,10 +33,8 @@ def diffusion_config(
         raise UsageError(f"model must be what `load` returns, not {shown(model)}.")
     settings: Mapping[str, Any] = model.config.raw.get("generation_config") or {}
     config = DiffusionConfig.from_dict(settings).override(**profile_settings(profile))
-    config = config.override(**overrides)
-    if not config.eos_token_ids:
-        config = replace(config, eos_token_ids=model.config.eos_token_ids)
-    return config
+    config = replace(config, eos_token_ids=model.config.stated_end_ids)
+    return config.override(**overrides)
 
 
 def configured(
@@ -117,12 +115,16 @@ def fit_to_context(
         length = settings.canvas_length or own_length
         if length >= context:
             raise UsageError(
-                f"{of_which}canvas_length is {length}, and the model's context is {context}."
+                f"{of_which}canvas_length is {length}, and the model's context is {context}; "
+                "lower it."
             )
         pads = (settings.pad_token_id,)
         for setting, given in (("eos_token_ids", settings.eos_token_ids), ("pad_token_id", pads)):
             if max(given, default=0) > last:
-                raise UsageError(f"{of_which}{setting} has {max(given)}; ids go to {last}.")
+                raise UsageError(
+                    f"{of_which}{setting} has {max(given)}, and ids go from 0 to {last}; name one "
+                    "of those."
+                )
         _check_tokens(model, ids, name)
         canvases = (context - len(ids)) // length
         if canvases < 1:

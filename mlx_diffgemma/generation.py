@@ -25,7 +25,6 @@ from mlx_diffgemma.fitting import (
     cache_of,
     configured,
     denoiser_of,
-    diffusion_config,
     fit_to_context,
 )
 from mlx_diffgemma.generation_response import Clock, GenerationResponse
@@ -57,12 +56,18 @@ def load(
 
     Args:
         path_or_repo: a folder, a Hugging Face repository, or "demo".
+        revision: a branch, tag or commit of the repository; None takes its main branch.
         lazy: leave the weights on disk until they are used.
         adapter_path: a folder with adapters that training wrote.
         chat_template: a Jinja template, or a file that holds one, in place of the checkpoint's.
+        trust_remote_code: allow the tokenizer to run code that the repository holds.
         check: look for NaN and infinity in every weight.
 
+    Returns:
+        The model, ready to run on the default device, and mlx-lm's wrapper of its tokenizer.
+
     Raises:
+        UsageError: an argument is of another type.
         CheckpointError, ConfigError, MemoryShortageError: each in one line.
     """
     from mlx_diffgemma.text.tokenizer import load_tokenizer
@@ -73,7 +78,7 @@ def load(
         adapters.load_adapters(model, adapter_path)
     tokenizer = load_tokenizer(
         path,
-        eos_token_ids=list(diffusion_config(model).eos_token_ids),
+        eos_token_ids=list(model.config.stated_end_ids),
         chat_template=chat_template,
         trust_remote_code=trust_remote_code,
     )
@@ -91,8 +96,15 @@ def generate(
     verbose: bool = False,
     **options: Any,
 ) -> str:
-    """The whole text of the answer at once, without thoughts and calls of tools; `verbose` also
-    prints it as it is committed. Other arguments are those of `stream_generate`."""
+    """The whole text of the answer at once, without thoughts and calls of tools.
+
+    Args:
+        verbose: also print the text as it is committed.
+        options: the other arguments of `stream_generate`.
+
+    Raises:
+        DiffGemmaError: as for `stream_generate`.
+    """
     text = ""
     for response in stream_generate(model, tokenizer, prompt, max_tokens, draft=False, **options):
         text += response.text

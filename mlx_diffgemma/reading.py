@@ -43,7 +43,9 @@ def read_text(path: Path, *, mend: str = AGAIN) -> str:
     except IsADirectoryError:
         raise CheckpointError(f"{path} is a folder, where a file is needed; {mend}.") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise CheckpointError(f"{path} cannot be read ({os_reason(error)}).") from None
+        raise CheckpointError(
+            f"{path} cannot be read ({os_reason(error)}); check the path and who may read it."
+        ) from None
 
 
 def os_reason(error: Exception) -> str:

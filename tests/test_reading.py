@@ -244,7 +244,7 @@ def test_what_the_file_system_says_is_passed_on(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(
-        CheckpointError, match=rf"^/\S+/some cannot be read \({error.strerror}\)\.$"
+        CheckpointError, match=rf"^/\S+/some cannot be read \({error.strerror}\); check "
     ):
         read_text(tmp_path / "some")
 

@@ -19,7 +19,9 @@ from mlx_diffgemma.settings import Setting
 )
 def fill(
     *,
-    text: Annotated[str | None, typer.Argument(help="Template itself.")] = None,
+    text: Annotated[
+        str | None, typer.Argument(help="Template, in place of a file that holds it.")
+    ] = None,
     template: Annotated[str | None, Setting("File with the template.", panel=editing.PANEL)] = None,
     lengths: editing.Lengths = (),
     prompt: editing.Instead = None,

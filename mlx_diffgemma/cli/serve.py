@@ -71,7 +71,7 @@ def serve(*, loading: Loading, settings: ServerSettings) -> None:
 
 def _engine(loading: Loading, settings: ServerSettings, server: Server) -> Engine:
     from mlx_diffgemma.cli.opening import open_model
-    from mlx_diffgemma.generation import diffusion_config
+    from mlx_diffgemma.fitting import diffusion_config
     from mlx_diffgemma.server.engine import Engine, EngineSettings
 
     opened = open_model(loading)

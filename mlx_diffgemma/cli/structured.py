@@ -20,23 +20,27 @@ class Validity:
 
     choices_follow: Annotated[
         bool,
-        Setting("One of the arguments that follow as the answer.", ("--choices",), panel=_PANEL),
+        Setting("Choice of the answer among the words that follow.", ("--choices",), panel=_PANEL),
     ] = False
     json_schema: Annotated[
         str | None,
-        Setting("File with a JSON schema, for an answer in JSON that validates.", panel=_PANEL),
+        Setting(
+            "File with a JSON schema; the answer is JSON that validates against it.", panel=_PANEL
+        ),
     ] = None
     validate: Annotated[
         int | None,
         Setting(
-            "Tries for an answer where --json-schema says more than can be enforced: each is "
-            "validated.",
+            "Number of answers to try where --json-schema says more than can be "
+            "enforced; each is validated, and the first valid one counts.",
             panel=_PANEL,
         ),
     ] = None
     regex: Annotated[
         str | None,
-        Setting("Expression that the whole answer matches (Rust's syntax).", panel=_PANEL),
+        Setting(
+            "Regular expression, in Rust's syntax, that the whole answer matches.", panel=_PANEL
+        ),
     ] = None
 
     def constraint(self, choices: Sequence[str]) -> Constraint | None:

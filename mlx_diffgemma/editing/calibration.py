@@ -173,7 +173,9 @@ class Calibration:
         try:
             Path(path).write_text(text + "\n", encoding="utf-8")
         except OSError as error:
-            raise files.FileError(f"{path} cannot be written: {error.strerror}.") from None
+            raise files.FileError(
+                f"{path} cannot be written: {error.strerror}; name another."
+            ) from None
 
     @classmethod
     def load(cls, path: str | Path, model: Identified) -> Calibration:
@@ -206,7 +208,9 @@ class Calibration:
             CheckpointError, ValueError, KeyError, TypeError, AttributeError, OverflowError,
         ) as error:  # fmt: skip
             reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{path} is no calibration ({reason}).") from None
+            raise CheckpointError(
+                f"{path} is no calibration ({reason}); name a file that decide calibrate saved."
+            ) from None
         if fingerprint != model.identity():
             raise CheckpointError(
                 f"{path} was made for another model; make one for this with decide calibrate."

@@ -126,7 +126,9 @@ def lengths_of_holes(
     check_sequence("lengths", lengths)
     each = [item for item in lengths if not isinstance(item, int)]
     if each and len(each) != holes:
-        raise UsageError(f"lengths for {len(each)} holes were given, and the text has {holes}.")
+        raise UsageError(
+            f"lengths for {len(each)} holes were given, and the text has {holes}; give as many."
+        )
     same = tuple(item for item in lengths if isinstance(item, int))
     for item in each:
         check_sequence("lengths of a hole", item)

@@ -115,7 +115,7 @@ def generate_structured(
         check_texts("choices", choices)
     if validate is not None:
         if json_schema is None or isinstance(json_schema, Lenient):
-            raise UsageError("validate is for a json_schema.")
+            raise UsageError("validate is for a json_schema: give both, or neither.")
         again = partial(generate_structured, model, tokenizer, prompt, max_tokens, on_step=on_step)
         again = partial(again, config=config, **settings)
         return first_valid(

@@ -304,11 +304,15 @@ class PrefixCache:
                 arrays[f"{index}.keys"], arrays[f"{index}.values"] = layer.held()
         state = {"format": _FORMAT, "model": self._identity(), "ids": list(self.prefix.ids)}
         if not file.parent.is_dir():
-            raise CheckpointError(f"{file} cannot be written: there is no folder {file.parent}.")
+            raise CheckpointError(
+                f"{file} cannot be written: there is no folder {file.parent}; make it first."
+            )
         try:
             mx.save_safetensors(str(file), arrays, metadata={"prefix": json.dumps(state)})
         except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{file} cannot be written ({error}).") from None
+            raise CheckpointError(
+                f"{file} cannot be written ({error}); give another path."
+            ) from None
 
     @classmethod
     def load(cls, path: str | Path, model: MakesCaches) -> PrefixCache:

@@ -109,8 +109,7 @@ def _replace(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) 
     partial = path.with_name(f".{path.stem}.part.safetensors")
     mx.save_safetensors(str(partial), arrays, metadata)
     disk.sync(partial)
-    partial.replace(path)
-    disk.sync(path.parent)
+    disk.put_in_place(partial, path)
 
 
 def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:

@@ -240,7 +240,7 @@ def test_generate_is_always_valid(tmp_path, constraint):
         ),
         (
             ["decide", "--state", "x", "--questions", "none.json"],
-            "--questions 'none.json' is neither a file nor JSON.",
+            "--questions 'none.json' is neither a file nor JSON; check the path.",
         ),
         (
             ["decide", "--state", "x", "--questions", "{"],
@@ -282,7 +282,10 @@ def test_usage_errors_are_one_line(arguments, message):
 def test_a_missing_file_and_a_damaged_schema(tmp_path):
     missing = tmp_path / "none"
     result = run("edit", str(missing), "--range", "1", "-i", "x", "--model", "demo", code=1)
-    assert result.stderr == f"error: {missing} cannot be read: No such file or directory.\n"
+    assert (
+        result.stderr
+        == f"error: {missing} cannot be read: No such file or directory; check the path.\n"
+    )
     schema = tmp_path / "schema.json"
     schema.write_text("{")
     result = run("generate", "-p", "x", "--json-schema", str(schema), code=2)

@@ -58,6 +58,7 @@ BASES: dict[str, dict[str, Any]] = {
     "infill": {"text": "a [[?]]", "lengths": [1]},
     "generate_structured": {"prompt": "ab", "choices": ["a", "b"]},
     "DiffusionConfig": {},
+    "PromptSettings": {},
 }
 NO_FUNCTION = {"BatchResponse", "DiffGemmaError", "GenerationResponse"}  # what calls return
 FUNCTIONS = sorted(set(mlx_diffgemma.__all__) - NO_FUNCTION)

@@ -1,4 +1,4 @@
-"""What the commands do, once their options are read."""
+"""Convert, verify and upload on the terminal, once their options are read."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mlx_diffgemma_convert.hub import HubSource, open_source, prepare_upload, up
 from mlx_diffgemma_convert.job import Progress, check_target, convert
 from mlx_diffgemma_convert.journal import Journal
 from mlx_diffgemma_convert.plan import Plan, make_plan
+from mlx_diffgemma_convert.plan_table import print_plan, size_text, summary
 from mlx_diffgemma_convert.settings import Conversion
 from mlx_diffgemma_convert.source import FolderSource, Source
-from mlx_diffgemma_convert.table import print_plan, size_text, summary
 
 
 def run_convert(conversion: Conversion, *, as_json: bool = False) -> None:
