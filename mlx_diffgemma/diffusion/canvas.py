@@ -124,6 +124,8 @@ class Canvas:
         done: whether it needs no further pass.
         converged: whether it is done for another reason than that its steps are used up.
         settled: what `settled_after` needs.
+        checks: how many times the encoder was asked about its draft.
+        checked: [C] the draft that the encoder refused last; None before.
     """
 
     settings: DiffusionConfig
@@ -146,6 +148,8 @@ class Canvas:
     done: bool = False
     converged: bool = False
     settled: Settled | None = None
+    checks: int = 0
+    checked: np.ndarray | None = None
 
     @classmethod
     def start(

@@ -12,6 +12,7 @@ from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.constraints import Layout, not_at_first
 from mlx_diffgemma.diffusion.denoiser import Denoiser, InFlight, denoise
 from mlx_diffgemma.diffusion.encode import encode
+from mlx_diffgemma.diffusion.encoder_check import check, worth_checking
 from mlx_diffgemma.diffusion.events import (
     CanvasCommitted,
     DenoisingStep,
@@ -40,6 +41,7 @@ class _Sequence:
     cache: PrefixCache
     tokens: list[int] = field(default_factory=list)
     passes: list[int] = field(default_factory=list)
+    encodings: int = 0
     reason: FinishReason | None = None
     stop_token: int | None = None
 
@@ -151,13 +153,20 @@ def generate_canvases(
     committed: dict[int, CanvasCommitted] = {}
 
     def following(row: int, stepped: Canvas) -> InFlight | None:
-        sequence = sequences[row]
+        sequence, encoded = sequences[row], None
+        if worth_checking(stepped):
+            stepped, encoded = check(model, stepped, sequence.cache.prefix)
+            sequence.encodings += 1
         if not stepped.done:
             return InFlight(stepped, sequence.cache.prefix)
         committed[row] = sequence.commit(stepped, ends)
         if sequence.reason is not None:
             return None  # a finished sequence needs its last canvas encoded no more
-        extend(model, sequence.cache, stepped.draft.tolist())
+        if encoded is not None:
+            sequence.cache.prefix = encoded
+        else:
+            extend(model, sequence.cache, stepped.draft.tolist())
+            sequence.encodings += 1
         return canvas(sequence, stepped.index + 1)
 
     first = {sequence.row: canvas(sequence, 0) for sequence in sequences}
@@ -167,7 +176,7 @@ def generate_canvases(
     for stepped in steps:
         for row, each in stepped.items():
             yield DenoisingStep(row, each)
-            if each.done:
+            if row in committed:
                 yield committed.pop(row)
 
     yield Finished(
@@ -175,6 +184,7 @@ def generate_canvases(
         finish_reasons=tuple(each.reason or "length" for each in sequences),
         stop_tokens=tuple(each.stop_token for each in sequences),
         steps=tuple(tuple(each.passes) for each in sequences),
+        encodings=tuple(each.encodings for each in sequences),
     )
 
 
