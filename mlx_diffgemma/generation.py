@@ -169,7 +169,9 @@ def diffusion_config(
     if not isinstance(getattr(model, "config", None), ModelConfig):
         raise UsageError(f"model must be what `load` returns, not {shown(model)}.")
     settings: Mapping[str, Any] = model.config.raw.get("generation_config") or {}
-    config = DiffusionConfig.from_dict(settings).override(**profile_settings(profile))
+    config = DiffusionConfig.from_dict(settings).override(
+        **profile_settings(profile, model.identity)
+    )
     config = config.override(**overrides)
     if not config.eos_token_ids:
         config = replace(config, eos_token_ids=model.config.eos_token_ids)
@@ -292,7 +294,8 @@ def stream_generate(
             prompt has in common with the previous one is not encoded again. One call at a time.
         denoiser: what runs the passes, such as one that steps the canvases of several calls
             together; None takes the model's own.
-        profile: "exact" is the reference, token for token; others trade fidelity for speed.
+        profile: "exact" is the reference, token for token; others trade fidelity for speed. The
+            name of a file is that of a profile which `tune` wrote for this model.
         draft: also decode the draft of every step into text.
         stop: texts that end the answer; it is cut before the first that its text completes. What
             is thought, stands in a call or was given as the answer's beginning ends nothing.

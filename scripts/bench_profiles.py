@@ -1,4 +1,4 @@
-"""What does each profile, rule, sampler and cap on steps cost in exact answers, on the demo's tasks?
+"""What does each profile, rule, sampler and cap cost in exact answers, on the demo's tasks?
 
     python scripts/bench_profiles.py --count 1000 --openblas /usr/lib/.../libopenblas.so.0
     python scripts/bench_profiles.py --count 1000 --only profile     # or rule, sampler, cap
@@ -152,8 +152,8 @@ def curve(points: Mapping[str, list[tuple[int, Any]]]) -> str:
         tuple((place, str(cap)) for cap, place in places.items()),
     )
     chart = Chart(across, linear_axis("exact answers", 0.0, 1.0))
-    for colour, (task, marks) in zip(cycle(COLOURS), points.items(), strict=False):
-        at = sorted((places[cap], m) for cap, m in marks) if marks else []
+    for colour, marks in zip(cycle(COLOURS), points.values(), strict=False):
+        at = [(places[cap], m) for cap, m in sorted(marks, key=lambda pair: pair[0])]
         chart.line([(place, m.rate) for place, m in at], colour)
         for place, m in at:
             _dot(chart, place, m, colour)
@@ -284,9 +284,7 @@ def _rule_of(batch: Batch, planned: Mapping[tuple[str, str], Sequence[Batch]]) -
     return next(batches for batches in planned.values() if batch.key in {b.key for b in batches})
 
 
-def _answered(
-    batches: Sequence[Batch], args: argparse.Namespace
-) -> Iterator[tuple[Batch, Any]]:
+def _answered(batches: Sequence[Batch], args: argparse.Namespace) -> Iterator[tuple[Batch, Any]]:
     """Batches with their marks, as they are answered, by as many processes as wanted."""
     if args.jobs == 1:
         yield from map(_answer, batches)

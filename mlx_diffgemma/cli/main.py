@@ -14,8 +14,8 @@ from mlx_diffgemma.cli import errors, streams
 from mlx_diffgemma.cli.command import Debug
 
 COMMANDS = (
-    "generate", "chat", "infill", "edit", "fill", "decide", "demo", "train", "fuse", "bench",
-    "convert",
+    "generate", "chat", "infill", "edit", "fill", "decide", "demo", "train", "fuse", "tune",
+    "bench", "convert",
 )  # fmt: skip
 """Each is the program `app` in the module of this name, or the function of this name there."""
 

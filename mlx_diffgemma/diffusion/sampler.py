@@ -67,9 +67,7 @@ def entropy_bound(prediction: Prediction, canvas: Canvas) -> Proposal:
     if settings.run_entropy is None:
         return Proposal(tokens[0], accepted[0], prediction.argmax)
     lengthened = along_runs(accepted[0], entropy < settings.run_entropy)
-    return Proposal(
-        mx.where(lengthened, prediction.draw, noise), lengthened, prediction.argmax
-    )
+    return Proposal(mx.where(lengthened, prediction.draw, noise), lengthened, prediction.argmax)
 
 
 def bound_of(canvas: Canvas) -> float:
@@ -103,9 +101,7 @@ def along_runs(accepted: mx.array, sure: mx.array) -> mx.array:
 
     def reached(accepted: mx.array, passable: mx.array) -> mx.array:
         """Positions whose last accepted one to the left lies behind their last barrier."""
-        return mx.cummax(mx.where(accepted, places, -1)) > mx.cummax(
-            mx.where(passable, -1, places)
-        )
+        return mx.cummax(mx.where(accepted, places, -1)) > mx.cummax(mx.where(passable, -1, places))
 
     return open_to_runs & (
         reached(accepted, open_to_runs) | reached(accepted[::-1], open_to_runs[::-1])[::-1]

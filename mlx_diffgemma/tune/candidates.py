@@ -1,4 +1,4 @@
-"""What `tune` tries: rules that spend fewer passes on a canvas, as settings of `DiffusionConfig`."""
+"""What `tune` tries: rules that spend fewer passes, as settings of `DiffusionConfig`."""
 
 from __future__ import annotations
 
