@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlx_diffgemma.checkpoint import adapters, loading, locate, memory
-from mlx_diffgemma.checks import check_callable, check_flag, check_integer
+from mlx_diffgemma.checks import check_callable, check_flag, check_integer, check_share
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.denoiser import Denoiser
@@ -257,6 +257,7 @@ def stream_generate(
     *,
     seed: int | None = None,
     initial_canvas: Sequence[int] | None = None,
+    initial_noise: float | None = None,
     system_prompt: str | None = None,
     raw: bool = False,
     markers: bool = False,
@@ -281,7 +282,10 @@ def stream_generate(
             an array or a `BatchEncoding`; or what `mlx_diffgemma.text.prompt.encode` made of one.
         max_tokens: most tokens to generate; None takes the checkpoint's setting.
         seed: makes the run repeatable on one machine; None draws a fresh one (see the responses).
-        initial_canvas: token ids [C] that the first canvas starts from instead of noise.
+        initial_canvas: token ids [C] that the first canvas starts from instead of noise, such as
+            the `canvas` of an earlier response to a prompt that was changed a little.
+        initial_noise: the share of it that gives way to noise, from 0 to 1; the canvas then enters
+            the schedule at the matching step, which saves passes.
         raw: no chat template.
         markers: control tokens that a raw prompt spells are control tokens, not text.
         thinking: turn thinking on or off, where the chat template knows it.
@@ -316,6 +320,8 @@ def stream_generate(
     cache, denoiser = cache_of(model, prefix_cache), denoiser_of(model, denoiser)
     if initial_canvas is not None and not hasattr(initial_canvas, "__len__"):
         raise UsageError(f"initial_canvas must be token ids, not {shown(initial_canvas)}.")
+    if initial_noise is not None:
+        check_share("initial_noise", initial_noise)
     check_flag("draft", draft)
     check_callable("on_prefill", on_prefill)
     if isinstance(prompt, Encoded):
@@ -341,6 +347,7 @@ def stream_generate(
         config,
         seed=seed,
         initial_canvas=None if initial_canvas is None else [list(initial_canvas)],
+        initial_noise=initial_noise,
         cache=cache,
         denoiser=denoiser,
         step_size=prefill_step_size,
@@ -430,6 +437,7 @@ def _stream(
     *,
     seed: int,
     initial_canvas: list[list[int]] | None,
+    initial_noise: float | None,
     cache: PrefixCache,
     denoiser: Denoiser,
     step_size: int | None,
@@ -451,6 +459,7 @@ def _stream(
             caches=[cache],
             denoiser=denoiser,
             initial_canvas=initial_canvas,
+            initial_noise=initial_noise,
             prefill_step_size=step_size,
             ends=lambda _, gained: answer.would_stop(gained),
             marks=[ends_of_turns(ids, config.eos_token_ids)],

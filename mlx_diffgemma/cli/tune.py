@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from mlx_diffgemma.cli.command import Only, command
 from mlx_diffgemma.cli.settings import Loading
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.reading import shown
 from mlx_diffgemma.settings import Setting
 
 if TYPE_CHECKING:
@@ -94,9 +95,9 @@ def tune(
 
     target = Path(profile)
     if target.suffix != ".json":
-        raise UsageError(f"--profile {profile} must end with .json, for `generate` to find it.")
+        raise UsageError(f"--profile {shown(profile)} must end with .json, as a profile's file.")
     if not target.parent.is_dir():
-        raise UsageError(f"--profile {profile}: there is no folder {target.parent}; make it.")
+        raise UsageError(f"--profile {shown(profile)} is in no folder that exists; make it.")
     check = None if tuning.check is None else check_of(tuning.check)
     asks = [Ask(text) for text in PROMPTS] if tuning.data is None else read_asks(Path(tuning.data))
     asks = asks[: tuning.count]

@@ -224,6 +224,20 @@ class Canvas:
         return counted if self.layout is None else counted & self.layout.open
 
 
+def warmed(canvas: Canvas, noise: float) -> Canvas:
+    """A canvas before its first pass with the share `noise` of its tokens, at random places, put
+    back to noise; it enters the schedule at the step that matches."""
+    length, source = len(canvas), canvas.noise
+    order = mx.argsort(source.uniform(canvas.index, 0, length))
+    some = mx.argsort(order) < round(noise * length)
+    tokens = mx.where(some, source.initial(canvas.index, length, canvas.vocab), canvas.tokens)
+    return replace(
+        canvas,
+        tokens=tokens if canvas.layout is None else canvas.layout.pin(tokens),
+        first_step=canvas.settings.step_at(noise),
+    )
+
+
 def _checked(initial: Sequence[int], length: int, vocab: int) -> list[int]:
     if len(initial) != length:
         raise UsageError(f"initial_canvas has {len(initial)} tokens; the canvas has {length}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Annotated, Any
 
 from mlx_diffgemma.checks import (
@@ -244,6 +245,12 @@ class DiffusionConfig:
         0 at the last and beyond."""
         steps = self.cooling_steps or self.max_denoising_steps
         return max(1, steps - step + 1) / steps
+
+    def step_at(self, noise: float) -> int:
+        """The step of the schedule, from 1, that a canvas enters of which the share `noise` is
+        noise: the one at which that share of the schedule is left."""
+        steps = self.cooling_steps or self.max_denoising_steps
+        return min(steps - ceil(noise * steps) + 1, steps, self.max_denoising_steps)
 
     def override(self, **settings: Any) -> DiffusionConfig:
         """A copy with the settings that are not None replaced.

@@ -66,9 +66,10 @@ def first_improbable(
     cut off, and those that are not `counted` [C] may be as improbable as they like."""
     with np.errstate(divide="ignore"):
         doubtful = (log_probabilities < np.log(least)) & counted[1:]
-    for place in np.flatnonzero(doubtful) + 1:
-        return None if set(draft[:place]) & set(eos_token_ids) else int(place)
-    return None
+    if not doubtful.any():
+        return None
+    place = int(doubtful.argmax()) + 1
+    return None if set(draft[:place]) & set(eos_token_ids) else place
 
 
 def renoised(canvas: Canvas, place: int) -> Canvas:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlx_diffgemma.diffusion.canvas import Canvas
+from mlx_diffgemma.diffusion.canvas import Canvas, warmed
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.constraints import Layout, not_at_first
 from mlx_diffgemma.diffusion.denoiser import Denoiser, InFlight, denoise
@@ -78,6 +78,7 @@ def generate_canvases(
     caches: Sequence[PrefixCache] | None = None,
     denoiser: Denoiser | None = None,
     initial_canvas: Sequence[Sequence[int]] | None = None,
+    initial_noise: float | None = None,
     constrain: Constrain | None = None,
     ends: Ends | None = None,
     prefill_step_size: int | None = None,
@@ -92,6 +93,8 @@ def generate_canvases(
             encoded again. None starts from nothing.
         denoiser: what runs the passes; None takes the model's own.
         initial_canvas: [B][C] token ids that the first canvases start from instead of noise.
+        initial_noise: the share of them that gives way to noise; the canvases then enter the
+            schedule at the matching step. None changes nothing, and enters at the first.
         constrain: what each canvas must hold.
         ends: ends a sequence for other reasons than an eos; no further canvas is made of it.
         marks: for each prompt, where to mark its prefix (see `encode`).
@@ -135,6 +138,8 @@ def generate_canvases(
             layout=layout,
             initial=first,
         )
+        if first is not None and initial_noise is not None:
+            started = warmed(started, initial_noise)
         return InFlight(started, sequence.cache.prefix)
 
     # 1. Encode the prompts.

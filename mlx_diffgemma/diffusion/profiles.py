@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.disk import write_atomically
@@ -62,7 +61,7 @@ def profile_settings(profile: str, identity: Callable[[], str] | None = None) ->
 
 
 def save_profile(
-    path: Path, settings: Mapping[str, object], identity: str, measured: Mapping[str, Any]
+    path: Path, settings: Mapping[str, object], identity: str, measured: Mapping[str, object]
 ) -> None:
     """Write settings for the model of a fingerprint, with what was measured of them.
 

@@ -71,7 +71,8 @@ class Ledger:
 
     def known(self, settings: Mapping[str, object], seed: int, count: int) -> list[Trial]:
         """The answers to the first `count` prompts, as far as they go."""
-        key, found = _key(settings), []
+        key = _key(settings)
+        found: list[Trial] = []
         while len(found) < count and (trial := self._trials.get((key, seed, len(found)))):
             found.append(trial)
         return found

@@ -44,9 +44,8 @@ class ModelAnswers:
 
     def __call__(self, settings: Settings, ask: Ask, seed: int) -> Trial:
         asked = encode(self.tokenizer, ask.prompt)
-        config = configured(
-            self.model, self.tokenizer, REFERENCE, max_tokens=self.max_tokens, **settings
-        )
+        given: dict[str, Any] = {**settings, "max_tokens": self.max_tokens}
+        config = configured(self.model, self.tokenizer, REFERENCE, **given)
         configs = fit_to_context(self.model, [asked.ids], config)
         answer = Answer(self.tokenizer, thinking=asked.thinking, prompt=asked.ids)
         text, started, finished = asked.prefill, time.perf_counter(), None
@@ -105,7 +104,8 @@ def chart(outcome: Outcome, way: str) -> Chart:
 def rows(outcome: Outcome, asks: Sequence[Ask]) -> list[tuple[str, ...]]:
     """Name, prompts, mark, difference ± error, passes an answer and a canvas, seconds, milliseconds
     a pass, verdict: of each rule."""
-    own, found = outcome.of(REFERENCE), []
+    own = outcome.of(REFERENCE)
+    found: list[tuple[str, ...]] = []
     for each in outcome.standings:
         if each.name == outcome.chosen:
             verdict = "chosen"
