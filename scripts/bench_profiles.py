@@ -96,7 +96,7 @@ class Desk:
     def batches(self, given: Mapping[str, Any]) -> Iterator[Batch]:
         """The batches of a rule. A profile that has changed is measured anew: a key holds what
         differs from the checkpoint's settings."""
-        from mlx_diffgemma.generation import diffusion_config
+        from mlx_diffgemma.fitting import diffusion_config
 
         args, shipped = self.args, asdict(diffusion_config(self.model))
         config = asdict(diffusion_config(self.model, **given))
@@ -110,7 +110,7 @@ class Desk:
 
     def answer(self, batch: Batch) -> tuple[Batch, Any]:
         from exercises import exam
-        from mlx_diffgemma.generation import diffusion_config
+        from mlx_diffgemma.fitting import diffusion_config
 
         part = self.inputs[batch.task][batch.start : batch.stop]
         config = diffusion_config(self.model, **batch.given)

@@ -65,7 +65,7 @@ def examine(
 ) -> dict[str, Marks]:
     """How the model answers `count` inputs of each task, with the default settings but these."""
     from exercises import exam
-    from mlx_diffgemma.generation import diffusion_config
+    from mlx_diffgemma.fitting import diffusion_config
 
     config, marks = diffusion_config(model, **settings), {}
     for name, exercises in exam.make_tasks(count, EXAM_SEED, names).items():
@@ -125,8 +125,8 @@ def write_model(folder: Path) -> Path:
     from mlx_diffgemma.checkpoint.quantization import Recipe as Formats
     from mlx_diffgemma_convert.job import convert
     from mlx_diffgemma_convert.journal import Journal
-    from mlx_diffgemma_convert.overlay import OverlaidSource
     from mlx_diffgemma_convert.plan import make_plan
+    from mlx_diffgemma_convert.source import OverlaidSource
 
     target = folder / "model"
     shutil.rmtree(target, ignore_errors=True)

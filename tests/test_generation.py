@@ -14,7 +14,7 @@ import mlx_diffgemma
 from mlx_diffgemma import batch_generate, generate, load, stream_generate
 from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.errors import MemoryShortageError, NumericalError, PromptError, UsageError
-from mlx_diffgemma.generation import diffusion_config
+from mlx_diffgemma.fitting import diffusion_config
 from mlx_diffgemma.text.prompt import encode_prompt
 
 PUZZLE = "sudoku\n4..613\n61.42.\n.6...4\n134...\n3265.1\n5...6."

@@ -12,6 +12,7 @@ import typer
 
 from mlx_diffgemma.cli import errors, streams
 from mlx_diffgemma.cli.command import command
+from mlx_diffgemma.cli.help_page import PLAIN, PlainCommand
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
 from mlx_diffgemma_convert.settings import Conversion, Measurement
@@ -19,7 +20,7 @@ from mlx_diffgemma_convert.settings import Conversion, Measurement
 app = typer.Typer(
     name="mlx-diffgemma-convert",
     cls=errors.Program,
-    pretty_exceptions_enable=False,
+    **{**PLAIN, "add_completion": True},
 )
 
 Json = Annotated[bool, Setting("One JSON object on stdout at the end.", ("--json",))]
@@ -45,7 +46,7 @@ def convert(ctx: typer.Context, *, conversion: Conversion, as_json: Json = False
     run_convert(conversion, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 @command(
     "mlx-diffgemma convert verify my-4bit",
     "mlx-diffgemma convert verify my-4bit --source google/diffusiongemma-26B-A4B-it",
@@ -66,7 +67,7 @@ def verify(
     run_verify(folder, source, revision, as_json)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 @command(
     "mlx-diffgemma convert upload my-4bit --upload-repo me/my-4bit",
     "mlx-diffgemma convert upload my-4bit --upload-repo me/my-4bit --dry-run",
@@ -85,7 +86,7 @@ def upload(
     run_upload(folder, upload_repo, dry_run, as_json)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 @command(
     "mlx-diffgemma convert measure my-weights my-4bit my-8bit",
     "mlx-diffgemma convert measure my-weights my-4bit --plot divergence.svg",

@@ -15,14 +15,13 @@ from mlx_diffgemma.checkpoint.names import is_quantizable, module_path
 from mlx_diffgemma.checkpoint.quantization import FLOATS, RECIPES, Format, Recipe, Rule
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.reading import os_reason, shown
-from mlx_diffgemma_convert.hub import HubSource, open_source
+from mlx_diffgemma_convert.hub import HubSource, open_source, prepare_upload, upload
 from mlx_diffgemma_convert.job import Progress, check_target, convert
 from mlx_diffgemma_convert.journal import Journal
 from mlx_diffgemma_convert.plan import Plan, make_plan
 from mlx_diffgemma_convert.settings import Conversion
 from mlx_diffgemma_convert.source import FolderSource, Source
 from mlx_diffgemma_convert.table import print_plan, size_text, summary
-from mlx_diffgemma_convert.upload import prepare, upload
 
 
 def run_convert(conversion: Conversion, *, as_json: bool = False) -> None:
@@ -49,7 +48,7 @@ def run_convert(conversion: Conversion, *, as_json: bool = False) -> None:
         print(json.dumps(summary(plan), indent=2)) if as_json else print_plan(plan)
         return
     if repository and not conversion.dry_run:
-        prepare(repository)
+        prepare_upload(repository)
     with journal:
         if not journal.published(plan):
             check_target(target, source.folder if isinstance(source, FolderSource) else None)

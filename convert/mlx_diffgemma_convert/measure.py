@@ -23,12 +23,12 @@ from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma_convert.probes import (
     LEVELS,
     Probe,
+    Task,
     generate_tasks,
     log_probabilities,
     make_probes,
 )
 from mlx_diffgemma_convert.source import FolderSource
-from mlx_diffgemma_convert.tasks import Task
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mlx_diffgemma.cli import errors
@@ -15,6 +15,7 @@ from mlx_diffgemma.errors import DiffGemmaError, PromptError, UsageError
 if TYPE_CHECKING:
     from mlx_diffgemma.cli.opening import Opened
     from mlx_diffgemma.cli.outcome import Outcome
+    from mlx_diffgemma.text.prompt_settings import PromptSettings
 
 GO_ON = "ask to go on, or start the chat with --max-tokens {}."
 MAKE_ROOM = "/reset forgets the conversation and makes room."
@@ -46,11 +47,15 @@ def chat(
     from mlx_diffgemma.cli.keys import Guard
     from mlx_diffgemma.cli.opening import end_at, open_model
 
-    tools, variables = asking.offered(), asking.variables()
+    prompt_settings = asking.prompt_settings()
     with Guard():
         opened = open_model(loading)
         end_at(opened, asking)
-    Chat(opened, asking, denoising, showing, asking.system_prompt, tools, variables).run()
+    system_prompt, others = (
+        prompt_settings.system_prompt,
+        replace(prompt_settings, system_prompt=None),
+    )
+    Chat(opened, asking, denoising, showing, system_prompt, others).run()
 
 
 @dataclass
@@ -60,8 +65,7 @@ class Chat:
     Attributes:
         asking, denoising, showing: what the command line says of every question.
         system_prompt: what is put before the first turn.
-        tools: what the model may call.
-        variables: what the chat template gets besides.
+        prompt_settings: how every prompt is encoded; None stands for the defaults.
         turns: the messages so far, questions and answers in turn.
     """
 
@@ -70,8 +74,7 @@ class Chat:
     denoising: Denoising = field(default_factory=Denoising)
     showing: Showing = field(default_factory=Showing)
     system_prompt: str | None = None
-    tools: list[dict[str, object]] | None = None
-    variables: dict[str, object] | None = None
+    prompt_settings: PromptSettings | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -175,9 +178,7 @@ class Chat:
                     draft=False,
                     on_prefill=on_prefill,
                     seed=self.denoising.seed,
-                    thinking=self.asking.thinking,
-                    tools=self.tools,
-                    chat_template_kwargs=self.variables,
+                    prompt_settings=self.prompt_settings,
                     prefill_step_size=self.asking.prefill_step_size,
                     config=self._config,
                     stop=self.asking.stop,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_diffgemma.checks import overridden
-from mlx_diffgemma.cli import editing
+from mlx_diffgemma.cli import editing, errors
 from mlx_diffgemma.cli.command import Changes, Of, Only, command
+from mlx_diffgemma.cli.help_page import PLAIN, PlainCommand
 from mlx_diffgemma.cli.settings import Denoising, Loading, Showing
 from mlx_diffgemma.editing.questions import DecisionSettings
 from mlx_diffgemma.errors import UsageError
@@ -18,9 +19,9 @@ from mlx_diffgemma.settings import Setting
 
 if TYPE_CHECKING:
     from mlx_diffgemma.editing.calibration import Calibration
-    from mlx_diffgemma.editing.decide import Decisions
+    from mlx_diffgemma.editing.decisions import Decisions
 
-app = typer.Typer(invoke_without_command=True, add_completion=False)
+app = typer.Typer(cls=errors.Program, invoke_without_command=True, **PLAIN)
 
 _PANEL = "Questions"
 Seed = Annotated[Denoising, Only("seed")]
@@ -128,7 +129,7 @@ def decide(
     editing.note_effort(found.passes, found.seed)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 @command(
     "mlx-diffgemma decide calibrate --data labelled.jsonl --save calibration.json",
     "mlx-diffgemma decide calibrate --data labelled.jsonl --save calibration.json --draws 4",

@@ -52,7 +52,7 @@ def drawn(opened: Opened, showing: Showing) -> Iterator[Callable[[DenoisingStep]
         return
     from mlx_diffgemma.cli.display import CanvasDisplay, CanvasView
     from mlx_diffgemma.cli.outcome import pieces_of
-    from mlx_diffgemma.generation import GenerationResponse
+    from mlx_diffgemma.generation_response import GenerationResponse
 
     with CanvasDisplay(output.terminal(), CanvasView(pieces_of(opened.tokenizer))) as display:
 

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from mlx_diffgemma.cli import streams
+from mlx_diffgemma.cli.help_page import write_options, write_section
 from mlx_diffgemma.errors import DiffGemmaError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -21,6 +22,17 @@ _Refused: Any = typer.BadParameter.__mro__[1]  # the parser's UsageError, which 
 
 class Program(TyperGroup):
     """The commands of a program. What is wrong with its arguments is one line on stderr."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options of the program, then its commands with a sentence each."""
+        write_options(self, ctx, formatter)
+        rows = [(name, self.summary_of(ctx, name)) for name in self.list_commands(ctx)]
+        write_section(formatter, "Commands", rows)
+
+    def summary_of(self, ctx: Any, name: str) -> str:
+        """What a command is for, in a sentence."""
+        help = getattr(self.get_command(ctx, name), "help", None) or ""
+        return str(help).partition("\n\n")[0]
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run the command that the arguments name, and exit with its code."""

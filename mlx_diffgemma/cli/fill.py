@@ -48,8 +48,7 @@ def fill(
             lengths=sorted({n for each in candidates for n in each}) or room.LENGTHS,
             prompt=prompt,
             seed=denoising.seed,
-            system_prompt=prompting.system_prompt,
-            raw=prompting.raw,
+            prompt_settings=prompting.prompt_settings(),
             config=denoising.config(opened.model),
             on_step=on_step,
         )

@@ -50,9 +50,9 @@ def fuse(
     if target.exists():
         raise UsageError(f"{target} exists already; remove it or choose another --save-path.")
     if upload_repo is not None:
-        from mlx_diffgemma_convert.upload import prepare
+        from mlx_diffgemma_convert.hub import prepare_upload
 
-        prepare(upload_repo)
+        prepare_upload(upload_repo)
     _fuse(model, loading.revision, adapter_path.expanduser(), target, dequantize, dtype)
     if upload_repo is not None:
         from mlx_diffgemma_convert.command import run_upload
@@ -151,8 +151,8 @@ def _convert(
     from mlx_diffgemma_convert.command import progress_bar
     from mlx_diffgemma_convert.job import convert
     from mlx_diffgemma_convert.journal import Journal
-    from mlx_diffgemma_convert.overlay import OverlaidSource
     from mlx_diffgemma_convert.plan import make_plan
+    from mlx_diffgemma_convert.source import OverlaidSource
     from mlx_diffgemma_convert.table import size_text
 
     source = OverlaidSource(folder, files, name)

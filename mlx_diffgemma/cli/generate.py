@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mlx_diffgemma.cli.output import OnPrefill
-    from mlx_diffgemma.generation import GenerationResponse
+    from mlx_diffgemma.generation_response import GenerationResponse
 
 GO_ON = "--max-tokens {} leaves room to go on."
 MAKE_ROOM = "a shorter prompt leaves more of it."
@@ -71,7 +71,7 @@ def _answer(
     from mlx_diffgemma.cli import opening, output, report
     from mlx_diffgemma.cli.outcome import Outcome, pieces_of
 
-    tools, variables = asking.offered(), asking.variables()
+    prompt_settings = asking.prompt_settings()
     opened = opening.open_to_ask(loading, asking, prompt)
     from mlx_diffgemma.generation import stream_generate
 
@@ -81,13 +81,7 @@ def _answer(
             opened.tokenizer,
             prompt,
             seed=denoising.seed,
-            system_prompt=asking.system_prompt,
-            raw=asking.raw,
-            markers=asking.markers,
-            thinking=asking.thinking,
-            tools=tools,
-            chat_template_kwargs=variables,
-            prefill_response=asking.prefill_response,
+            prompt_settings=prompt_settings,
             prefill_step_size=asking.prefill_step_size,
             config=denoising.config(opened.model),
             draft=False,

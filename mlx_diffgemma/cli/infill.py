@@ -51,8 +51,7 @@ def infill(
             lengths=(candidates[0] if len(candidates) == 1 else candidates) or room.LENGTHS,
             prompt=prompt,
             seed=denoising.seed,
-            system_prompt=prompting.system_prompt,
-            raw=prompting.raw,
+            prompt_settings=prompting.prompt_settings(),
             config=denoising.config(opened.model),
             on_step=on_step,
         )

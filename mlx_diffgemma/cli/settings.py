@@ -15,6 +15,7 @@ from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.diffusion.profiles import PROFILES, profile_settings
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
+from mlx_diffgemma.text.prompt_settings import PromptSettings
 
 if TYPE_CHECKING:
     from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
@@ -136,7 +137,23 @@ class Asking:
         if not all(self.stop):
             raise UsageError("--stop must be a text of at least one character.")
 
-    def offered(self) -> list[dict[str, object]] | None:
+    def prompt_settings(self) -> PromptSettings:
+        """How the prompt becomes token ids.
+
+        Raises:
+            DiffGemmaError: a file of `--tools` or `--chat-template-config` is not what it must be.
+        """
+        return PromptSettings(
+            system_prompt=self.system_prompt,
+            raw=self.raw,
+            markers=self.markers,
+            thinking=self.thinking,
+            tools=self._offered(),
+            chat_template_kwargs=self._variables(),
+            prefill_response=self.prefill_response,
+        )
+
+    def _offered(self) -> list[dict[str, object]] | None:
         """The tools in the files of `--tools`, None where there are none.
 
         Raises:
@@ -155,7 +172,7 @@ class Asking:
                 raise UsageError(f"--tools {path}: {error}") from None
         return tools or None
 
-    def variables(self) -> dict[str, object] | None:
+    def _variables(self) -> dict[str, object] | None:
         """The variables of `--chat-template-config`, None where there are none.
 
         Raises:

@@ -95,7 +95,7 @@ def answer(
         raise UsageError("--stop does not go with a constraint: drop one.")
     if asking.prefill_response is not None:
         raise UsageError("--prefill-response does not go with a constraint: drop one.")
-    tools, variables = asking.offered(), asking.variables()
+    prompt_settings = asking.prompt_settings()
     opened = opening.open_to_ask(loading, asking, prompt)
     try:
         with editing.drawn(opened, showing) as on_step:
@@ -108,12 +108,7 @@ def answer(
                 regex=constraint.regex,
                 choices=constraint.choices,
                 seed=denoising.seed,
-                system_prompt=asking.system_prompt,
-                raw=asking.raw,
-                markers=asking.markers,
-                thinking=asking.thinking,
-                tools=tools,
-                chat_template_kwargs=variables,
+                prompt_settings=prompt_settings,
                 prefill_step_size=asking.prefill_step_size,
                 config=denoising.config(opened.model),
                 on_step=on_step,

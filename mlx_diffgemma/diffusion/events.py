@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlx_diffgemma.diffusion.canvas import Canvas
+from mlx_diffgemma.errors import NumericalError
 
 FinishReason = Literal["stop", "length"]
 
@@ -51,16 +52,25 @@ class CanvasCommitted:
 
 
 @dataclass(frozen=True)
+class SequenceFailed:
+    """A sequence ended because the model returned values that are not finite for its canvas, which
+    is not committed."""
+
+    row: int
+    error: NumericalError
+
+
+@dataclass(frozen=True)
 class Finished:
     """Every sequence has ended: its tokens (eos left out), why, by which eos, the forward passes
-    over each of its canvases, and how many times one of them went through the encoder, to go on
-    behind it or to check it."""
+    over each of its canvases that became text, and how many times a canvas went through the
+    encoder, to go on behind it or to check it."""
 
     tokens: tuple[tuple[int, ...], ...]
-    finish_reasons: tuple[FinishReason, ...]
+    finish_reasons: tuple[FinishReason | Literal["error"], ...]
     stop_tokens: tuple[int | None, ...]
     steps: tuple[tuple[int, ...], ...]
     encodings: tuple[int, ...] = ()
 
 
-Event = PrefillProgress | DenoisingStep | CanvasCommitted | Finished
+Event = PrefillProgress | DenoisingStep | CanvasCommitted | SequenceFailed | Finished

@@ -63,8 +63,6 @@ def fill(
     lengths: Sequence[int] = LENGTHS,
     prompt: Prompt | None = None,
     seed: int | None = None,
-    system_prompt: str | None = None,
-    raw: bool = False,
     config: DiffusionConfig | None = None,
     on_step: OnStep | None = None,
     **settings: Any,
@@ -75,7 +73,7 @@ def fill(
         template: as `parse_template` reads it.
         lengths: how many tokens a slot may take; the model chooses.
         prompt: what to tell the model; by default, to write the template filled in.
-        seed, system_prompt, raw, config, settings: as for `stream_generate`.
+        seed, config, settings: as for `stream_generate`.
         on_step: called with the `DenoisingStep` after each step.
 
     Raises:
@@ -90,8 +88,6 @@ def fill(
         tokenizer,
         _PROMPT.format(template=template) if prompt is None else prompt,
         seed=seed,
-        system_prompt=system_prompt,
-        raw=raw,
         config=config,
         on_step=on_step,
         **settings,

@@ -57,8 +57,6 @@ def infill(
     lengths: Sequence[int] | Sequence[Sequence[int]] = LENGTHS,
     prompt: Prompt | None = None,
     seed: int | None = None,
-    system_prompt: str | None = None,
-    raw: bool = False,
     config: DiffusionConfig | None = None,
     on_step: OnStep | None = None,
     **settings: Any,
@@ -70,7 +68,7 @@ def infill(
         lengths: how many tokens a hole may take, as candidates for every hole, or as one sequence
             of candidates for each hole. Where a hole has several, the model chooses.
         prompt: what to tell the model; by default, to write the text without its holes.
-        seed, system_prompt, raw, config, settings: as for `stream_generate`.
+        seed, config, settings: as for `stream_generate`.
         on_step: called with the `DenoisingStep` after each step.
 
     Raises:
@@ -88,8 +86,6 @@ def infill(
         tokenizer,
         prompt,
         seed=seed,
-        system_prompt=system_prompt,
-        raw=raw,
         config=config,
         on_step=on_step,
         **settings,

@@ -13,6 +13,7 @@ import numpy as np
 from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.checks import check_text, check_texts
 from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.diffusion.constraints import FREE
 from mlx_diffgemma.diffusion.events import CanvasCommitted
 from mlx_diffgemma.diffusion.matching import BrokenOffError, MatchingSettings, generate_matching
 from mlx_diffgemma.editing.grammar import (
@@ -26,7 +27,7 @@ from mlx_diffgemma.editing.session import OnStep, Session
 from mlx_diffgemma.editing.thinking import Thinking, think
 from mlx_diffgemma.editing.validated import Lenient, UnmetConstraintError, first_valid
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.generation import fit_to_context
+from mlx_diffgemma.fitting import fit_to_context
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.prompt import Prompt
@@ -40,6 +41,7 @@ class Structured:
         text: the answer.
         tokens: its tokens.
         entropy: nats of uncertainty of each token when it was decided; 0 where there was no choice.
+        probability: of each token, likewise; 1 where there was no choice.
         denoising_steps: steps of each canvas, those of the thought first.
         passes: forward passes over a canvas, all in all.
         seed: the seed of every random draw.
@@ -50,6 +52,7 @@ class Structured:
     text: str
     tokens: tuple[int, ...]
     entropy: tuple[float, ...]
+    probability: tuple[float, ...]
     denoising_steps: tuple[int, ...]
     passes: int
     seed: int
@@ -74,10 +77,7 @@ def generate_structured(
     choices: Sequence[str] | None = None,
     validate: int | None = None,
     seed: int | None = None,
-    system_prompt: str | None = None,
-    raw: bool = False,
     config: DiffusionConfig | None = None,
-    thinking: bool | None = None,
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> Structured:
@@ -90,9 +90,9 @@ def generate_structured(
         validate: how often to try for an answer under a schema that says more than is enforced: the
             rest is checked in the answer, and each further try takes the next seed. Without it such
             a schema is refused.
-        prompt, max_tokens, seed, system_prompt, raw, config, settings: as for `stream_generate`.
-        thinking: as for `stream_generate`. Where it is asked for and the model opens a thought,
-            that is written freely, and the constraint holds from its end on.
+        prompt, max_tokens, seed, config, settings: as for `stream_generate`. Where `thinking` is
+            asked for and the model opens a thought, the thought is written freely, and the
+            constraint holds from its end on.
         on_step: called with the `DenoisingStep` after each step.
 
     Raises:
@@ -114,7 +114,6 @@ def generate_structured(
         if json_schema is None or isinstance(json_schema, Lenient):
             raise UsageError("validate is for a json_schema.")
         again = partial(generate_structured, model, tokenizer, prompt, max_tokens, on_step=on_step)
-        again = partial(again, system_prompt=system_prompt, raw=raw, thinking=thinking)
         again = partial(again, config=config, **settings)
         return first_valid(
             lambda schema, number: again(json_schema=schema, seed=number),
@@ -127,10 +126,7 @@ def generate_structured(
         tokenizer,
         prompt,
         seed=seed,
-        system_prompt=system_prompt,
-        raw=raw,
         config=config,
-        thinking=thinking,
         on_step=on_step,
         max_tokens=max_tokens,
         **settings,
@@ -144,7 +140,7 @@ def generate_structured(
         matcher = regex_matcher(vocabulary, regex)
     else:
         matcher = choices_matcher(vocabulary, choices or ())
-    return _run(session, matcher, tokenizer if thinking else None)
+    return _run(session, matcher, tokenizer if session.prompt_settings.thinking else None)
 
 
 def _run(session: Session, matcher: GrammarMatcher, thinks: Any) -> Structured:
@@ -178,19 +174,27 @@ def _run(session: Session, matcher: GrammarMatcher, thinks: Any) -> Structured:
     )
     tokens: list[int] = []
     entropy: list[float] = []
+    probability: list[float] = []
     steps = list(thought.steps)
     latest = np.zeros(session.length)
+    draft, likely = np.full(session.length, FREE), np.ones(session.length)
     try:
         for event in events:
             if isinstance(event, CanvasCommitted):
                 tokens += event.tokens
                 entropy += latest[: len(event.tokens)].tolist()
+                chosen = draft[: len(event.tokens)] == event.tokens
+                probability += np.where(chosen, likely[: len(event.tokens)], 1.0).tolist()
                 steps.append(event.passes)
                 latest = np.zeros(session.length)
+                draft, likely = np.full(session.length, FREE), np.ones(session.length)
             else:
                 # A token that is pinned has no entropy left: what it had before is what counts.
-                now = event.canvas.entropy
-                latest[: len(now)] = np.where(now > 0, now, latest[: len(now)])
+                now = event.canvas
+                undecided = np.flatnonzero(now.entropy > 0)
+                latest[undecided] = now.entropy[undecided]
+                draft[undecided] = now.draft[undecided]
+                likely[undecided] = now.probability[undecided]
                 session.stepped(event)
     except BrokenOffError as error:
         raise UnmetConstraintError(str(error), vocabulary.decode(error.tokens)) from error
@@ -198,6 +202,7 @@ def _run(session: Session, matcher: GrammarMatcher, thinks: Any) -> Structured:
         text=vocabulary.decode(tokens),
         tokens=tuple(tokens),
         entropy=tuple(entropy),
+        probability=tuple(probability),
         denoising_steps=tuple(steps),
         passes=session.passes,
         seed=session.seed,

@@ -9,7 +9,8 @@ from typing import Any
 from mlx_diffgemma.diffusion.constraints import FREE, Layout
 from mlx_diffgemma.diffusion.generate import cut
 from mlx_diffgemma.editing.session import Session
-from mlx_diffgemma.text.parts import Markers, Parts, Thought, markers_of
+from mlx_diffgemma.text.markers import Markers, markers_of
+from mlx_diffgemma.text.parts import Parts, Thought
 
 
 @dataclass(frozen=True)

@@ -304,7 +304,9 @@ class Engine:
             sharing.append(job)
             count += size
             job.waited = 0
-            job.canvases += sum(canvas.passes == 0 for canvas in job.awaits.canvases)
+            begun = sum(canvas.passes == 0 for canvas in job.awaits.canvases)
+            job.canvases += begun
+            self.counters.canvases += begun
         return sharing
 
     def _count(self, canvases: int, seconds: float) -> None:

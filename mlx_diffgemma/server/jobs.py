@@ -26,7 +26,13 @@ _LOG = logging.getLogger(__name__)
 
 
 class CancelledError(DiffGemmaError):
-    """The request was cancelled, by its client or since the engine ends."""
+    """The request was cancelled, by its client or since the engine ends.
+
+    Attributes:
+        retry_after: seconds after which it is worth trying again.
+    """
+
+    retry_after = 1
 
 
 @dataclass
@@ -38,6 +44,7 @@ class Counters:
         waiting, running: requests now.
         steps: joint denoising steps, each with one wait for the device.
         canvas_steps: passes over a canvas: canvases of all steps.
+        canvases: that were begun.
         chunks: turns of encoding and of looks at a canvas.
         tokens: that were committed.
         prompt_tokens: of all prompts, and `cached_tokens`, those that were known.
@@ -54,6 +61,7 @@ class Counters:
     running: int = 0
     steps: int = 0
     canvas_steps: int = 0
+    canvases: int = 0
     chunks: int = 0
     tokens: int = 0
     prompt_tokens: int = 0

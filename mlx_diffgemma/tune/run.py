@@ -18,7 +18,7 @@ from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.diffusion.events import CanvasCommitted, Finished, PrefillProgress
 from mlx_diffgemma.diffusion.generate import generate_canvases
 from mlx_diffgemma.diffusion.noise import seeded
-from mlx_diffgemma.generation import configured, fit_to_context
+from mlx_diffgemma.fitting import configured, fit_to_context
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.text.answer import Answer
 from mlx_diffgemma.text.prompt import encode

@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_diffgemma.text.prompt_settings import PromptSettings
+
 EOS = 0x10FFFF
 TERM = "xterm-256color"
 
@@ -90,7 +92,8 @@ class Script:
     def stream_generate(
         self, model: FakeModel, tokenizer: FakeTokenizer, prompt: Any, **options: Any
     ) -> Iterator[Any]:
-        self.calls.append({"prompt": prompt, **options})
+        settings = options.pop("prompt_settings", None) or PromptSettings()
+        self.calls.append({"prompt": prompt, **options, **vars(settings)})
         if self.echo:
             self.canvases = [json.dumps(prompt[-1]["content"])]
         on_prefill = options["on_prefill"]

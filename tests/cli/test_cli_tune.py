@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from mlx_diffgemma.cli.main import app
 from mlx_diffgemma.demo import sudoku
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.generation import diffusion_config
+from mlx_diffgemma.fitting import diffusion_config
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.editing.questions import DecisionSettings
 from mlx_diffgemma.errors import CheckpointError, DiffGemmaError
 from mlx_diffgemma.model.cache import PrefixCache
+from mlx_diffgemma.text.prompt_settings import PromptSettings
 from mlx_diffgemma_convert.cli import app as convert_app
 
 
@@ -42,7 +43,7 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 
 QUESTION = {"type": "choice", "instructions": "c", "criteria": {"a": None, "b": None}}
-SETTINGS = {field.name for field in fields(DiffusionConfig)}
+SETTINGS = {field.name for kind in (DiffusionConfig, PromptSettings) for field in fields(kind)}
 BASES: dict[str, dict[str, Any]] = {
     "load": {"path_or_repo": "nowhere/at-all/"},
     "load_model": {"path_or_repo": "nowhere/at-all/"},
