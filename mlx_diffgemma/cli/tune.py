@@ -31,11 +31,12 @@ class Tuning:
             panel=_WHAT,
         ),
     ] = None
-    check: Annotated[
+    test: Annotated[
         str | None,
         Setting(
             "Test that a good answer passes: regex:PATTERN for the whole of it, json-schema:FILE, "
             "or command:LINE, a shell command that reads it from stdin and exits with 0.",
+            ("--check",),
             panel=_WHAT,
         ),
     ] = None
@@ -98,7 +99,7 @@ def tune(
         raise UsageError(f"--profile {shown(profile)} must end with .json, as a profile's file.")
     if not target.parent.is_dir():
         raise UsageError(f"--profile {shown(profile)} is in no folder that exists; make it.")
-    check = None if tuning.check is None else check_of(tuning.check)
+    check = None if tuning.test is None else check_of(tuning.test)
     asks = [Ask(text) for text in PROMPTS] if tuning.data is None else read_asks(Path(tuning.data))
     asks = asks[: tuning.count]
     judge = Judge.of(asks, check, tuning.seeds)
