@@ -52,8 +52,8 @@ def profile_settings(profile: str, identity: Callable[[], str] | None = None) ->
         return dict(PROFILES[profile])
     if not isinstance(profile, str) or not profile.endswith(_SUFFIX):
         raise UsageError(
-            f"unknown profile {shown(profile)}; known are {', '.join(PROFILES)}. A file that `tune` "
-            f"wrote ends with {_SUFFIX}."
+            f"unknown profile {shown(profile)}; known are {', '.join(PROFILES)}. A file that "
+            f"`tune` wrote ends with {_SUFFIX}."
         )
     settings, made_for = _read(Path(profile))
     if identity is not None and identity() != made_for:
