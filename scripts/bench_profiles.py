@@ -17,11 +17,11 @@ import argparse
 import json
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import cycle
 from math import log10
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_diffgemma.bench.openblas import load_openblas
 
@@ -69,8 +69,7 @@ class Ledger:
             print(json.dumps({"key": key, "marks": asdict(marks)}), file=file)
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Some inputs of a task under some settings; equal settings are measured only once."""
 
     key: str

@@ -24,7 +24,9 @@ def worth_checking(canvas: Canvas) -> bool:
     """Whether the encoder is to be asked about the draft of a canvas: it is nearly certain, not
     done yet, and not the draft that the encoder refused last."""
     settings = canvas.settings
-    if settings.encoder_check is None or canvas.done or unsure(canvas) >= settings.check_below:
+    if settings.encoder_check is None or canvas.done or len(canvas) == 1:
+        return False
+    if unsure(canvas) >= settings.check_below:
         return False
     return canvas.checked is None or not np.array_equal(canvas.checked, canvas.shown)
 

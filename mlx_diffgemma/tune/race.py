@@ -1,8 +1,8 @@
 """Successive halving: rules are dropped on few prompts, so that many are spent on few rules.
 
 https://arxiv.org/abs/1502.07943. A rule is worth the passes that an answer takes; it may be chosen
-only where its answers hold as often as the reference's, within one standard error of the difference
-on all prompts.
+only where its answers hold as often as the reference's, or less often by less than one standard
+error of the difference, on all prompts.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ class Standing:
 
     @property
     def holds(self) -> bool:
-        """Whether its answers are as good as the reference's, within one standard error."""
-        return self.difference >= -self.error
+        """Whether its answers are as good as the reference's, or worse by less than one standard
+        error. (A single answer lost and none won is a whole one.)"""
+        return self.difference >= 0 or self.difference > -self.error * (1 - 1e-9)
 
     @property
     def broken(self) -> bool:

@@ -100,4 +100,4 @@ def test_the_curve_has_a_point_for_every_cap(script):
     marks = {task: [(cap, Marks(100, 90)) for cap in script.CAPS] for task in ("one", "two")}
     drawn = script.curve(marks)
     assert drawn.count("<circle") == 2 * len(script.CAPS)
-    assert drawn.count("<polyline") == 2
+    assert drawn.count("<polyline") == 2 + 2 * len(script.CAPS)  # a curve a task, a bar a point

@@ -78,6 +78,15 @@ def test_the_reference_stays_where_nothing_else_keeps_the_answers_or_is_cheaper(
     assert found.chosen == REFERENCE
 
 
+def test_one_answer_lost_and_none_won_is_too_many():
+    found, _ = outcome(named(exact=10, less=5), lambda passes, n, _: passes < 10 and n == 40)
+    assert found.chosen == REFERENCE
+    found, _ = outcome(
+        named(exact=10, less=5), lambda passes, n, _: n == (40 if passes < 10 else 7)
+    )
+    assert found.chosen == "less"
+
+
 def test_wrong_answers_of_the_reference_do_not_count_against_a_rule():
     found, _ = outcome(named(exact=40, less=20), lambda passes, number, _: number % 2 == 0)
     assert found.chosen == "less"
