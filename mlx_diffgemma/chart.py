@@ -95,12 +95,8 @@ class Chart:
         for row, (name, colour) in enumerate(names):
             self.text(WIDTH - _RIGHT - 8, _TOP + 18 * (row + 1), name, "end", colour)
 
-    def drawn(self) -> str:
-        """The picture as SVG."""
-        return "\n".join([*self._parts, "</svg>", ""])
-
     def write(self, path: Path) -> None:
-        path.write_text(self.drawn(), encoding="utf-8")
+        path.write_text("\n".join([*self._parts, "</svg>", ""]), encoding="utf-8")
 
     def _mark_up(self, value: float, text: str) -> str:
         y = self.y(value)

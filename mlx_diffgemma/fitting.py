@@ -35,10 +35,8 @@ def diffusion_config(
     config = DiffusionConfig.from_dict(settings).override(
         **profile_settings(profile, model.identity)
     )
-    config = config.override(**overrides)
-    if not config.eos_token_ids:
-        config = replace(config, eos_token_ids=model.config.eos_token_ids)
-    return config
+    config = replace(config, eos_token_ids=model.config.stated_end_ids)
+    return config.override(**overrides)
 
 
 def configured(
@@ -96,12 +94,12 @@ def denoiser_of(model: DiffusionGemma, given: Any) -> Denoiser:
 def fit_to_context(
     model: DiffusionGemma,
     prompts: Sequence[Sequence[int]],
-    config: DiffusionConfig,
+    config: DiffusionConfig | Sequence[DiffusionConfig],
     *,
     step_size: int | None = None,
 ) -> list[DiffusionConfig]:
-    """Check prompts that are to be run together against the model; returns the settings of each,
-    with an answer that ends where its context ends.
+    """Check prompts that are to be run together, with settings for all or for each, against the
+    model; returns the settings of each, with an answer that ends where its context ends.
 
     Raises:
         PromptError: empty, outside the vocabulary, with image tokens, or too long.
@@ -109,33 +107,42 @@ def fit_to_context(
         MemoryShortageError: prefixes and a denoising step exceed what the machine offers.
     """
     context = model.config.text.max_position_embeddings
-    length = config.canvas_length or model.config.canvas_length
-    if length >= context:
-        raise UsageError(f"canvas_length is {length}, and the model's context is {context}.")
-    last = model.config.text.vocab_size - 1
-    pads = (config.pad_token_id,)
-    for setting, given in (("eos_token_ids", config.eos_token_ids), ("pad_token_id", pads)):
-        if max(given, default=0) > last:
-            raise UsageError(f"{setting} has {max(given)}; ids go to {last}.")
-    long_canvas = length > model.config.canvas_length
-    configs = []
-    for row, ids in enumerate(prompts):
+    own_length, last = model.config.canvas_length, model.config.text.vocab_size - 1
+    shared = isinstance(config, DiffusionConfig)
+    configs = [config] * len(prompts) if isinstance(config, DiffusionConfig) else config
+    fitted, lengths = [], []
+    for row, (ids, settings) in enumerate(zip(prompts, configs, strict=True)):
         name = "the prompt" if len(prompts) == 1 else f"prompt {row + 1}"
+        of_which = "" if shared else f"{name}: "
+        length = settings.canvas_length or own_length
+        if length >= context:
+            raise UsageError(
+                f"{of_which}canvas_length is {length}, and the model's context is {context}; "
+                "lower it."
+            )
+        pads = (settings.pad_token_id,)
+        for setting, given in (("eos_token_ids", settings.eos_token_ids), ("pad_token_id", pads)):
+            if max(given, default=0) > last:
+                raise UsageError(
+                    f"{of_which}{setting} has {max(given)}, and ids go from 0 to {last}; name one "
+                    "of those."
+                )
         _check_tokens(model, ids, name)
         canvases = (context - len(ids)) // length
         if canvases < 1:
+            advice = "lower canvas_length" if length > own_length else "shorten the prompt"
             raise PromptError(
                 f"{name} has {len(ids)} tokens and the model's context is {context}, of which a "
-                f"canvas takes {length}; "
-                + ("lower canvas_length." if long_canvas else "shorten the prompt.")
+                f"canvas takes {length}; {advice}."
             )
-        configs.append(replace(config, max_tokens=min(config.max_tokens, canvases * length)))
+        fitted.append(replace(settings, max_tokens=min(settings.max_tokens, canvases * length)))
+        lengths.append(length)
     estimate = memory.estimate(
         model.config.text,
         0,
-        canvas_length=length,
+        canvas_length=max(lengths),
         sequences=[
-            (len(ids), reserved(model, each)) for ids, each in zip(prompts, configs, strict=True)
+            (len(ids), reserved(model, each)) for ids, each in zip(prompts, fitted, strict=True)
         ],
         activation_bytes=model.dtype.size,
         step_size=step_size or model.prefill_step_size,
@@ -144,9 +151,9 @@ def fit_to_context(
     what = f"a prompt of {longest} tokens"
     if len(prompts) > 1:
         what = f"a batch of {len(prompts)} prompts of up to {longest} tokens"
-    mend = "lower canvas_length, or shorten the prompt" if long_canvas else None
+    mend = "lower canvas_length, or shorten the prompt" if max(lengths) > own_length else None
     memory.require(estimate, what, mend=mend)
-    return configs
+    return fitted
 
 
 def _check_tokens(model: DiffusionGemma, ids: Sequence[int], name: str) -> None:

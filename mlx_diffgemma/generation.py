@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
-
 from mlx_diffgemma.checkpoint import adapters, loading, locate, memory
 from mlx_diffgemma.checks import check_callable, check_flag, check_integer, check_share
 from mlx_diffgemma.diffusion.config import DiffusionConfig
@@ -27,7 +25,6 @@ from mlx_diffgemma.fitting import (
     cache_of,
     configured,
     denoiser_of,
-    diffusion_config,
     fit_to_context,
 )
 from mlx_diffgemma.generation_response import Clock, GenerationResponse
@@ -35,7 +32,7 @@ from mlx_diffgemma.model.cache import MARK_BYTES, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.answer import Answer, stop_strings
-from mlx_diffgemma.text.prompt import Encoded, Prompt, encode, rows_of
+from mlx_diffgemma.text.prompt import Encoded, Prompt, encode
 from mlx_diffgemma.text.prompt_settings import PromptSettings, parted
 
 if TYPE_CHECKING:
@@ -59,12 +56,18 @@ def load(
 
     Args:
         path_or_repo: a folder, a Hugging Face repository, or "demo".
+        revision: a branch, tag or commit of the repository; None takes its main branch.
         lazy: leave the weights on disk until they are used.
         adapter_path: a folder with adapters that training wrote.
         chat_template: a Jinja template, or a file that holds one, in place of the checkpoint's.
+        trust_remote_code: allow the tokenizer to run code that the repository holds.
         check: look for NaN and infinity in every weight.
 
+    Returns:
+        The model, ready to run on the default device, and mlx-lm's wrapper of its tokenizer.
+
     Raises:
+        UsageError: an argument is of another type.
         CheckpointError, ConfigError, MemoryShortageError: each in one line.
     """
     from mlx_diffgemma.text.tokenizer import load_tokenizer
@@ -73,11 +76,9 @@ def load(
     model, _ = loading.load_model(path, lazy=lazy, check=check, name=str(path_or_repo))
     if adapter_path is not None:
         adapters.load_adapters(model, adapter_path)
-        if not lazy:  # what another thread finds unevaluated belongs to a stream that it lacks
-            mx.eval(model.parameters())
     tokenizer = load_tokenizer(
         path,
-        eos_token_ids=list(diffusion_config(model).eos_token_ids),
+        eos_token_ids=list(model.config.stated_end_ids),
         chat_template=chat_template,
         trust_remote_code=trust_remote_code,
     )
@@ -95,8 +96,15 @@ def generate(
     verbose: bool = False,
     **options: Any,
 ) -> str:
-    """The whole text of the answer at once, without thoughts and calls of tools; `verbose` also
-    prints it as it is committed. Other arguments are those of `stream_generate`."""
+    """The whole text of the answer at once, without thoughts and calls of tools.
+
+    Args:
+        verbose: also print the text as it is committed.
+        options: the other arguments of `stream_generate`.
+
+    Raises:
+        DiffGemmaError: as for `stream_generate`.
+    """
     text = ""
     for response in stream_generate(model, tokenizer, prompt, max_tokens, draft=False, **options):
         text += response.text
@@ -280,45 +288,3 @@ def _stream(
                     stop_string=said.stop_string,
                     canvas_index=event.canvas_index,
                 )
-
-
-def batch_generate(
-    model: DiffusionGemma,
-    tokenizer: TokenizerWrapper,
-    prompts: Sequence[Prompt] | Any,
-    max_tokens: int | None = None,
-    *,
-    seed: int | None = None,
-    profile: str = DEFAULT_PROFILE,
-    config: DiffusionConfig | None = None,
-    prompt_settings: PromptSettings | None = None,
-    stop: str | Sequence[str] | None = None,
-    **settings: Any,
-) -> list[str]:
-    """Answer several prompts at once, each as it would be answered alone by the sequence of its
-    number; arguments as for `stream_generate`."""
-    rows = rows_of(prompts)
-    if not rows:
-        return []
-    prompt_settings, settings = parted(prompt_settings, settings)
-    config = configured(model, tokenizer, profile, config, max_tokens=max_tokens, **settings)
-    seed, stops = checked_seed(seed), stop_strings(stop)
-    encoded = [encode(tokenizer, prompt, prompt_settings) for prompt in rows]
-    ids = [each.ids for each in encoded]
-    configs = fit_to_context(model, ids, config)
-    answers = [
-        Answer(tokenizer, stop=stops, thinking=each.thinking, prompt=each.ids) for each in encoded
-    ]
-    texts = [each.prefill for each in encoded]
-    with memory.wired():
-        for event in generate_canvases(
-            model,
-            ids,
-            configs,
-            seeded(seed),
-            ends=lambda row, gained: answers[row].would_stop(gained),
-        ):
-            if isinstance(event, CanvasCommitted):
-                said = answers[event.row].add(event.tokens, event.finish_reason, event.stop_token)
-                texts[event.row] += said.text
-    return texts

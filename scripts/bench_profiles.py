@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_diffgemma.bench.openblas import load_openblas
+from mlx_diffgemma.chart import Axis, Chart, decade_axis, linear_axis
 
 CAPS = (48, 32, 16, 8, 4, 2)
 HEADS = (
@@ -138,11 +139,8 @@ def row(name: str, task: str, marks: Any) -> str:
     )
 
 
-def curve(points: Mapping[str, list[tuple[int, Any]]]) -> str:
-    """An SVG of the exact rate over the cap on steps, one line a task; bars are two standard
-    errors."""
-    from mlx_diffgemma.chart import Axis, Chart, linear_axis
-
+def curve(points: Mapping[str, list[tuple[int, Any]]]) -> Chart:
+    """The exact rate over the cap on steps, one line a task; bars are two standard errors."""
     places = {cap: place for place, cap in enumerate(sorted(CAPS))}
     across = Axis(
         "most steps a canvas",
@@ -157,14 +155,12 @@ def curve(points: Mapping[str, list[tuple[int, Any]]]) -> str:
         for place, m in at:
             _dot(chart, place, m, colour)
     chart.legend([(TITLES.get(task, task), c) for c, task in zip(cycle(COLOURS), points)])
-    return chart.drawn()
+    return chart
 
 
-def cloud(results: Mapping[tuple[str, str, str], Any], reference: str) -> str:
-    """An SVG of the exact rate over passes a canvas: a dot for each rule, one colour a task, with
+def cloud(results: Mapping[tuple[str, str, str], Any], reference: str) -> Chart:
+    """The exact rate over passes a canvas: a dot for each rule, one colour a task, with
     bars of two standard errors; lines mark the reference's rate."""
-    from mlx_diffgemma.chart import Chart, decade_axis, linear_axis
-
     shown = {key: marks for key, marks in results.items() if key[0] != "cap"}
     most = max(marks.passes_per_canvas for marks in shown.values())
     chart = Chart(
@@ -180,10 +176,10 @@ def cloud(results: Mapping[tuple[str, str, str], Any], reference: str) -> str:
             chart.line([(0.0, marks.rate), (across, marks.rate)], colours[task])
             chart.text(chart.x(across) + 8, chart.y(marks.rate) + 4, reference)
     chart.legend([(TITLES.get(task, task), colour) for task, colour in colours.items()])
-    return chart.drawn()
+    return chart
 
 
-def _dot(chart: Any, across: float, marks: Any, colour: str) -> None:
+def _dot(chart: Chart, across: float, marks: Any, colour: str) -> None:
     low, high = (marks.rate + sign * 2 * marks.standard_error for sign in (-1, 1))
     chart.line([(across, max(low, 0.0)), (across, min(high, 1.0))], colour)
     chart.dot(across, marks.rate, colour)
@@ -202,11 +198,11 @@ def report(out: Path, results: Mapping[tuple[str, str, str], Any], command: str)
         if group == "cap":
             points.setdefault(task, []).append((int(name), marks))
     if points:
-        (out / "steps.svg").write_text(curve(points))
+        curve(points).write(out / "steps.svg")
     if any(group != "cap" for group, _, _ in results):
         from mlx_diffgemma.tune.candidates import REFERENCE
 
-        (out / "rules.svg").write_text(cloud(results, REFERENCE))
+        cloud(results, REFERENCE).write(out / "rules.svg")
 
 
 def arguments() -> argparse.Namespace:

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from demo_recipe import Recipe, recipe_of, stream_of, training
 from mlx_diffgemma.bench.openblas import load_openblas
+from mlx_diffgemma.disk import write_atomically
 
 if TYPE_CHECKING:
     from exercises.exam import Marks
@@ -195,9 +196,7 @@ def steps_done(folder: Path) -> int:
 def prepare(folder: Path, given: Mapping[str, Any], model: Path | None) -> None:
     """Write what is given into the recipe, and the checkpoint that the run starts from."""
     recipe = replace(recipe_of(folder), **given)
-    partial = folder / "recipe.part"
-    partial.write_text(json.dumps(asdict(recipe), indent=2))
-    partial.replace(folder / "recipe.json")
+    write_atomically(folder / "recipe.json", json.dumps(asdict(recipe), indent=2).encode())
     if not (folder / "start").exists():
         begin(folder, recipe.seed, model)
 

@@ -130,7 +130,7 @@ def test_a_stop_string_saves_the_canvases_behind_it(demo: tuple[Any, Any]) -> No
     assert (last.finish_reason, last.stop_string) == ("stop", "\n\n")
     assert last.tokens == whole[-1].tokens[: len(SOLVED)]
     assert last.denoising_steps == whole[-1].denoising_steps[:1] == (model.decoded,)
-    assert batch_generate(*demo, [two, PUZZLE], seed=3, stop="\n")[1] == SOLVED[:6]
+    assert batch_generate(*demo, [two, PUZZLE], seed=3, stop="\n").texts[1] == SOLVED[:6]
 
 
 def test_initial_canvas_replaces_the_noise(demo: tuple[Any, Any]) -> None:
@@ -138,17 +138,17 @@ def test_initial_canvas_replaces_the_noise(demo: tuple[Any, Any]) -> None:
     canvas = solution + [5] * (64 - len(solution))
     first, *_ = stream_generate(*demo, "sudoku", initial_canvas=canvas, seed=0)
     assert first.draft == SOLVED
-    with pytest.raises(UsageError, match="initial_canvas has 3 tokens; the canvas has 64"):
+    with pytest.raises(UsageError, match="initial_canvas has 3 tokens, and the canvas has 64"):
         next(stream_generate(*demo, "sudoku", initial_canvas=[1, 2, 3]))
 
 
 def test_a_batch_answers_each_prompt(demo: tuple[Any, Any]) -> None:
     prompts = ["sudoku", PUZZLE, f"{PUZZLE}\n\n{PUZZLE[7:]}"]
-    answers = batch_generate(*demo, prompts, seed=3, max_denoising_steps=8)
+    answers = batch_generate(*demo, prompts, seed=3, max_denoising_steps=8).texts
     assert answers[1] == SOLVED
     assert answers[2].startswith(SOLVED) and len(answers[2]) > len(SOLVED)
     assert len(answers[0]) >= 41
-    assert batch_generate(*demo, []) == []
+    assert batch_generate(*demo, []).texts == []
 
 
 def test_a_prefix_cache_is_continued_not_encoded_again(demo: tuple[Any, Any]) -> None:

@@ -41,7 +41,7 @@ def convert(ctx: typer.Context, *, conversion: Conversion, as_json: Json = False
         return
     if conversion.model is None and conversion.recipe != "list":
         raise UsageError("say what to convert: --model with a folder or a repository.")
-    from mlx_diffgemma_convert.command import run_convert
+    from mlx_diffgemma_convert.converting import run_convert
 
     run_convert(conversion, as_json=as_json)
 
@@ -62,7 +62,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check a converted folder: every file as it was written, every tensor sound."""
-    from mlx_diffgemma_convert.command import run_verify
+    from mlx_diffgemma_convert.converting import run_verify
 
     run_verify(folder, source, revision, as_json)
 
@@ -76,12 +76,14 @@ def verify(
 def upload(
     *,
     folder: Annotated[Path, typer.Argument(help="Folder that this converter wrote.")],
-    upload_repo: Annotated[str, Setting("Repository to upload to.", ("--upload-repo",))],
+    upload_repo: Annotated[
+        str, Setting("Hugging Face repository to upload the result to.", ("--upload-repo",))
+    ],
     dry_run: Annotated[bool, Setting("List of files, in place of the upload.")] = False,
     as_json: Json = False,
 ) -> None:
     """Upload a converted folder to the Hugging Face hub; the same command again goes on."""
-    from mlx_diffgemma_convert.command import run_upload
+    from mlx_diffgemma_convert.converting import run_upload
 
     run_upload(folder, upload_repo, dry_run, as_json)
 

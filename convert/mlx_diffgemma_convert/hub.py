@@ -46,10 +46,11 @@ def open_source(
     if folder.is_dir():
         if downloads is not None:
             raise UsageError(
-                f"--delete-source-shards is for repositories; {folder} is yours and stays as it is."
+                f"--delete-source-shards is for repositories, and {folder} is a folder of yours; "
+                "drop it."
             )
         if revision is not None:
-            raise UsageError(f"--revision is for repositories; {folder} is a folder.")
+            raise UsageError(f"--revision is for repositories, and {folder} is a folder; drop it.")
         return FolderSource(folder)
     if folder.exists():
         raise CheckpointError(f"{folder} is a file; name the folder that holds config.json.")

@@ -18,7 +18,8 @@ from mlx_diffgemma.checkpoint.locate import locate
 from mlx_diffgemma.checkpoint.names import expected_shapes, is_vision
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.generation import diffusion_config, load
+from mlx_diffgemma.fitting import diffusion_config
+from mlx_diffgemma.generation import load
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma_convert.probes import (
     LEVELS,

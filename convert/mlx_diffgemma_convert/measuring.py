@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from mlx_diffgemma.chart import WIDTH, Axis, Chart, decade_axis
 from mlx_diffgemma.checkpoint.quantization import Format
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma_convert.plan_table import size_text
 from mlx_diffgemma_convert.settings import Measurement
-from mlx_diffgemma_convert.table import size_text
 
 if TYPE_CHECKING:
     from mlx_diffgemma_convert.budget import Choice
@@ -163,7 +163,9 @@ def write_plot(path: Path, points: Sequence[Point]) -> None:
         UsageError: there is nothing to draw.
     """
     if not points:
-        raise UsageError("--plot has nothing to draw: no model diverges from its source.")
+        raise UsageError(
+            "--plot has nothing to draw, as no model diverges from its source; drop it."
+        )
     low = floor(min(p.bits for p in points))
     high = max(ceil(max(p.bits for p in points)), low + 1)
     bits = Axis("bits per weight", low, high, tuple((n, str(n)) for n in range(low, high + 1)))

@@ -152,7 +152,9 @@ def read_header(path: Path) -> dict[str, SourceTensor]:
         }
         ends = {name: entry["data_offsets"][1] for name, entry in header.items()}
     except OSError as error:
-        raise CheckpointError(f"shard {path} cannot be read ({os_reason(error)}).") from None
+        raise CheckpointError(
+            f"shard {path} cannot be read ({os_reason(error)}); check the path."
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(
             f"shard {path} has a damaged header ({error!r}); fetch the file again."

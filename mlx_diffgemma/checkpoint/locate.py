@@ -40,13 +40,15 @@ def locate(path_or_repo: str | Path, revision: str | None = None) -> Path:
             return path
     except (RuntimeError, OSError, ValueError) as error:  # no such user's home, a null byte
         raise CheckpointError(
-            f"{shown(str(path_or_repo))} cannot be read ({os_reason(error)})."
+            f"{shown(str(path_or_repo))} cannot be read ({os_reason(error)}); check the path."
         ) from None
     if is_there(path):
         try:
             path.stat()
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{_spelt(path)} cannot be read ({os_reason(error)}).") from None
+            raise CheckpointError(
+                f"{_spelt(path)} cannot be read ({os_reason(error)}); check the path."
+            ) from None
         raise CheckpointError(f"{path} is a file; name the folder that holds config.json.")
     if not _REPOSITORY.fullmatch(str(path_or_repo)):
         raise CheckpointError(

@@ -18,8 +18,8 @@ from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
 
 if TYPE_CHECKING:
+    from mlx_diffgemma.editing.beliefs import Decisions
     from mlx_diffgemma.editing.calibration import Calibration
-    from mlx_diffgemma.editing.decisions import Decisions
 
 app = typer.Typer(cls=errors.Program, invoke_without_command=True, **PLAIN)
 
@@ -59,10 +59,10 @@ def decide(
     *,
     state: Annotated[
         str | None,
-        Setting("Subject of the questions: a file, or text or JSON; - reads stdin.", panel=_PANEL),
+        Setting("Subject of the questions: a file, a text or JSON; '-' reads stdin.", panel=_PANEL),
     ] = None,
     questions: Annotated[
-        str | None, Setting("Questions by name: a file of JSON, or JSON.", panel=_PANEL)
+        str | None, Setting("Questions by name: JSON, or a file that holds it.", panel=_PANEL)
     ] = None,
     frame: Annotated[
         str | None,
@@ -82,7 +82,7 @@ def decide(
     denoising: Seed,
     showing: Json,
 ) -> None:
-    """Answer typed questions about a state with probabilities, all in one look.
+    """Answer typed questions about a state with probabilities, all by one forward pass.
 
     Types are noul (whether a statement holds), choice (criteria: names and descriptions or null)
     and score (criteria: a list of levels, lowest first). `decide calibrate` fits the probabilities
@@ -192,7 +192,9 @@ def calibrate(
     try:
         reliability_chart(curves).write(beside)
     except OSError as error:
-        raise files.FileError(f"{beside} cannot be written: {error.strerror}.") from None
+        raise files.FileError(
+            f"{beside} cannot be written: {error.strerror}; name another with --plot."
+        ) from None
     if showing.json:
         editing.write_json(types={kind: asdict(fit) for kind, fit in found.fits.items()}, save=save)
         return
@@ -260,5 +262,5 @@ def _questions(given: str | None) -> object:
     if text is None:
         raise UsageError("no question: give a file of JSON, or JSON, with --questions.")
     if text.lstrip()[:1] not in ("{", "["):
-        raise UsageError(f"--questions {text[:60]!r} is neither a file nor JSON.")
+        raise UsageError(f"--questions {text[:60]!r} is neither a file nor JSON; check the path.")
     return parse_json(text, "--questions")

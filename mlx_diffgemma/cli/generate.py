@@ -51,7 +51,8 @@ def generate(
 
     stdout carries the answer alone; statistics and progress go to stderr.
 
-    Always valid: --json-schema FILE, --regex 'v[0-9]+', or --choices yes no unsure.
+    The answer always has the form of --json-schema FILE, --regex 'v[0-9]+' or --choices yes no
+    unsure where one of these is given.
     """
     from mlx_diffgemma.cli.inputs import read_prompt
 

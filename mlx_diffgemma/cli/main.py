@@ -67,7 +67,10 @@ def _program(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Version of the program, and nothing else.",
         ),
     ] = False,
     debug: Debug = False,

@@ -89,11 +89,14 @@ class Asking:
         str | None,
         Setting("Text that the answer begins with; the model goes on from there.", panel=_PROMPT),
     ] = None
-    raw: Annotated[bool, Setting("No chat template around the prompt.", panel=_PROMPT)] = False
+    raw: Annotated[
+        bool, Setting("Prompt as it is, without a chat template around it.", panel=_PROMPT)
+    ] = False
     markers: Annotated[
         bool,
         Setting(
-            "Meaning for control tokens that a --raw prompt spells (<|turn>), which are text else.",
+            "Control tokens where a --raw prompt spells them (<|turn>), which are plain"
+            " text otherwise.",
             panel=_PROMPT,
         ),
     ] = False
@@ -242,7 +245,7 @@ class Denoising:
 
     def config(self, model: DiffusionGemma) -> DiffusionConfig:
         """The settings of the model's checkpoint with the user's put over them."""
-        from mlx_diffgemma.generation import diffusion_config
+        from mlx_diffgemma.fitting import diffusion_config
 
         return diffusion_config(model, self.profile or DEFAULT_PROFILE, **self.changes)
 
@@ -256,13 +259,18 @@ class Showing:
     """
 
     watch: Annotated[
-        bool, Setting("Drawing of the canvas while it forms, on a terminal.", panel=_OUTPUT)
+        bool,
+        Setting("Drawing of the canvas while it forms, if stdout is a terminal.", panel=_OUTPUT),
     ] = True
     show_thought: Annotated[
         bool,
-        Setting("Whole thoughts on a terminal, which shows one line of them else.", panel=_OUTPUT),
+        Setting(
+            "Whole thoughts on a terminal, which otherwise shows one line of each.", panel=_OUTPUT
+        ),
     ] = False
-    hide_thought: Annotated[bool, Setting("No thoughts on stderr.", panel=_OUTPUT)] = False
+    hide_thought: Annotated[
+        bool, Setting("Answer alone, without its thoughts on stderr.", panel=_OUTPUT)
+    ] = False
     json: Annotated[bool, Setting("One JSON object instead of the text.", panel=_OUTPUT)] = False
 
     def __post_init__(self) -> None:

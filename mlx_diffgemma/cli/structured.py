@@ -20,23 +20,27 @@ class Validity:
 
     choices_follow: Annotated[
         bool,
-        Setting("One of the arguments that follow as the answer.", ("--choices",), panel=_PANEL),
+        Setting("Choice of the answer among the words that follow.", ("--choices",), panel=_PANEL),
     ] = False
     json_schema: Annotated[
         str | None,
-        Setting("File with a JSON schema, for an answer in JSON that validates.", panel=_PANEL),
+        Setting(
+            "File with a JSON schema; the answer is JSON that validates against it.", panel=_PANEL
+        ),
     ] = None
     validate: Annotated[
         int | None,
         Setting(
-            "Tries for an answer where --json-schema says more than can be enforced: each is "
-            "validated.",
+            "Number of answers to try where --json-schema says more than can be "
+            "enforced; each is validated, and the first valid one counts.",
             panel=_PANEL,
         ),
     ] = None
     regex: Annotated[
         str | None,
-        Setting("Expression that the whole answer matches (Rust's syntax).", panel=_PANEL),
+        Setting(
+            "Regular expression, in Rust's syntax, that the whole answer matches.", panel=_PANEL
+        ),
     ] = None
 
     def constraint(self, choices: Sequence[str]) -> Constraint | None:
@@ -126,6 +130,7 @@ def answer(
             generation_tokens=len(done.thought_tokens) + len(done.tokens),
             denoising_steps=list(done.denoising_steps),
             passes=done.passes,
+            converged=done.converged,
             seed=done.seed,
             model=opened.name,
         )
@@ -133,7 +138,7 @@ def answer(
     thoughts = output.thoughts(showing.show_thought, showing.hide_thought)
     output.note_thought(done.thought, thoughts)
     output.write_line(done.text)
-    editing.note_effort(done.passes, done.seed)
+    editing.note_effort(done.passes, done.seed, converged=done.converged)
 
 
 def _read_schema(path: str) -> Any:

@@ -19,8 +19,8 @@ from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.denoiser import Denoiser
 from mlx_diffgemma.diffusion.encode import encode
 from mlx_diffgemma.diffusion.noise import SeededNoise, checked_seed
+from mlx_diffgemma.editing.beliefs import Decisions, answer_from, pooled
 from mlx_diffgemma.editing.calibration import Calibration, Example
-from mlx_diffgemma.editing.decisions import Decisions, answer_from, pooled
 from mlx_diffgemma.editing.frames import Frame, from_template, labels_for, length_of, lines
 from mlx_diffgemma.editing.questions import (
     DecisionSettings,
@@ -166,7 +166,9 @@ def calibrate(
             )  # fmt: skip
             for name, right in answers.items():
                 if name not in found.answers:
-                    raise UsageError(f"the answer '{name}' belongs to no question.")
+                    raise UsageError(
+                        f"the answer '{name}' belongs to no question; ask it, or drop the answer."
+                    )
                 one = found.answers[name]
                 log_probs, best = pooled(one.log_probs), one.question.index_of(right)
                 seen.append(Example(number, one.question.kind, one.labels, log_probs, best))

@@ -55,6 +55,11 @@ class Edited:
     passes: int
     seed: int
 
+    @property
+    def converged(self) -> bool:
+        """Whether the canvas was done before its steps were used up."""
+        return self.filled.converged
+
     def diff(self, name: str) -> str:
         """What changed, as a unified diff of the file `name`."""
         return unified_diff(self.before, self.text, name)
@@ -131,7 +136,7 @@ def edit(
         initial=None if strength == 1.0 else _partly_noised(session, window, tokens, strength),
         first_step=session.config.max_denoising_steps - steps + 1,
     )
-    filled = read(session, window.spans[0], done.tokens, done.entropy, done.steps)
+    filled = read(session, window.spans[0], done)
     if "\r\n" in text and not re.search(r"(?<!\r)\n", text):
         filled = replace(filled, text=re.sub(r"(?<!\r)\n", "\r\n", filled.text))
     return Edited(

@@ -46,6 +46,11 @@ class Infilled:
     passes: int
     seed: int
 
+    @property
+    def converged(self) -> bool:
+        """Whether every canvas was done before its steps were used up."""
+        return all(hole.converged for hole in self.holes)
+
 
 @memory.wired()
 def infill(
@@ -121,7 +126,9 @@ def lengths_of_holes(
     check_sequence("lengths", lengths)
     each = [item for item in lengths if not isinstance(item, int)]
     if each and len(each) != holes:
-        raise UsageError(f"lengths for {len(each)} holes were given, and the text has {holes}.")
+        raise UsageError(
+            f"lengths for {len(each)} holes were given, and the text has {holes}; give as many."
+        )
     same = tuple(item for item in lengths if isinstance(item, int))
     for item in each:
         check_sequence("lengths of a hole", item)

@@ -31,11 +31,13 @@ OnStep = Callable[[DenoisingStep], None]
 
 @dataclass(frozen=True)
 class Denoised:
-    """A canvas after its last step: token ids [C], entropies [C] in nats, steps run."""
+    """A canvas after its last step: token ids [C], entropies [C] in nats, steps run, and whether
+    it was done before they were used up."""
 
     tokens: list[int]
     entropy: list[float]
     steps: int
+    converged: bool
 
 
 class Session:
@@ -160,7 +162,9 @@ class Session:
             canvas = stepped[0]
             self.stepped(DenoisingStep(0, canvas))
         self.canvases += 1
-        return Denoised(canvas.draft.tolist(), canvas.entropy.tolist(), canvas.passes)
+        return Denoised(
+            canvas.draft.tolist(), canvas.entropy.tolist(), canvas.passes, canvas.converged
+        )
 
     def first_look(self, prefix: Prefix, layouts: Sequence[Layout]) -> list[Look]:
         """What the model believes at first sight of each layout, all filled up with the same

@@ -47,6 +47,8 @@ class Structured:
         seed: the seed of every random draw.
         thought: what was thought before the answer; "" for nothing.
         thought_tokens: the tokens of the thought, its markers among them.
+        converged: whether no canvas had to be decided, for want of steps, before the model was
+            sure; one of a thought, before its steps were used up.
     """
 
     text: str
@@ -58,6 +60,7 @@ class Structured:
     seed: int
     thought: str = ""
     thought_tokens: tuple[int, ...] = ()
+    converged: bool = True
 
     @property
     def value(self) -> Any:
@@ -112,7 +115,7 @@ def generate_structured(
         check_texts("choices", choices)
     if validate is not None:
         if json_schema is None or isinstance(json_schema, Lenient):
-            raise UsageError("validate is for a json_schema.")
+            raise UsageError("validate is for a json_schema: give both, or neither.")
         again = partial(generate_structured, model, tokenizer, prompt, max_tokens, on_step=on_step)
         again = partial(again, config=config, **settings)
         return first_valid(
@@ -176,7 +179,7 @@ def _run(session: Session, matcher: GrammarMatcher, thinks: Any) -> Structured:
     entropy: list[float] = []
     probability: list[float] = []
     steps = list(thought.steps)
-    latest = np.zeros(session.length)
+    latest, converged = np.zeros(session.length), thought.converged
     draft, likely = np.full(session.length, FREE), np.ones(session.length)
     try:
         for event in events:
@@ -186,6 +189,7 @@ def _run(session: Session, matcher: GrammarMatcher, thinks: Any) -> Structured:
                 chosen = draft[: len(event.tokens)] == event.tokens
                 probability += np.where(chosen, likely[: len(event.tokens)], 1.0).tolist()
                 steps.append(event.passes)
+                converged &= event.converged
                 latest = np.zeros(session.length)
                 draft, likely = np.full(session.length, FREE), np.ones(session.length)
             else:
@@ -208,4 +212,5 @@ def _run(session: Session, matcher: GrammarMatcher, thinks: Any) -> Structured:
         seed=session.seed,
         thought=thought.text,
         thought_tokens=thought.tokens,
+        converged=converged,
     )

@@ -20,12 +20,14 @@ class Thinking:
     text: what was thought.
     steps: of each canvas that was denoised for it, also of one that opened no thought.
     cut: whether the thought took more tokens than it may.
+    converged: whether each of these canvases was done before its steps were used up.
     """
 
     tokens: tuple[int, ...] = ()
     text: str = ""
     steps: tuple[int, ...] = ()
     cut: bool = False
+    converged: bool = True
 
 
 def think(session: Session, tokenizer: Any, most: int) -> Thinking:
@@ -42,10 +44,11 @@ def think(session: Session, tokenizer: Any, most: int) -> Thinking:
     free = Layout((FREE,) * session.length)
     tokens: list[int] = []
     steps: list[int] = []
-    thinks, done = _within(session.prompt, markers, ends), False
+    thinks, done, converged = _within(session.prompt, markers, ends), False, True
     while not done:
         denoised = session.denoise(session.cache.prefix, free)
         steps.append(denoised.steps)
+        converged &= denoised.converged
         # One token more tells a thought that fits exactly from one that goes on.
         kept, reason = cut(denoised.tokens, ends, most - len(tokens) + 1)
         thinks = thinks or _begins(kept, tokenizer, markers)
@@ -60,7 +63,7 @@ def think(session: Session, tokenizer: Any, most: int) -> Thinking:
             return Thinking((), _text(tokenizer, session.prompt, tokens), tuple(steps), cut=True)
         session.encoded([*session.prompt, *tokens])
     text = _text(tokenizer, session.prompt, tokens)
-    return Thinking(tuple(tokens), text, tuple(steps))
+    return Thinking(tuple(tokens), text, tuple(steps), converged=converged)
 
 
 def _within(prompt: Sequence[int], markers: Markers, ends: Sequence[int]) -> bool:

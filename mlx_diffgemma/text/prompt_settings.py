@@ -62,7 +62,9 @@ class PromptSettings:
             "prefilled response": self.prefill_response,
         }.items():
             if value is not None:
-                raise UsageError(f"a {name} needs the chat template; {what} uses none.")
+                raise UsageError(
+                    f"a {name} needs the chat template, and {what} uses none; leave it out."
+                )
 
 
 def parted(

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from mlx_diffgemma.checkpoint.quantization import Format, Recipe
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.generation import diffusion_config, load
+from mlx_diffgemma.fitting import diffusion_config
+from mlx_diffgemma.generation import load
 from mlx_diffgemma_convert.budget import Group, choose, groups_of, rules_of, sensitivities
 from mlx_diffgemma_convert.cli import app
 from mlx_diffgemma_convert.measure import measure, reference_of

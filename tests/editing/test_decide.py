@@ -20,8 +20,8 @@ from mlx_diffgemma.demo import sudoku
 from mlx_diffgemma.diffusion.constraints import FREE, Layout
 from mlx_diffgemma.diffusion.noise import SeededNoise
 from mlx_diffgemma.editing import decide as decide_module
+from mlx_diffgemma.editing.beliefs import Answer
 from mlx_diffgemma.editing.decide import decide
-from mlx_diffgemma.editing.decisions import Answer
 from mlx_diffgemma.editing.frames import labels_for, length_of, lines
 from mlx_diffgemma.editing.questions import listing, read_questions
 from mlx_diffgemma.editing.vocabulary import Vocabulary
