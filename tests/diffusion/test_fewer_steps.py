@@ -64,7 +64,7 @@ def test_the_temperature_falls_over_the_cooling_steps_and_stays():
     assert [quick.temperature(n) for n in range(1, 5)] == [
         whole.temperature(n) for n in range(1, 5)
     ]
-    assert {quick.temperature(n) for n in range(4, 12)} == {pytest.approx(0.5)}
+    assert [quick.temperature(n) for n in range(4, 12)] == pytest.approx([0.5] * 8)
 
 
 def test_bounds_move_by_step_and_by_what_is_settled():
@@ -149,7 +149,7 @@ def test_a_known_canvas_enters_the_schedule_where_it_is_as_noisy():
     first = told.canvases[0]
     fresh = first.noise.initial(0, LENGTH, VOCAB).tolist()
     changed = [n for n, token in enumerate(first.tokens.tolist()) if token != known[n]]
-    assert first.step == 7 and len(changed) == 3
+    assert first.step == 7 and 0 < len(changed) <= 3  # noise may hit upon the same token
     assert all(first.tokens[n].item() == fresh[n] for n in changed)
 
 
@@ -167,7 +167,7 @@ class Opinionated(MockModel):
 
 
 class Watched(Told):
-    """Keeps the canvases that it was handed."""
+    """Keeps the canvases that it was handed, and expects something of every position."""
 
     def __init__(self, rows) -> None:
         super().__init__(rows)
@@ -175,7 +175,13 @@ class Watched(Told):
 
     def __call__(self, canvases, prefixes):
         self.canvases += canvases
-        return super().__call__(canvases, prefixes)
+        return [
+            replace(
+                passed,
+                prediction=replace(passed.prediction, soft_embeddings=mx.ones((LENGTH, 2))),
+            )
+            for passed in super().__call__(canvases, prefixes)
+        ]
 
 
 def generated(steps, **given):
@@ -211,7 +217,7 @@ def test_noise_replaces_a_draft_from_its_first_improbable_token_on():
     after = seen[2]
     fresh = after.noise.renoise(0, 2, LENGTH, VOCAB).tolist()
     assert after.tokens.tolist() == [*mixed[:3].tolist(), *fresh[3:]]
-    assert mx.all(after.soft_embeddings[3:] == 0)
+    assert after.soft_embeddings[:, 0].tolist() == [1.0] * 3 + [0.0] * (LENGTH - 3)
 
 
 def test_only_what_will_be_kept_is_checked():
