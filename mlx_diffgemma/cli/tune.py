@@ -67,7 +67,7 @@ class Tuning:
 @command(
     "mlx-diffgemma tune --profile mine.json",
     "mlx-diffgemma tune --data prompts.jsonl --check json-schema:order.json --profile orders.json",
-    "mlx-diffgemma generate --profile mine.json -p 'Why is the sky blue?'",
+    "mlx-diffgemma tune --data labels.jsonl --check 'regex:[A-Z]+' --count 32 --json",
 )
 def tune(
     *,
