@@ -32,6 +32,18 @@ def canvas_of(length: int = LENGTH, **given) -> Canvas:
     return Canvas.start(DiffusionConfig(**given), SeededNoise(0), 0, length, VOCAB)
 
 
+def predicted(draft, draw, entropy) -> Prediction:
+    return Prediction(
+        argmax=draft,
+        probability=mx.ones(draft.shape),
+        draw=draw,
+        entropy=entropy,
+        confidence=mx.ones(draft.shape),
+        soft_embeddings=None,
+        dropped_mass=mx.zeros(draft.shape),
+    )
+
+
 def done_after(steps, **given) -> int:
     """Passes until a canvas is done that predicts (draft, entropy) a pass."""
     model = MockModel()
@@ -94,9 +106,7 @@ def test_runs_grow_from_what_is_accepted_over_what_is_sure(places):
 def test_a_run_takes_the_draws_and_the_rest_noise():
     canvas = canvas_of(4, entropy_bound=0.01, run_entropy=0.3)
     entropy = mx.array([0.2, 0.0, 0.25, 2.0])
-    prediction = Prediction(
-        mx.zeros(4, mx.int32), mx.array([1, 2, 3, 4]), entropy, mx.ones(4), None, mx.zeros(4)
-    )
+    prediction = predicted(mx.zeros(4, mx.int32), mx.array([1, 2, 3, 4]), entropy)
     proposal = entropy_bound(prediction, canvas)
     assert proposal.accepted.tolist() == [True, True, True, False]
     fresh = canvas.noise.renoise(0, 1, 4, VOCAB).tolist()
@@ -124,7 +134,7 @@ def test_behind_an_eos_is_where_the_stop_rule_has_it(draft, entropy):
 def test_what_is_behind_an_eos_takes_nothing_of_the_bound():
     entropy = mx.array([0.06, 0.0, 0.05, 0.05, 0.05])
     draft = mx.array([1, EOS, 3, 4, 5])
-    prediction = Prediction(draft, draft, entropy, mx.ones(5), None, mx.zeros(5))
+    prediction = predicted(draft, draft, entropy)
     given = {"entropy_bound": 0.04, "eos_token_ids": (EOS,)}
     held = entropy_bound(prediction, canvas_of(5, **given)).accepted.tolist()
     freed = entropy_bound(prediction, canvas_of(5, **given, free_behind_eos=True)).accepted
