@@ -315,7 +315,8 @@ class Denoising:
     profile: Annotated[
         str | None,
         Setting(
-            f"Trade of fidelity for speed: {', '.join(PROFILES)}. 'exact' is the reference.",
+            f"Trade of fidelity for speed: {', '.join(PROFILES)}, or a file that `tune` wrote. "
+            "'exact' is the reference.",
             panel=_DENOISING,
             default=DEFAULT_PROFILE,
         ),

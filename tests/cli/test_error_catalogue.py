@@ -165,6 +165,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "demo": (),
     "train": ("--data", "DATA", "--model", "demo", "--iters", "1"),
     "fuse": ("--model", "demo", "--adapter-path", "DATA"),
+    "tune": (),
     "bench": (),
 }
 CONVERT: dict[str, tuple[str, ...]] = {
