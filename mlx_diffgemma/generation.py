@@ -73,6 +73,7 @@ class GenerationResponse:
         draft_thought: what is thought on the canvas as it stands, or "".
         canvas: token ids of the draft, [C]; fewer where a stop string cuts it.
         entropy: nats of uncertainty of each draft token, as many as there are in `canvas`.
+        probability: of each draft token, likewise, at the temperature of the step.
         step: denoising steps run on this canvas, from 1.
         canvas_index: which canvas of the answer, from 0.
         denoising_steps: steps of each canvas so far, the current one included.
@@ -102,6 +103,7 @@ class GenerationResponse:
     draft_thought: str = ""
     canvas: list[int] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
+    probability: list[float] = field(default_factory=list)
     tokens: tuple[int, ...] = ()
     step: int = 0
     canvas_index: int = 0
@@ -467,6 +469,7 @@ def _stream(
                 canvas = event.canvas
                 steps[canvas.index :] = [canvas.passes]
                 standing, entropy = canvas.draft.tolist(), canvas.entropy.tolist()
+                probability = canvas.probability.tolist()
                 room = config.max_tokens - len(committed)
                 said = None
                 if draft or answer.stops:
@@ -474,6 +477,7 @@ def _stream(
                     if said.stop_string is not None:
                         end = max(0, said.tokens - len(committed))
                         standing, entropy = standing[:end], entropy[:end]
+                        probability = probability[:end]
                 yield clock.response(
                     committed[:kept],
                     steps,
@@ -481,6 +485,7 @@ def _stream(
                     draft_thought=said.thought if said and draft else "",
                     canvas=standing,
                     entropy=entropy,
+                    probability=probability,
                     step=canvas.passes,
                     canvas_index=canvas.index,
                     parts=parts,

@@ -48,7 +48,11 @@ class Scripted:
             self.made += 1
             draft = np.array(tokens, np.int64)
             canvas = SimpleNamespace(
-                index=index, passes=1, draft=draft, entropy=np.arange(len(tokens)) / 8
+                index=index,
+                passes=1,
+                draft=draft,
+                entropy=np.arange(len(tokens)) / 8,
+                probability=1 / np.arange(1, len(tokens) + 1),
             )
             kept, reason = cut(tokens, config.eos_token_ids, room)
             stop_token = tokens[len(kept)] if reason == "stop" else None

@@ -133,6 +133,7 @@ def test_the_pass_over_the_vocabulary_is_the_whole_one(
         return np.array(seen.standing_log_probability)
 
     np.testing.assert_allclose(seen_there(ours.argmax), seen_there(whole.argmax), **near)
+    np.testing.assert_allclose(ours.argmax_log_probability, seen_there(ours.argmax), **near)
     np.testing.assert_allclose(ours.draw_log_probability, seen_there(ours.draw), **near)
     if masked:
         assert ours.argmax[0].item() == ours.draw[0].item() == WORDS - 1

@@ -271,6 +271,7 @@ class _Predicted:
         tokens = mx.argmax(soft_embeddings[..., :2], axis=-1).astype(mx.int32)
         prediction = Prediction(
             argmax=tokens,
+            probability=mx.full(tokens.shape, 0.5),
             draw=tokens,
             entropy=mx.ones(tokens.shape),
             confidence=mx.full(tokens.shape, 0.5),

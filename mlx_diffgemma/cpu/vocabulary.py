@@ -157,7 +157,8 @@ def tiled_pass(
         mx.eval(before.arrays())
 
     # What is not finite shows in `weighted` alone: the softcap made the logits finite.
-    log_sum = state.maximum + mx.log(state.total) + state.weighted * 0.0
+    log_total = mx.log(state.total) + state.weighted * 0.0
+    log_sum = state.maximum + log_total
     draw = draw_log_p = standing_log_p = None
     if drawn is not None:
         draw, logit = _draw(state, logits, drawn[-1])
@@ -169,9 +170,10 @@ def tiled_pass(
         standing_log_p = positions.spread(mx.minimum(standing_logit - log_sum, 0.0))
     soft_embeddings, dropped = _finished(positions, sums, state, table, hidden.dtype)
     fixed = mx.array(positions.fixed)
-    entropy = mx.log(state.total) - state.weighted / state.total
+    entropy = log_total - state.weighted / state.total
     return VocabularyResult(
         argmax=positions.spread(state.argmax, fixed),
+        argmax_log_probability=positions.spread(-log_total),
         draw=None if draw is None else positions.spread(draw, fixed),
         # Rounding may leave a certain position a hair below zero.
         entropy=positions.spread(mx.maximum(entropy, 0.0)),

@@ -25,6 +25,7 @@ class Prediction:
 
     Attributes:
         argmax: [C] int32, the most likely tokens.
+        probability: [C] float32, that of `argmax`.
         draw: [C] int32, one sample a position.
         entropy: [C] float32, in nats.
         confidence: [C] float32, the probability of `draw`.
@@ -33,6 +34,7 @@ class Prediction:
     """
 
     argmax: mx.array
+    probability: mx.array
     draw: mx.array
     entropy: mx.array
     confidence: mx.array
@@ -44,6 +46,7 @@ class Prediction:
         soft = self.soft_embeddings
         return Prediction(
             function(self.argmax),
+            function(self.probability),
             function(self.draw),
             function(self.entropy),
             function(self.confidence),
@@ -56,6 +59,7 @@ class Prediction:
         mine, theirs = self.soft_embeddings, other.soft_embeddings
         return Prediction(
             mx.concatenate([self.argmax, other.argmax]),
+            mx.concatenate([self.probability, other.probability]),
             mx.concatenate([self.draw, other.draw]),
             mx.concatenate([self.entropy, other.entropy]),
             mx.concatenate([self.confidence, other.confidence]),
@@ -116,6 +120,8 @@ class Canvas:
         soft_embeddings: [C, D], what the last pass expected; None before the first one.
         draft: [C] what would be committed now; `FREE` before the first pass.
         entropy: [C] nats, after the temperature; infinite before the first pass.
+        probability: [C] that of the draft, after the temperature, in the last pass that predicted
+            or drew it; NaN before the first pass.
         accepted: [C] which positions of `tokens` hold a draw of the model.
         few_suffice: [C] where the likeliest few tokens held nearly all of the probability in the
             last pass.
@@ -133,6 +139,7 @@ class Canvas:
     tokens: mx.array
     draft: np.ndarray
     entropy: np.ndarray
+    probability: np.ndarray
     accepted: np.ndarray
     few_suffice: np.ndarray
     shown: np.ndarray
@@ -181,6 +188,7 @@ class Canvas:
             tokens,
             draft=nothing,
             entropy=np.full(length, np.inf, np.float32),
+            probability=np.full(length, np.nan, np.float32),
             accepted=no,
             few_suffice=no,
             shown=nothing,

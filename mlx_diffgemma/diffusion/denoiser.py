@@ -18,7 +18,7 @@ import numpy as np
 from mlx_diffgemma.diffusion.active_set import settle
 from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.predict import Passed, Predict, Predictor
-from mlx_diffgemma.diffusion.sampler import propose
+from mlx_diffgemma.diffusion.sampler import probability, propose
 from mlx_diffgemma.diffusion.stopping import as_shown, has_converged
 from mlx_diffgemma.errors import NumericalError, not_finite
 from mlx_diffgemma.kernels.few_tokens import gathered
@@ -80,6 +80,7 @@ class Denoiser:
                     prediction.argmax.astype(mx.int32),
                     prediction.entropy.astype(mx.float32).view(mx.int32),
                     prediction.dropped_mass.astype(mx.float32).view(mx.int32),
+                    probability(prediction, proposal).astype(mx.float32).view(mx.int32),
                 ])
             )  # fmt: skip
         # One array of all that the host wants to know, so that it reads once.
@@ -279,9 +280,10 @@ def until_done(prefix: Prefix) -> Callable[[object, Canvas], InFlight | None]:
 
 
 def _after(canvas: Canvas, passed: Passed, wanted: np.ndarray) -> Canvas:
-    """A canvas after a pass, with what was read of it, [5, C] as `Denoiser.queue` packs it."""
+    """A canvas after a pass, with what was read of it, [6, C] as `Denoiser.queue` packs it."""
     draft, accepted, argmax = wanted[0], wanted[1].astype(bool), wanted[2]
     entropy, dropped = wanted[3].view(np.float32), wanted[4].view(np.float32)
+    likelihood = wanted[5].view(np.float32)
     shown, _ = as_shown(canvas.settings, draft, entropy)
     unchanged = np.where(shown == canvas.shown, canvas.unchanged + 1, 0)
     settled = None
@@ -293,6 +295,7 @@ def _after(canvas: Canvas, passed: Passed, wanted: np.ndarray) -> Canvas:
         few_suffice=dropped <= _FEW_LEAVE,
         draft=draft,
         entropy=entropy,
+        probability=np.where(np.isnan(likelihood), canvas.probability, likelihood),
         accepted=accepted,
         shown=shown,
         unchanged=unchanged,

@@ -86,6 +86,7 @@ class Predictor:
             assert seen.draw is not None and seen.draw_log_probability is not None
             whole = Prediction(
                 argmax=seen.argmax,
+                probability=mx.exp(seen.argmax_log_probability),
                 draw=seen.draw,
                 entropy=seen.entropy,
                 confidence=mx.exp(seen.draw_log_probability),

@@ -33,6 +33,14 @@ class Proposal:
 Sampler = Callable[[Prediction, Canvas], Proposal]
 
 
+def probability(prediction: Prediction, proposal: Proposal) -> mx.array:
+    """[C] the probability of a draft; NaN where it keeps a token that this pass did not give."""
+    if proposal.draft is prediction.argmax:
+        return prediction.probability
+    drawn = mx.where(proposal.draft == prediction.draw, prediction.confidence, mx.nan)
+    return mx.where(proposal.draft == prediction.argmax, prediction.probability, drawn)
+
+
 def propose(prediction: Prediction, canvas: Canvas) -> Proposal:
     """What the canvas's own sampler makes of a prediction.
 

@@ -13,6 +13,7 @@ import numpy as np
 from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.checks import check_text, check_texts
 from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.diffusion.constraints import FREE
 from mlx_diffgemma.diffusion.events import CanvasCommitted
 from mlx_diffgemma.diffusion.matching import BrokenOffError, MatchingSettings, generate_matching
 from mlx_diffgemma.editing.grammar import (
@@ -40,6 +41,7 @@ class Structured:
         text: the answer.
         tokens: its tokens.
         entropy: nats of uncertainty of each token when it was decided; 0 where there was no choice.
+        probability: of each token, likewise; 1 where there was no choice.
         denoising_steps: steps of each canvas, those of the thought first.
         passes: forward passes over a canvas, all in all.
         seed: the seed of every random draw.
@@ -50,6 +52,7 @@ class Structured:
     text: str
     tokens: tuple[int, ...]
     entropy: tuple[float, ...]
+    probability: tuple[float, ...]
     denoising_steps: tuple[int, ...]
     passes: int
     seed: int
@@ -178,19 +181,27 @@ def _run(session: Session, matcher: GrammarMatcher, thinks: Any) -> Structured:
     )
     tokens: list[int] = []
     entropy: list[float] = []
+    probability: list[float] = []
     steps = list(thought.steps)
     latest = np.zeros(session.length)
+    draft, likely = np.full(session.length, FREE), np.ones(session.length)
     try:
         for event in events:
             if isinstance(event, CanvasCommitted):
                 tokens += event.tokens
                 entropy += latest[: len(event.tokens)].tolist()
+                chosen = draft[: len(event.tokens)] == event.tokens
+                probability += np.where(chosen, likely[: len(event.tokens)], 1.0).tolist()
                 steps.append(event.passes)
                 latest = np.zeros(session.length)
+                draft, likely = np.full(session.length, FREE), np.ones(session.length)
             else:
                 # A token that is pinned has no entropy left: what it had before is what counts.
-                now = event.canvas.entropy
-                latest[: len(now)] = np.where(now > 0, now, latest[: len(now)])
+                now = event.canvas
+                undecided = np.flatnonzero(now.entropy > 0)
+                latest[undecided] = now.entropy[undecided]
+                draft[undecided] = now.draft[undecided]
+                likely[undecided] = now.probability[undecided]
                 session.stepped(event)
     except BrokenOffError as error:
         raise UnmetConstraintError(str(error), vocabulary.decode(error.tokens)) from error
@@ -198,6 +209,7 @@ def _run(session: Session, matcher: GrammarMatcher, thinks: Any) -> Structured:
         text=vocabulary.decode(tokens),
         tokens=tuple(tokens),
         entropy=tuple(entropy),
+        probability=tuple(probability),
         denoising_steps=tuple(steps),
         passes=session.passes,
         seed=session.seed,

@@ -60,6 +60,7 @@ def few_tokens_pass(
     fixed = mx.array(positions.fixed)
     return VocabularyResult(
         argmax=positions.spread(tokens[best], fixed),
+        argmax_log_probability=positions.spread(x.max(axis=-1) - log_sum),
         draw=None if draw is None else positions.spread(draw, fixed),
         entropy=positions.spread(mx.maximum(-(p * log_p).sum(axis=-1), 0.0)),
         log_sum=positions.spread(log_sum),

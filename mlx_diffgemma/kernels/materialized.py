@@ -59,6 +59,7 @@ def whole_pass(
         dropped = mx.where(bound, 0.0, mx.maximum(1.0 - mass, 0.0))
     return VocabularyResult(
         argmax=argmax,
+        argmax_log_probability=mx.where(bound, 0.0, x.max(axis=-1) - log_sum),
         draw=draw,
         entropy=mx.where(bound, 0.0, -(p * log_p).sum(axis=-1)),
         log_sum=mx.where(bound, 0.0, log_sum),

@@ -59,6 +59,7 @@ class VocabularyResult:
 
     Attributes:
         argmax: [N] int32.
+        argmax_log_probability: [N] float32, that of `argmax`, 0 where a token is fixed.
         draw: [N] int32, in rows without a key the argmax; None if no row has a key.
         entropy: [N] float32, in nats; NaN where nothing is allowed or a logit is not finite.
         log_sum: [N] float32, the logarithm of the sum of the exponentials of the logits; 0 where a
@@ -74,6 +75,7 @@ class VocabularyResult:
     """
 
     argmax: mx.array
+    argmax_log_probability: mx.array
     draw: mx.array | None
     entropy: mx.array
     log_sum: mx.array

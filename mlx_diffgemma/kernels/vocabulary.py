@@ -102,6 +102,7 @@ def vocabulary_pass(
     fixed = mx.array(positions.fixed)
     return VocabularyResult(
         argmax=positions.spread(argmax, fixed),
+        argmax_log_probability=positions.spread(-log_total),
         draw=None if draw is None else positions.spread(draw, fixed),
         # Rounding may leave a certain position a hair below zero.
         entropy=positions.spread(mx.maximum(log_total - state.weighted / total, 0.0)),

@@ -82,6 +82,7 @@ class MockPredict:
                 entropy[3] = np.nan
             prediction = Prediction(
                 argmax=mx.array(argmax),
+                probability=mx.array(np.exp(-entropy / 2)),
                 draw=mx.array(draw),
                 entropy=mx.array(entropy),
                 confidence=mx.array(np.exp(-entropy)),
@@ -127,6 +128,7 @@ class Told:
             Passed(
                 Prediction(
                     argmax=mx.array(steps[canvas.passes][0].astype(np.int32)),
+                    probability=mx.ones((len(canvas),)),
                     draw=canvas.tokens,
                     entropy=mx.array(steps[canvas.passes][1].astype(np.float32)),
                     confidence=mx.ones((len(canvas),)),

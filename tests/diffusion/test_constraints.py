@@ -47,10 +47,14 @@ class RandomPredict:
         drawn = mx.take_along_axis(log_p, draw[..., None], axis=-1)[..., 0]
         entropy = -mx.where(log_p == -mx.inf, 0.0, mx.exp(log_p) * log_p).sum(axis=-1)
         argmax = mx.argmax(processed, axis=-1).astype(mx.int32)
-        zeros = mx.zeros(entropy.shape)
+        zeros, best = mx.zeros(entropy.shape), mx.exp(log_p.max(axis=-1))
         return [
-            Passed(Prediction(argmax[n], draw[n], entropy[n], mx.exp(drawn[n]), soft, zeros[n]))
-            for n, soft in enumerate(mx.zeros((*tokens.shape, 2)))
+            Passed(Prediction(*row, soft, zeros[0]))
+            for row, soft in zip(
+                zip(argmax, best, draw, entropy, mx.exp(drawn), strict=True),
+                mx.zeros((*tokens.shape, 2)),
+                strict=True,
+            )
         ]
 
     def may(self, canvases) -> mx.array:

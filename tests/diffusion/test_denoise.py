@@ -78,6 +78,7 @@ def beside_the_naive_loop(config: DiffusionConfig, seed: int) -> int:
             draft, accepted, canvas = steps[after.passes - 1]
             assert after.draft.tolist() == draft
             assert after.accepted.tolist() == accepted
+            np.testing.assert_allclose(after.probability, np.exp(-after.entropy / 2), rtol=1e-6)
             assert after.tokens.tolist() == canvas
             assert after.done == (after.passes == len(steps))
             if after.passes < config.max_denoising_steps:

@@ -268,8 +268,9 @@ def test_entropy_of_certainty_is_zero(setting) -> None:
 
 def test_split_gives_each_canvas_its_own(setting) -> None:
     whole = Prediction(
-        argmax=mx.arange(9), draw=mx.arange(9), entropy=mx.arange(9), confidence=mx.arange(9),
-        soft_embeddings=mx.arange(18).reshape(9, 2), dropped_mass=mx.arange(9),
+        argmax=mx.arange(9), probability=mx.arange(9), draw=mx.arange(9), entropy=mx.arange(9),
+        confidence=mx.arange(9), soft_embeddings=mx.arange(18).reshape(9, 2),
+        dropped_mass=mx.arange(9),
     )  # fmt: skip
     parts = split(whole, [4, 2, 3])
     assert [part.draw.tolist() for part in parts] == [[0, 1, 2, 3], [4, 5], [6, 7, 8]]

@@ -82,7 +82,8 @@ def test_the_references_sampler_is_these_two():
     values = np.random.default_rng(0).random(length).astype(np.float32)
     prediction = Prediction(
         argmax=mx.arange(length), draw=mx.arange(length) + 20, entropy=mx.array(values),
-        confidence=mx.zeros((length,)), soft_embeddings=None, dropped_mass=mx.zeros((length,)),
+        probability=mx.ones((length,)), confidence=mx.zeros((length,)),
+        soft_embeddings=None, dropped_mass=mx.zeros((length,)),
     )  # fmt: skip
     proposal = entropy_bound(prediction, canvas)
     taken = naive(values.tolist(), 0.4)

@@ -23,6 +23,7 @@ from mlx_diffgemma.diffusion.sampler import (
     ddim_posterior,
     discrete_ddim,
     entropy_bound,
+    probability,
     propose,
 )
 from mlx_diffgemma.errors import UsageError
@@ -59,6 +60,7 @@ def prediction(confidence, draw=None, argmax=None) -> Prediction:
     argmax = np.full(confidence.shape, 40) if argmax is None else argmax
     return Prediction(
         argmax=mx.array(argmax),
+        probability=mx.array(confidence) / 2,
         draw=mx.array(draw),
         entropy=mx.array(-np.log(confidence)),
         soft_embeddings=mx.zeros((*confidence.shape, 4)),
@@ -88,6 +90,9 @@ def test_block_refinement_keeps_its_share_for_good() -> None:
     assert second.accepted.tolist() == [True, False, False, True, True, False, True, True]
     assert second.tokens[6:].tolist() == [6, 7]  # kept, though drawn otherwise now
     assert second.draft.tolist() == [30, 40, 40, 30, 30, 40, 6, 7]
+    known = np.array(probability(again, second))
+    assert known[:6].tolist() == np.float32([0.95, 0.1, 0.15, 0.91, 0.92, 0.05]).tolist()
+    assert np.isnan(known[6:]).all()  # of what was kept, that of the step that drew it counts
 
 
 def test_block_refinement_is_complete_after_its_steps() -> None:

@@ -61,7 +61,9 @@ def test_json_always_validates(load):
         jsonschema.validate(json.loads(found.text), schema)
         open_tokens = choices_in(model, tokenizer, schema, found.tokens)
         assert found.passes <= open_tokens + len(found.denoising_steps)  # one wait a canvas
-        assert len(found.tokens) == len(found.entropy) <= 160
+        assert len(found.tokens) == len(found.entropy) == len(found.probability) <= 160
+        for entropy, p in zip(found.entropy, found.probability, strict=True):
+            assert p == 1 if entropy == 0 else np.exp(-entropy) - 1e-4 <= p <= 1
         assert found.passes == sum(found.denoising_steps)
         passes, tokens, done = passes + found.passes, tokens + len(found.tokens), done + 1
         choices += open_tokens

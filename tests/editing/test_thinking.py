@@ -47,8 +47,8 @@ class Scripted:
             self.bound.append(prefixes[0].ids)
             return [passed]
         tokens, soft = mx.array(self.canvases[canvas.index]), passed.prediction.soft_embeddings
-        certain = mx.zeros((CANVAS,))
-        return [Passed(Prediction(tokens, tokens, certain, certain + 1, soft, certain))]
+        none = mx.zeros((CANVAS,))
+        return [Passed(Prediction(tokens, none + 1, tokens, none, none + 1, soft, none))]
 
 
 @pytest.fixture

@@ -70,6 +70,8 @@ def test_draws_follow_the_probabilities():
     p = {int(t): float(np.exp(x)) for t, x in seen}
     for token in (3, 90, 7):
         assert (draws == token).mean() == pytest.approx(p[token], abs=0.03)
+    best = np.exp(np.array(found.argmax_log_probability))
+    np.testing.assert_allclose(best, max(p.values()), rtol=1e-5)
 
 
 def test_what_is_not_finite_shows():

@@ -309,6 +309,7 @@ def test_a_whole_pass_with_every_kernel_forced_on(launcher: Launcher, form: str)
     assert np.array_equal(ours.argmax, twin.argmax)
     assert np.array_equal(ours.draw, twin.draw)
     for name in (
+        "argmax_log_probability",
         "entropy",
         "log_sum",
         "draw_log_probability",

@@ -414,6 +414,7 @@ def test_a_token_knows_its_probability(run: Pass) -> None:
     result = run(hidden, table, rows, standing=standing)
     log_p = np.log(in_float64(hidden, table, np.repeat([0.5, 0.8], 12)).p)
     for tokens, found in (
+        (result.argmax, result.argmax_log_probability),
         (result.draw, result.draw_log_probability),
         (standing, result.standing_log_probability),
     ):
