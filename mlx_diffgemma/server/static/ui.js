@@ -76,7 +76,7 @@ export function Range({ label, value, min = 0, max, step = 1, onInput, said, ...
     <span class="range-label">${label}</span>
     <input type="range" min=${min} max=${max} step=${step} value=${value}
       aria-valuetext=${said} onInput=${(event) => onInput(Number(event.target.value))} ...${rest} />
-    <output>${said}</output>
+    <span class="said-value" aria-hidden="true">${said}</span>
   </label>`;
 }
 
