@@ -70,6 +70,13 @@ class DiffusionConfig:
             panel=_LOOP,
         ),
     ] = 0.9
+    draw_likeliest: Annotated[
+        bool,
+        Setting(
+            "Draws that take the likeliest token, so that nothing but the noise is random.",
+            panel=_LOOP,
+        ),
+    ] = False
     stop_at_eos: Annotated[
         bool,
         Setting(
@@ -134,7 +141,7 @@ class DiffusionConfig:
             raise UsageError(
                 f"unknown sampler {shown(self.sampler)}; known are {', '.join(SAMPLERS)}."
             )
-        for name in ("stop_at_eos", "shrink_canvas", "forbid_empty"):
+        for name in ("draw_likeliest", "stop_at_eos", "shrink_canvas", "forbid_empty"):
             check_flag(name, getattr(self, name))
         check_number("accept_threshold", self.accept_threshold, 0.0)
         if not isinstance(self.eos_token_ids, tuple):

@@ -24,6 +24,8 @@ from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
+_LIKELY = 8192  # tokens of an answer; one that may take more mostly ends before
+
 Constrain = Callable[[int, int], Layout | None]
 """What a canvas must hold, by the row of its sequence and its number."""
 Ends = Callable[[int, Sequence[int]], bool]
@@ -192,9 +194,10 @@ def canvas_length(model: DiffusionGemma, config: DiffusionConfig, room: int) -> 
 
 
 def reserved(model: DiffusionGemma, config: DiffusionConfig) -> int:
-    """Positions that an answer may take in its prefix: whole canvases."""
+    """Positions to make room for behind a prompt: whole canvases, for as much of an answer as is
+    likely to be written. Behind more the prefix grows a canvas at a time."""
     length = config.canvas_length or model.config.canvas_length
-    return -(-config.max_tokens // length) * length
+    return -(-min(config.max_tokens, max(_LIKELY, length)) // length) * length
 
 
 def cut(

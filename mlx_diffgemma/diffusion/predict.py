@@ -83,13 +83,15 @@ class Predictor:
                 states = mx.concatenate([hidden[slice(*spans[n])] for n in some])
             asked = [rows[n] for n in some]
             seen = self.model.predict(states, asked, mx.concatenate([standing[n] for n in some]))
-            assert seen.draw is not None and seen.draw_log_probability is not None
+            draw, log_p = seen.draw, seen.draw_log_probability
+            if draw is None or log_p is None:
+                draw, log_p = seen.argmax, seen.argmax_log_probability
             whole = Prediction(
                 argmax=seen.argmax,
                 probability=mx.exp(seen.argmax_log_probability),
-                draw=seen.draw,
+                draw=draw,
                 entropy=seen.entropy,
-                confidence=mx.exp(seen.draw_log_probability),
+                confidence=mx.exp(log_p),
                 soft_embeddings=seen.soft_embeddings,
                 dropped_mass=seen.dropped_mass,
             )
@@ -118,7 +120,7 @@ def _row(canvas: Canvas, places: np.ndarray) -> Row:
     return Row(
         length=len(places),
         temperature=canvas.temperature,
-        key=canvas.noise.draw_key(canvas.index, canvas.step),
+        key=None if settings.draw_likeliest else canvas.noise.draw_key(canvas.index, canvas.step),
         fixed=layout.fixed if layout is not None and layout.pins else None,
         allowed=allowed,
         candidates=few,

@@ -58,7 +58,8 @@ class Server:
         self.settings, self.name = settings, name
         self.metrics = metrics.Metrics()
         self.failure: BaseException | None = None
-        self._load, self._engine = load, None
+        self._load = load
+        self._engine: Engine | None = None
         self._started = time.monotonic()
         self._loading = threading.Thread(target=self._open, name="loading", daemon=True)
         self._shapes: list[tuple[Route, Shape]] = []
@@ -234,7 +235,7 @@ class Observed:
             counts.open -= 1
             gone = bool(scope.get("gone"))
             seconds = time.monotonic() - started
-            route = scope.get("route", "other")
+            route = scope["route"].path if "route" in scope else "other"
             counts.ended(route, _known(scope["method"]), _GONE if gone else status, seconds, gone)
             logs.log.info(
                 logs.line(
@@ -252,7 +253,7 @@ class Observed:
 
 def _guarded(route: Route, shape: Shape) -> Callable[[Request], Any]:
     async def run(request: Request) -> Response:
-        request.scope["route"] = route.path
+        request.scope["route"] = route
         try:
             response = await route.endpoint(request)
         except Exception as error:

@@ -1,190 +1,125 @@
-"""What every protocol asks for and gets: `Asked` goes in, `Piece`s come out.
-
-A protocol's file turns its requests into `Asked`, and pieces into its own answers. Nothing here
-knows how a request or an answer is spelt on the wire.
-"""
+"""Asking the engine for text: `Asked` goes in, `Piece`s come out, whatever the protocol."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
-Reason = Literal["stop", "length", "tool_calls"]
+from mlx_diffgemma.diffusion.generate import reserved
+from mlx_diffgemma.server.engine import Engine
+from mlx_diffgemma.server.jobs import Ticket
+from mlx_diffgemma.server.pieces import (
+    Asked,
+    Call,
+    Ended,
+    Frame,
+    Piece,
+    Started,
+    Text,
+    Thought,
+    TokenInfo,
+)
+from mlx_diffgemma.server.preparing import Prepared, count, prepare
+from mlx_diffgemma.server.working import encoding, work_of
+
+__all__ = [
+    "Asked",
+    "Call",
+    "Ended",
+    "Frame",
+    "Piece",
+    "Started",
+    "Text",
+    "Thought",
+    "TokenInfo",
+    "answer",
+    "count_tokens",
+]
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One request for text, whatever the protocol.
+async def answer(engine: Engine, *asked: Asked) -> AsyncIterator[Piece]:
+    """The pieces of all answers as they come. Those of the first request have the indices from 0
+    to n − 1, and those of each further one go on from there. Close the iterator (`aclosing`) to
+    cancel what still runs.
 
-    Attributes:
-        messages: a conversation in the library's form: `role`, `content` (a text or parts),
-            `tool_calls`, `tool_call_id`, `name`, `reasoning_content`; None where `prompt` is given.
-        prompt: a text or token ids to go on from, without a chat template. Control tokens that the
-            text spells are never obeyed.
-        suffix: the text behind the answer: what is written is what stands between both.
-        system: a system message before the others.
-        tools: what may be called, `{"type": "function", "function": {...}}` each.
-        tool_choice: "auto", "none", "required", or the name of the function to call; None is
-            "auto".
-        json_schema: what the answer must satisfy as JSON; True allows any JSON object.
-        regex: what the whole answer must match, in Rust's syntax.
-        max_tokens: most tokens of the answer; None is what the context leaves.
-        temperature: factor of `t_min` and `t_max`; None and 1 are the checkpoint's own, 0 is as
-            cold as the sampler goes, which draws the likeliest token.
-        seed: makes the answer repeatable; None draws a fresh one.
-        stop: texts that end the answer.
-        n: answers to give, the first by `seed` and each further one by the next.
-        thinking: whether to think before the answer; None leaves it to the chat template.
-        logprobs: whether text is to come with its tokens.
-        frames: whether to give a `Frame` after every denoising step.
-        prefill: the text that the answer begins with; it is not repeated in what comes out.
-        settings: fields of `DiffusionConfig` to put over the checkpoint's.
-        profile: the name of settings that trade fidelity for speed.
-        chat_template_kwargs: variables for the chat template.
+    Each answer is what its seed gives alone: of free text, what `stream_generate` gives.
+
+    Raises:
+        UsageError, PromptError, RefusedError: a request is malformed or contradicts itself.
+        MemoryShortageError, QueueFullError: it does not fit, or not now.
+        UnmetConstraintError: the form that was asked for could not be kept.
+        NumericalError: the model returned values that are not finite.
     """
-
-    messages: list[dict[str, Any]] | None = None
-    prompt: str | list[int] | None = None
-    suffix: str | None = None
-    system: str | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | None = None
-    json_schema: Mapping[str, Any] | bool | None = None
-    regex: str | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    n: int = 1
-    thinking: bool | None = None
-    logprobs: bool = False
-    frames: bool = False
-    prefill: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    profile: str | None = None
-    chat_template_kwargs: Mapping[str, Any] | None = None
+    prepared = [await asyncio.to_thread(prepare, engine, each) for each in asked]
+    tickets: list[Ticket] = []
+    try:
+        for each in prepared:
+            known = await _encoded_once(engine, each) if each.asked.n > 1 else None
+            for number in range(each.asked.n):
+                work = work_of(each, number, len(tickets), known)
+                tickets.append(_submit(engine, each, work))
+        async for piece in _merged(tickets):
+            if isinstance(piece, Ended):
+                engine.counters.tokens += piece.completion_tokens
+            yield piece
+    finally:
+        for ticket in tickets:
+            ticket.cancel()
 
 
-@dataclass(frozen=True)
-class TokenInfo:
-    """A token of an answer when it was committed.
-
-    Attributes:
-        token: its id.
-        text: what it spells by itself.
-        spelled: its bytes, which may be a part of a character.
-        log_probability: in nats, at the temperature of the last step; 0 where there was no choice.
-        entropy: of its position, in nats, likewise.
-    """
-
-    token: int
-    text: str
-    spelled: bytes
-    log_probability: float
-    entropy: float
+async def count_tokens(engine: Engine, asked: Asked) -> int:
+    """Tokens of the prompt that a request makes; errors as for `answer`."""
+    return await asyncio.to_thread(count, engine, asked)
 
 
-@dataclass(frozen=True)
-class Started:
-    """The prompt of an answer is known; the first piece of each answer.
-
-    Attributes:
-        index: which of the answers.
-        prompt_tokens: tokens of the prompt.
-        cached_tokens: how many of them were known from earlier requests.
-    """
-
-    index: int
-    prompt_tokens: int
-    cached_tokens: int = 0
+def _submit(engine: Engine, prepared: Prepared, work: Any) -> Ticket:
+    return engine.submit(
+        work,
+        prompt_tokens=len(prepared.encoded.ids),
+        answer_tokens=reserved(engine.model, prepared.config),
+    )
 
 
-@dataclass(frozen=True)
-class Text:
-    """Some text of an answer; `tokens` only where `logprobs` were asked for."""
-
-    index: int
-    text: str
-    tokens: tuple[TokenInfo, ...] = ()
-
-
-@dataclass(frozen=True)
-class Thought:
-    """Some of what was thought before an answer."""
-
-    index: int
-    text: str
+async def _encoded_once(engine: Engine, prepared: Prepared) -> int:
+    """Encode a prompt that several answers begin from, for the engine to keep; how many of its
+    tokens were known."""
+    known = 0
+    async with _submit(engine, prepared, encoding(prepared)) as ticket:
+        async for found in ticket:
+            known = found
+    return known
 
 
-@dataclass(frozen=True)
-class Call:
-    """One whole call of a tool.
+async def _merged(tickets: Sequence[Ticket]) -> AsyncIterator[Any]:
+    """What all tickets give, as it comes; the first error ends it."""
+    if len(tickets) == 1:
+        async for value in tickets[0]:
+            yield value
+        return
+    values: asyncio.Queue[tuple[Any, BaseException | None]] = asyncio.Queue(1)
 
-    Attributes:
-        index: which of the answers.
-        number: which call of the answer, from 0.
-        id: its name for the results that refer to it; new for every call.
-        name: the function's.
-        arguments: by their names, as JSON values.
-    """
+    async def pump(ticket: Ticket) -> None:
+        error: BaseException | None = None
+        try:
+            async for value in ticket:
+                await values.put((value, None))
+        except Exception as raised:
+            error = raised
+        await values.put((None, error))
 
-    index: int
-    number: int
-    id: str
-    name: str
-    arguments: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Frame:
-    """A canvas as it stands after a denoising step.
-
-    Attributes:
-        index: which of the answers.
-        block: which canvas of the answer, from 0.
-        step: denoising steps run on it, from 1.
-        total: steps that it may take at most.
-        text: what it would add to the answer's text.
-        thought: what it would add to the thought.
-    """
-
-    index: int
-    block: int
-    step: int
-    total: int
-    text: str
-    thought: str = ""
-
-
-@dataclass(frozen=True)
-class Ended:
-    """The last piece of an answer.
-
-    Attributes:
-        index: which of the answers.
-        reason: "stop", "length" (by `max_tokens` or the context), or "tool_calls".
-        prompt_tokens, cached_tokens: as in `Started`.
-        completion_tokens: tokens of the answer, those of thoughts and calls among them.
-        thought_tokens: how many of them belong to thoughts, as far as that is known.
-        stop_string: the stop string that ended it, or None.
-        seed: what every random draw of it followed from.
-        converged: whether every canvas was done before its steps were used up.
-        steps: denoising steps of each canvas.
-        context_full: whether it ended because the context did.
-    """
-
-    index: int
-    reason: Reason
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    stop_string: str | None = None
-    seed: int = 0
-    converged: bool = True
-    steps: tuple[int, ...] = ()
-    thought_tokens: int = 0
-    context_full: bool = False
-
-
-Piece = Started | Text | Thought | Call | Frame | Ended
+    pumps = [asyncio.create_task(pump(ticket)) for ticket in tickets]
+    try:
+        left = len(pumps)
+        while left:
+            value, error = await values.get()
+            if error is not None:
+                raise error
+            if value is None:
+                left -= 1
+            else:
+                yield value
+    finally:
+        for each in pumps:
+            each.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)

@@ -43,7 +43,7 @@ def failed(scope: Any, status: int, error: BaseException) -> None:
 class Lines(logging.Formatter):
     """The time in UTC and the level before every line."""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
 
     def __init__(self) -> None:
         super().__init__(

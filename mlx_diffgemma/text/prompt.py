@@ -78,7 +78,7 @@ def encode(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     prefill_response: str | None = None,
 ) -> Encoded:
-    """A prompt as the model reads it.
+    """A prompt as the model reads it; one that is encoded already is that.
 
     Text of the user that spells a control token stays text, unless `markers` says otherwise. Only
     token ids are taken as they are.
@@ -102,6 +102,8 @@ def encode(
         CheckpointError: the chat template is missing or broken.
     """
     check_tokenizer(tokenizer)
+    if isinstance(prompt, Encoded):
+        return prompt
     if system_prompt is not None:
         check_text("system_prompt", system_prompt)
     for name, value in (("raw", raw), ("thinking", thinking)):

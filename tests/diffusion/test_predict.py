@@ -284,3 +284,17 @@ def test_large_vocabularies_go_in_tiles(tiny_model) -> None:
     small, large = tiny_model(vocab_size=300), tiny_model(vocab_size=9000)
     assert small.vocabulary_pass is whole_pass
     assert large.vocabulary_pass is not whole_pass
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_likeliest_tokens_are_drawn_alone_and_beside_draws(setting, form: str) -> None:
+    model, prefixes, *_ = setting
+    drawn = canvases_of(setting, 0.8)
+    sure = [replace(each, settings=each.settings.override(draw_likeliest=True)) for each in drawn]
+    for canvases in (sure, [drawn[0], sure[1]]):
+        found = predicted(form, model, canvases, prefixes)
+        draw, argmax = (np.array(each).reshape(2, -1) for each in (found.draw, found.argmax))
+        assert draw[1].tolist() == argmax[1].tolist()
+        assert (draw[0] == argmax[0]).all() == (canvases is sure)
+        seen, best = (np.array(p).reshape(2, -1) for p in (found.confidence, found.probability))
+        np.testing.assert_allclose(seen[1], best[1], rtol=1e-5)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import uvicorn
+
 from mlx_diffgemma.server import asking
 from mlx_diffgemma.server.app import create_app
 from mlx_diffgemma.server.asking import Asked, Call, Ended, Piece, Started, Text, Thought

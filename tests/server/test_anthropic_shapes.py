@@ -41,9 +41,7 @@ def client(url, told):
 
 
 def ask(client, **fields):
-    return client.messages.create(
-        **{"model": "demo", "max_tokens": 64, "messages": USER, **fields}
-    )
+    return client.messages.create(**{"model": "demo", "max_tokens": 64, "messages": USER, **fields})
 
 
 def test_a_message_has_text_and_usage(client, told):

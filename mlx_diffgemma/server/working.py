@@ -1,0 +1,392 @@
+"""What the engine does for a request: the library's own functions, whose results become pieces.
+
+Everything here runs on the engine's thread, but for the functions that make the works.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mlx_diffgemma.diffusion.encode import encode as encode_prefix
+from mlx_diffgemma.diffusion.events import DenoisingStep
+from mlx_diffgemma.diffusion.generate import cut
+from mlx_diffgemma.editing.infill import infill
+from mlx_diffgemma.editing.structured import Structured, generate_structured
+from mlx_diffgemma.editing.vocabulary import Vocabulary
+from mlx_diffgemma.generation import GenerationResponse, stream_generate
+from mlx_diffgemma.server.jobs import Seat, Work
+from mlx_diffgemma.server.pieces import (
+    Call,
+    Ended,
+    Frame,
+    Piece,
+    Reason,
+    Started,
+    Text,
+    Thought,
+    TokenInfo,
+)
+from mlx_diffgemma.server.preparing import Prepared
+from mlx_diffgemma.text.prompt import Encoded
+from mlx_diffgemma.text.tool_calls import ToolCall
+
+TRIES = 4
+"""Answers that are tried, with one seed after another, under a schema that says more than a grammar
+can enforce."""
+_BEHIND = 16  # pieces that a client has not read, from which it is shown no frames
+_LEAST = 1e-30  # probability, of which there is a logarithm
+
+
+def encoding(prepared: Prepared) -> Work:
+    """Encode the prompt and nothing else; gives how many of its tokens were known."""
+
+    def work(seat: Seat) -> Iterator[int]:
+        ids = prepared.encoded.ids
+        for _ in encode_prefix(seat.model, seat.cache, ids, marks=(len(ids),)):
+            pass
+        yield seat.cached_tokens
+
+    return work
+
+
+def work_of(prepared: Prepared, number: int, index: int, known: int | None) -> Work:
+    """What answers a request.
+
+    Args:
+        number: which of its answers, from 0, by which its seed goes.
+        index: what its pieces are called.
+        known: tokens of the prompt that were known before the first answer; None for those that
+            this one finds.
+    """
+
+    def work(seat: Seat) -> Iterator[Piece]:
+        return _Work(seat, prepared, number, index, known).pieces()
+
+    return work
+
+
+class _Work:
+    """One answer while it is written."""
+
+    def __init__(
+        self, seat: Seat, prepared: Prepared, number: int, index: int, known: int | None
+    ) -> None:
+        self.seat, self.prepared, self.index = seat, prepared, index
+        self.asked, self.config = prepared.asked, prepared.config
+        self.seed = prepared.seed + number
+        self._known = known
+        self._started = False
+        self._calls = 0
+
+    def pieces(self) -> Iterator[Piece]:
+        asked = self.asked
+        if asked.suffix is not None:
+            yield from self._filled()
+        elif self.prepared.names:
+            yield from self._called()
+        elif asked.json_schema not in (None, False) or asked.regex is not None:
+            yield from self._constrained()
+        else:
+            yield from self._free()
+
+    @property
+    def cached(self) -> int:
+        known = self.seat.cached_tokens if self._known is None else self._known
+        return min(known, len(self.prepared.encoded.ids))
+
+    def start(self) -> None:
+        """Say that the prompt is known, once."""
+        if not self._started:
+            self._started = True
+            count = len(self.prepared.encoded.ids)
+            self.seat.emit(Started(self.index, count, self.cached))
+
+    def ended(
+        self, reason: Reason, tokens: int, stop: str | None, steps: Sequence[int], **more: Any
+    ) -> Ended:
+        count = len(self.prepared.encoded.ids)
+        return Ended(
+            self.index,
+            reason,
+            count,
+            self.cached,
+            tokens,
+            stop,
+            steps=tuple(steps),
+            **{"seed": self.seed, **more},
+        )
+
+    @property
+    def shares(self) -> dict[str, Any]:
+        """What every function of the library takes from the seat."""
+        return {"denoiser": self.seat.denoiser, "prefix_cache": self.seat.cache}
+
+    # Free text, with the calls that the model makes of itself.
+
+    def _free(self) -> Iterator[Piece]:
+        asked, encoded = self.asked, self.prepared.encoded
+        responses = stream_generate(
+            self.seat.model,
+            self.seat.tokenizer,
+            encoded,
+            config=self.config,
+            seed=self.seed,
+            draft=asked.frames,
+            stop=asked.stop or None,
+            on_prefill=lambda done, total: self.start(),
+            **self.shares,
+        )
+        tokens = _Committed(self.seat, self.config.eos_token_ids) if asked.logprobs else None
+        given, thought_tokens = bool(encoded.prefill), 0
+        latest: GenerationResponse | None = None
+        for response in responses:
+            if given and not response.step and not response.denoising_steps:
+                given = False
+                continue  # the beginning, which the client has
+            if response.step:
+                latest = response
+                if asked.frames and self.seat.backlog < _BEHIND:
+                    yield self._frame(response)
+                continue
+            if tokens is not None and latest is not None:
+                tokens.take(latest)
+            if response.thought:
+                yield Thought(self.index, response.thought)
+            text = response.text + "".join(call.raw for call in response.failed_calls)
+            calls = response.tool_calls
+            if asked.tool_choice == "none" or not asked.tools:
+                text, calls = text + "".join(call.raw for call in calls), ()
+            if text:
+                infos = () if tokens is None else tokens.up_to(response.generation_tokens)
+                yield Text(self.index, text, infos)
+            yield from self._made(calls)
+            if response.finish_reason is not None:
+                reason = response.finish_reason
+                if reason == "tool_calls" and not self._calls:
+                    reason = "stop"
+                yield self.ended(
+                    reason,
+                    response.generation_tokens,
+                    response.stop_string,
+                    response.denoising_steps,
+                    converged=response.converged,
+                    context_full=response.context_full,
+                    thought_tokens=thought_tokens,
+                )
+
+    def _frame(self, response: GenerationResponse) -> Frame:
+        return Frame(
+            self.index,
+            response.canvas_index,
+            response.step,
+            self.config.max_denoising_steps,
+            response.draft,
+            response.draft_thought,
+        )
+
+    def _made(self, calls: Sequence[ToolCall]) -> Iterator[Call]:
+        for call in calls:
+            name = f"call_{uuid.uuid4().hex[:24]}"
+            yield Call(self.index, self._calls, name, call.name, call.arguments)
+            self._calls += 1
+
+    # Answers whose form is given.
+
+    def _structured(self, prompt: Encoded, **constraint: Any) -> Structured:
+        words = Vocabulary(
+            self.seat.tokenizer, self.seat.model.config.text.vocab_size, self.config.eos_token_ids
+        )
+
+        def show(step: DenoisingStep) -> None:
+            self.start()
+            if self.asked.frames and self.seat.backlog < _BEHIND:
+                draft = step.canvas.draft.tolist()
+                draft = cut(draft, self.config.eos_token_ids, len(draft))[0]
+                frame = Frame(
+                    self.index,
+                    step.canvas.index,
+                    step.canvas.passes,
+                    self.config.max_denoising_steps,
+                    words.decode(draft),
+                )
+                self.seat.emit(frame)
+
+        found = generate_structured(
+            self.seat.model,
+            self.seat.tokenizer,
+            prompt,
+            config=constraint.pop("config", self.config),
+            seed=self.seed,
+            on_step=show,
+            **constraint,
+            **self.shares,
+        )
+        self.start()
+        return found
+
+    def _constrained(self) -> Iterator[Piece]:
+        asked = self.asked
+        constraint: dict[str, Any] = {"regex": asked.regex, "thinking": asked.thinking or None}
+        if asked.json_schema is True:
+            constraint |= {"json_schema": {"type": "object"}}
+        elif asked.json_schema is not None:
+            constraint |= {"json_schema": asked.json_schema, "validate": TRIES}
+        found = self._structured(self.prepared.encoded, **constraint)
+        if found.thought:
+            yield Thought(self.index, found.thought)
+        infos = _infos(self.seat, self.config.eos_token_ids, found)
+        yield from self._whole(
+            found.text,
+            infos,
+            found.denoising_steps,
+            thought_tokens=len(found.thought_tokens),
+            seed=found.seed,
+        )
+
+    def _whole(
+        self,
+        text: str,
+        infos: Sequence[TokenInfo],
+        steps: Sequence[int],
+        *,
+        reason: Reason = "stop",
+        thought_tokens: int = 0,
+        **more: Any,
+    ) -> Iterator[Piece]:
+        """A text that comes at once, cut before the first stop string in it, and its end."""
+        found = [(text.find(stop), stop) for stop in self.asked.stop if stop in text]
+        stopped: str | None = None
+        if found:
+            place, stopped = min(found)
+            text, reason = text[:place], "stop"
+            infos = _within(infos, len(text.encode()))
+        if text:
+            yield Text(self.index, text, tuple(infos) if self.asked.logprobs else ())
+        count = thought_tokens + len(infos)
+        yield self.ended(reason, count, stopped, steps, thought_tokens=thought_tokens, **more)
+
+    def _called(self) -> Iterator[Piece]:
+        """A call that must be made: its name among those that may be called, then its arguments as
+        JSON under the schema of that function. Both stand where the model writes a call."""
+        encoded, names = self.prepared.encoded, self.prepared.names
+        ids = [*encoded.ids, *self.prepared.pinned]
+        words = Vocabulary(
+            self.seat.tokenizer, self.seat.model.config.text.vocab_size, self.config.eos_token_ids
+        )
+        steps: tuple[int, ...] = ()
+        name, written = next(iter(names)), 0
+        if len(names) > 1:
+            chosen = self._structured(replace(encoded, ids=ids), choices=list(names))
+            name, steps, written = chosen.text, chosen.denoising_steps, len(chosen.tokens)
+        ids += words.encode(name)
+        room = max(1, self.config.max_tokens - written)
+        found = self._structured(
+            replace(encoded, ids=ids),
+            json_schema=_as_object(names[name]),
+            validate=TRIES,
+            config=replace(self.config, max_tokens=room),
+        )
+        steps += found.denoising_steps
+        yield from self._made([ToolCall(name, json.loads(found.text), found.text)])
+        yield self.ended("tool_calls", written + len(found.tokens), None, steps, seed=found.seed)
+
+    # What stands between two texts.
+
+    def _filled(self) -> Iterator[Piece]:
+        before, after = str(self.asked.prompt), self.asked.suffix or ""
+        hole = "[[?]]"
+        while hole in before + after or (before + hole + after).count(hole) > 1:
+            hole = f"[{hole}]"
+
+        def show(step: DenoisingStep) -> None:
+            self.start()
+
+        lengths = self.prepared.lengths
+        found = infill(
+            self.seat.model,
+            self.seat.tokenizer,
+            before + hole + after,
+            hole=hole,
+            lengths=lengths,
+            config=self.config,
+            seed=self.seed,
+            on_step=show,
+            **self.shares,
+        )
+        self.start()
+        (filled,) = found.holes
+        infos = _infos(self.seat, self.config.eos_token_ids, filled)
+        limited = self.asked.max_tokens is not None and lengths[-1] == self.asked.max_tokens
+        reason: Reason = "length" if limited and len(filled.tokens) >= lengths[-1] else "stop"
+        yield from self._whole(filled.text, infos, [filled.steps], reason=reason)
+
+
+class _Committed:
+    """The tokens of an answer with what was known of each when it was committed; None for those
+    that are no part of its text."""
+
+    def __init__(self, seat: Seat, eos: Sequence[int]) -> None:
+        self._words = Vocabulary(seat.tokenizer, seat.model.config.text.vocab_size, tuple(eos))
+        self._eos = tuple(eos)
+        self._infos: list[TokenInfo | None] = []
+        self._given = 0
+        self._canvas = -1
+
+    def take(self, response: GenerationResponse) -> None:
+        """Take in a canvas as its last step left it, once."""
+        if response.canvas_index == self._canvas or response.parts is None:
+            return
+        self._canvas = response.canvas_index
+        tokens = cut(response.canvas, self._eos, len(response.canvas))[0]
+        pieces = response.parts.pieces(tokens)[1:]
+        for place, (token, piece) in enumerate(zip(tokens, pieces, strict=True)):
+            spelled = self._words.pieces[token]
+            info = _info(token, spelled, response.probability[place], response.entropy[place])
+            # A part of a character belongs to the text; markers and names of channels do not.
+            says = piece.kind == "text" and bool(piece.text or info.text == "\ufffd" * len(spelled))
+            self._infos.append(info if says and spelled else None)
+
+    def up_to(self, count: int) -> tuple[TokenInfo, ...]:
+        """Those of the first `count` tokens that were not given yet."""
+        start, self._given = self._given, max(self._given, count)
+        return tuple(info for info in self._infos[start:count] if info is not None)
+
+
+def _infos(seat: Seat, eos: Sequence[int], found: Any) -> list[TokenInfo]:
+    """The tokens of what was written, with their entropies, and probabilities where known."""
+    words = Vocabulary(seat.tokenizer, seat.model.config.text.vocab_size, tuple(eos))
+    likely = getattr(found, "probability", None) or [1.0] * len(found.tokens)
+    return [
+        _info(token, words.pieces[token], p, entropy)
+        for token, p, entropy in zip(found.tokens, likely, found.entropy, strict=True)
+    ]
+
+
+def _info(token: int, spelled: bytes, probability: float, entropy: float) -> TokenInfo:
+    text = spelled.decode(errors="replace")
+    log_p = min(0.0, math.log(max(probability, _LEAST)))
+    return TokenInfo(token, text, spelled, log_p, max(0.0, entropy))
+
+
+def _within(infos: Sequence[TokenInfo], length: int) -> list[TokenInfo]:
+    """The tokens that hold the first `length` bytes of what they spell."""
+    kept: list[TokenInfo] = []
+    end = 0
+    for info in infos:
+        if end >= length:
+            break
+        kept.append(info)
+        end += len(info.spelled)
+    return kept
+
+
+def _as_object(schema: Any) -> Any:
+    """The schema of arguments, which are an object."""
+    if isinstance(schema, dict) and "type" not in schema and "$ref" not in schema:
+        return {**schema, "type": "object"}
+    return schema
