@@ -51,7 +51,7 @@ def routes(server: Server) -> list[Route]:
     async def messages(request: Request) -> Response:
         fields = Fields(await read_json(request))
         asked, reply = _request(fields, server.engine.name)
-        headers = fields.headers()
+        headers = {"request-id": request.scope.get("request_id", ""), **fields.headers()}
         if fields.flag("stream"):
             events = _events(asking.answer(server.engine, asked), reply)
             return sse(events, keep_alive=_PING, failed=_failed, headers=headers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
-from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
@@ -31,7 +30,6 @@ REFUSED = {
     "assets": "holds images, and only text is supported; leave them out.",
     "calibration": "must be false: this server's probabilities are as the model gives them.",
 }
-REQUEST_ID_HEADER = "x-typesafe-request-id"
 
 
 def routes(server: Server) -> list[Route]:
@@ -50,12 +48,17 @@ def routes(server: Server) -> list[Route]:
         found = await _decided(server.engine, fields)
         answers = {name: say(answer) for name, answer in found.answers.items()}
         body = {"model": server.engine.name, "answers": answers, **more(found)}
-        return JSONResponse(body, headers={REQUEST_ID_HEADER: token_hex(8), **fields.headers()})
+        return JSONResponse(body, headers={**_named(request), **fields.headers()})
 
     return [
         Route("/v1/systemone", systemone, methods=["POST"]),
         Route("/v1/decisions", decisions, methods=["POST"]),
     ]
+
+
+def _named(request: Request) -> dict[str, str]:
+    """The name of the request, where typesafe-sdk looks for it."""
+    return {"x-typesafe-request-id": request.scope.get("request_id", "")}
 
 
 def error(status: int, message: str, param: str | None) -> Response:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
@@ -111,8 +111,11 @@ def routes(server: Server) -> list[Route]:
             whole = [line async for line in _lines(open_pieces, reply)]
         return JSONResponse(reply.whole(whole), headers=headers)
 
-    async def unsupported(request: Request) -> Response:
-        raise RefusedError(400, f"{UNSUPPORTED[request.scope['route'].path]}.")
+    def unsupported(why: str) -> Callable[[Request], Awaitable[Response]]:
+        async def refused(request: Request) -> Response:
+            raise RefusedError(400, f"{why}.")
+
+        return refused
 
     return [
         Route("/api/version", version),
@@ -121,7 +124,10 @@ def routes(server: Server) -> list[Route]:
         Route("/api/show", show, methods=["POST"]),
         Route("/api/chat", chat, methods=["POST"]),
         Route("/api/generate", generate, methods=["POST"]),
-        *(Route(path, unsupported, methods=["GET", "POST", "DELETE"]) for path in UNSUPPORTED),
+        *(
+            Route(path, unsupported(why), methods=["GET", "POST", "DELETE"])
+            for path, why in UNSUPPORTED.items()
+        ),
     ]
 
 

@@ -26,6 +26,7 @@ Event = str | bytes | Mapping[str, Any]
 KEEP_ALIVE_SECONDS = 10.0
 STALL_SECONDS = 60.0  # after which a client that reads nothing is dropped
 BODY_SECONDS = 30.0  # that a client may take for the next piece of its body
+_CANCELLING_SECONDS = 0.5  # after which a request that goes on is cancelled once more
 _AHEAD = 16  # events that wait for a client that reads slowly
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -64,11 +65,13 @@ class Lifeline:
             if over:
                 await asyncio.wait({answering})
         finally:
-            if not answering.done():
+            watching.cancel()
+            # `asyncio.wait_for` may lose a cancellation, so one is not enough.
+            while not answering.done():
                 scope["gone"] = True
                 answering.cancel()
-            watching.cancel()
-            await asyncio.wait({answering, watching})
+                await asyncio.wait({answering}, timeout=_CANCELLING_SECONDS)
+            await asyncio.wait({watching})
         if not scope.get("gone"):
             answering.result()
 

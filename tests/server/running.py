@@ -12,8 +12,6 @@ from typing import Any
 
 import uvicorn
 
-from mlx_diffgemma.server import asking
-from mlx_diffgemma.server.app import create_app
 from mlx_diffgemma.server.asking import Asked, Call, Ended, Piece, Started, Text, Thought
 
 
@@ -63,8 +61,8 @@ class Told:
     def say(self, *pieces: Piece, error: Exception | None = None, **end: Any) -> None:
         self.pieces, self.error, self.end = list(pieces), error, end
 
-    async def answer(self, engine: Any, asked: Asked) -> AsyncIterator[Piece]:
-        self.asked.append(asked)
+    async def answer(self, engine: Any, *asked: Asked) -> AsyncIterator[Piece]:
+        self.asked += asked
         last = Ended(0, "stop", 12, 5, completion_tokens=9)
         try:
             if self.pieces or self.error is None:
@@ -92,6 +90,3 @@ def thought(said: str) -> Thought:
 
 def call(name: str, number: int = 0, **arguments: Any) -> Call:
     return Call(0, number, f"call_{number}", name, arguments)
-
-
-__all__ = ["Told", "asking", "call", "create_app", "running", "text", "thought", "until"]

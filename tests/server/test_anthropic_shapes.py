@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import json
+from itertools import repeat
 
 import anthropic
 import httpx
 import pytest
-from running import Told, asking, call, create_app, running, text, thought
+from anthropic.types import Message, RawMessageDeltaEvent, TextBlock, Usage
+from running import call, text, thought, until
 
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.server.engine import QueueFullError
@@ -20,23 +22,9 @@ WEATHER = {
 }
 
 
-@pytest.fixture(scope="module")
-def url():
-    with running(create_app(SimpleNamespace(name="demo"))) as url:
-        yield url
-
-
 @pytest.fixture
-def told(monkeypatch):
-    told = Told()
-    monkeypatch.setattr(asking, "answer", told.answer)
-    monkeypatch.setattr(asking, "count_tokens", told.count_tokens)
-    return told
-
-
-@pytest.fixture
-def client(url, told):
-    with anthropic.Anthropic(base_url=url, api_key="k", max_retries=0) as client:
+def client(told_url, told):
+    with anthropic.Anthropic(base_url=told_url, api_key="k", max_retries=0) as client:
         yield client
 
 
@@ -79,17 +67,13 @@ def test_a_stream_adds_up_to_the_message(client, told):
     assert kinds.count("content_block_start") == kinds.count("content_block_stop") == 4
 
 
-def test_the_raw_stream_has_every_field_that_has_a_default(url, told):
+def test_the_raw_stream_has_every_field_that_has_a_default(told_url, told):
     """A client that reads strictly must find the fields that the package fills in by itself."""
-    from anthropic.types import Message, RawMessageDeltaEvent, TextBlock, Usage
-
     told.say(text("a"))
     body = {"model": "demo", "max_tokens": 9, "messages": USER, "stream": True}
-    raw = httpx.post(f"{url}/v1/messages", json=body).text
+    raw = httpx.post(f"{told_url}/v1/messages", json=body).text
     events = [dict(line.split(": ", 1) for line in each.split("\n")) for each in raw.split("\n\n")
               if each]  # fmt: skip
-    import json
-
     start, block, *_, delta, stop = [(each["event"], json.loads(each["data"])) for each in events]
     assert all(name == data["type"] for name, data in (start, block, delta, stop))
     assert start[1]["message"].keys() >= set(Message.model_fields)
@@ -138,7 +122,7 @@ def test_a_conversation_with_tools_is_translated(client, told):
         {"role": "assistant", "content": "It is"},
     ]  # fmt: skip
     system = [{"type": "text", "text": "be brief"}]
-    ask(client, messages=messages, system=system, tools=[WEATHER], temperature=0.5)
+    ask(client, messages=messages, system=system, tools=[WEATHER], extra_body={"temperature": 0.5})
     asked = told.asked[-1]
     function = {"name": "weather", "description": "Weather of a city."}
     function["parameters"] = WEATHER["input_schema"]
@@ -261,9 +245,8 @@ def test_tokens_are_counted(client, told):
 
 
 def test_a_client_that_leaves_closes_the_answer(client, told):
-    told.say(*[text("x" * 1000)] * 2000)
+    told.pieces = repeat(text("x" * 1000))
     with client.messages.stream(model="demo", max_tokens=9, messages=USER) as stream:
         next(iter(stream.text_stream))
-    from running import until
 
     until(lambda: told.closed == 1)
