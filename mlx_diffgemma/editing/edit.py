@@ -124,7 +124,7 @@ def edit(
     if steps == 0:
         unchanged = Filled(present, tuple(tokens), (0.0,) * len(tokens))
         return Edited(text, text, lines, unchanged, 0, 0, session.seed)
-    gaps = [Gap(tuple(lengths or _candidates(len(tokens), strength, session.length)))]
+    gaps = [Gap(tuple(lengths or candidate_lengths(len(tokens), strength, session.length)))]
     scores: dict[int, float] = {}
     if len(gaps[0].lengths) > 1:
         (scores,) = choose_lengths(session, [left, right], gaps)
@@ -168,8 +168,8 @@ def around_lines(text: str, lines: tuple[int, int]) -> tuple[str, str, str]:
     return "".join(all_lines[: first - 1]), present, end + "".join(all_lines[last:])
 
 
-def _candidates(present: int, strength: float, canvas_length: int) -> list[int]:
-    """How many tokens the new lines may take."""
+def candidate_lengths(present: int, strength: float, canvas_length: int) -> list[int]:
+    """How many tokens the new lines may take in the place of `present` ones."""
     if strength < 1.0 and present:
         return [present]
     lengths = {round(present * scale) for scale in _SCALES} if present else set(_FROM_NOTHING)

@@ -23,6 +23,10 @@ class Asked:
         prompt: a text or token ids to go on from, without a chat template. Control tokens that the
             text spells are never obeyed.
         suffix: the text behind the answer: what is written is what stands between both.
+        present: the text that stands now where the answer is to stand, by whose length that of the
+            answer goes; for a prompt with a suffix.
+        instruction: what the model is told of a prompt with a suffix; None says that something is
+            missing between them.
         system: a system message before the others.
         tools: what may be called, `{"type": "function", "function": {...}}` each.
         tool_choice: "auto", "none", "required", or the name of the function to call; None is
@@ -47,6 +51,8 @@ class Asked:
     messages: list[dict[str, Any]] | None = None
     prompt: str | list[int] | None = None
     suffix: str | None = None
+    present: str | None = None
+    instruction: str | None = None
     system: str | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | None = None

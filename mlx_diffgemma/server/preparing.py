@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.noise import checked_seed
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
+from mlx_diffgemma.editing.edit import candidate_lengths
 from mlx_diffgemma.editing.infill import LENGTHS
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.generation import configured, fit_to_context
@@ -18,6 +19,8 @@ from mlx_diffgemma.server.engine import Engine
 from mlx_diffgemma.server.pieces import Asked
 from mlx_diffgemma.server.refusals import RefusedError
 from mlx_diffgemma.text.answer import stop_strings
+from mlx_diffgemma.text.chat_template import template_text
+from mlx_diffgemma.text.control_tokens import control_tokens_of
 from mlx_diffgemma.text.messages import checked_tools
 from mlx_diffgemma.text.parts import markers_of
 from mlx_diffgemma.text.prompt import Encoded, encode
@@ -101,7 +104,7 @@ def prepare(engine: Engine, asked: Asked) -> Prepared:
         checked_seed(asked.seed),
         _functions(asked) if _must_call(asked) else {},
         pinned,
-        _lengths(engine, config, asked.max_tokens) if asked.suffix is not None else (),
+        _lengths(engine, config, asked) if asked.suffix is not None else (),
     )
 
 
@@ -143,7 +146,7 @@ def _check(asked: Asked) -> None:
         raise UsageError("a suffix goes with a prompt that is a text.")
     if _must_call(asked):
         functions = _functions(asked)
-        if not functions:
+        if not asked.tools:
             raise RefusedError(400, "a call is required and no tools are given.", "tools")
         if asked.tool_choice not in ("required", *functions):
             raise RefusedError(
@@ -170,14 +173,17 @@ def _encoded(engine: Engine, asked: Asked) -> Encoded:
     tokenizer = tokenizer_of(engine)
     if asked.prompt is not None:
         if asked.suffix is not None:
-            return encode(tokenizer, f"{asked.prompt}{asked.suffix}" or " ", raw=True)
+            told = asked.instruction or f"{asked.prompt}{asked.suffix}"
+            return encode(tokenizer, told or " ", raw=True)
         return encode(tokenizer, asked.prompt, raw=isinstance(asked.prompt, str))
+    template = template_text(hf_tokenizer(tokenizer), tools=bool(asked.tools))
+    thinks = asked.thinking or "enable_thinking" in template
     # Where no tool may be called, the model is told of none.
     return encode(
         tokenizer,
         asked.messages,
         system_prompt=asked.system,
-        thinking=asked.thinking,
+        thinking=asked.thinking if thinks else None,
         tools=None if asked.tool_choice == "none" else asked.tools,
         chat_template_kwargs=asked.chat_template_kwargs,
         prefill_response=asked.prefill,
@@ -193,9 +199,19 @@ def _call_marker(tokenizer: Any) -> tuple[int, ...]:
     return (marker, *named)
 
 
-def _lengths(engine: Engine, config: DiffusionConfig, most: int | None) -> tuple[int, ...]:
+def _lengths(engine: Engine, config: DiffusionConfig, asked: Asked) -> tuple[int, ...]:
     """How many tokens a gap may take."""
     room = (config.canvas_length or engine.model.config.canvas_length) - 2
-    room = min(room, most or max(LENGTHS))
+    if asked.present is not None:
+        with engine.tokenizing:
+            controls = control_tokens_of(hf_tokenizer(tokenizer_of(engine)))
+            present = len(controls.encode_text(asked.present)) if asked.present else 0
+        if present > room:
+            raise UsageError(
+                f"the text to be replaced has {present} tokens, and a canvas holds {room}; give "
+                "less of it."
+            )
+        return tuple(candidate_lengths(present, 1.0, room + 2))
+    room = min(room, asked.max_tokens or max(LENGTHS))
     known = [length for length in (*LENGTHS, *_LONGER) if length < room]
     return (*known, max(1, room))

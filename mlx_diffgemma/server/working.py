@@ -313,6 +313,7 @@ class _Work:
             before + hole + after,
             hole=hole,
             lengths=lengths,
+            prompt=self.asked.instruction,
             config=self.config,
             seed=self.seed,
             on_step=show,

@@ -34,7 +34,10 @@ WEATHER = {
         "description": "d",
         "parameters": {
             "type": "object",
-            "properties": {"city": {"type": "string", "maxLength": 12}, "days": {"$ref": "#/$defs/d"}},
+            "properties": {
+                "city": {"type": "string", "maxLength": 12},
+                "days": {"$ref": "#/$defs/d"},
+            },
             "required": ["city", "days"],
             "additionalProperties": False,
             "$defs": {"d": {"type": "integer", "minimum": 1, "maximum": 9}},

@@ -1,0 +1,47 @@
+"""Pictures in requests: only as data, never as an address that the server would open."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from typing import Any
+
+from mlx_diffgemma.server.engine import Engine
+from mlx_diffgemma.server.refusals import RefusedError
+
+_DATA = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,", re.IGNORECASE)
+
+
+def picture(engine: Engine, data: bytes, where: str) -> dict[str, Any]:
+    """A part of a message that shows a picture, from the bytes of its file.
+
+    Raises:
+        RefusedError: the model reads no pictures.
+    """
+    raise RefusedError(
+        400, f"{where} is a picture, and this model reads no pictures; leave it out.", where
+    )
+
+
+def from_url(engine: Engine, url: str, most: int, where: str) -> dict[str, Any]:
+    """A part of a message that shows the picture in a data URL of at most `most` bytes.
+
+    Raises:
+        RefusedError: it is another kind of URL, damaged, too large, or cannot be read.
+    """
+    start = _DATA.match(url)
+    if start is None:
+        raise RefusedError(
+            400,
+            f"{where} must be a picture in the request itself (data:image/png;base64,...); no "
+            "address is opened.",
+            where,
+        )
+    if (len(url) - start.end()) * 3 // 4 > most + 3:
+        raise RefusedError(400, f"{where} has more than {most} bytes; make it smaller.", where)
+    try:
+        data = base64.b64decode(url[start.end() :], validate=True)
+    except (binascii.Error, ValueError):
+        raise RefusedError(400, f"{where} is no base64; encode the picture again.", where) from None
+    return picture(engine, data, where)

@@ -1,0 +1,30 @@
+"""Fields of a request that every protocol of ours has: how the canvas is denoised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.diffusion.profiles import PROFILES
+from mlx_diffgemma.server.fields import Fields
+from mlx_diffgemma.settings import settings_of
+
+_PREFIX = "diffusion_"
+_NAMES = {f"{_PREFIX}{name}": name for name in settings_of(DiffusionConfig) if name != "max_tokens"}
+_NAMES[f"{_PREFIX}max_steps"] = "max_denoising_steps"
+ELSEWHERE = {
+    f"{_PREFIX}{name}": "is about a canvas of its own; send it to /v1/canvas."
+    for name in ("seed_canvas", "pinned", "read_only", "constrained")
+}
+"""Fields about one canvas, which are refused where whole answers are asked for."""
+
+
+def knobs(fields: Fields) -> dict[str, Any]:
+    """The settings of the denoising: `diffusion_NAME` for every field of `DiffusionConfig`, and
+    `diffusion_profile`; as `settings` and `profile` of what is asked."""
+    settings = {}
+    for key, name in _NAMES.items():
+        value = fields.get(key)
+        if value is not None:
+            settings[name] = value
+    return {"settings": settings, "profile": fields.choice(f"{_PREFIX}profile", PROFILES)}
