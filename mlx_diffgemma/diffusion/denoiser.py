@@ -200,21 +200,31 @@ class Queued(ABC):
 
     @abstractmethod
     def each(self) -> list[Canvas | NumericalError]:
-        """Wait for the step, once; each canvas after it, or what went wrong with that one."""
+        """Wait for the step, once; each canvas after it, or the error of one for which the model
+        returned values that are not finite. Such a canvas spoils no other."""
 
     def read(self, titles: Sequence[str] = ()) -> list[Canvas]:
         """Wait for the step, once; the canvases after it. `titles` are what an error calls the
         sequence of each.
 
         Raises:
-            NumericalError: the model returned values that are not finite.
+            NumericalError: the model returned values that are not finite for one of them.
         """
         canvases = []
-        for number, after in enumerate(self.each()):
+        for after in self.outcomes(titles):
             if isinstance(after, NumericalError):
-                raise after if not titles else type(after)(f"{titles[number]}, {after}")
+                raise after
             canvases.append(after)
         return canvases
+
+    def outcomes(self, titles: Sequence[str] = ()) -> list[Canvas | NumericalError]:
+        """As `each`, with errors that name the sequence by its title."""
+        return [
+            type(after)(f"{titles[number]}, {after}")
+            if titles and isinstance(after, NumericalError)
+            else after
+            for number, after in enumerate(self.each())
+        ]
 
 
 @dataclass(frozen=True)
@@ -245,13 +255,18 @@ def denoise(
     flight: Mapping[Name, InFlight],
     following: Callable[[Name, Canvas], InFlight | None],
     title: Callable[[Name], str] | None = None,
+    failed: Callable[[Name, NumericalError], None] | None = None,
 ) -> Iterator[dict[Name, Canvas]]:
     """Step canvases together until none is in flight; yields those of each step, by name.
 
     After each step `following` says what becomes of a canvas: what goes on in its place, or None.
     The next step is handed to the device before the last one is yielded, so whoever takes time to
     show it costs the device none. A run that is broken off wastes that one step. `title` says what
-    an error calls a sequence; None leaves it out.
+    an error calls a sequence; None leaves it out. `failed` is told of a canvas for which the model
+    returned values that are not finite, and the others go on without it.
+
+    Raises:
+        NumericalError: the model returned such values, and there is no `failed` to be told.
     """
     stepped: dict[Name, Canvas] | None = None
     while flight:
@@ -264,7 +279,15 @@ def denoise(
         # A prefix that is to grow is copied where it is still held.
         flight = {}
         titles = [] if title is None else [title(name) for name in names]
-        stepped = dict(zip(names, queued.read(titles), strict=True))
+        if failed is None:
+            stepped = dict(zip(names, queued.read(titles), strict=True))
+        else:
+            stepped = {}
+            for name, outcome in zip(names, queued.outcomes(titles), strict=True):
+                if isinstance(outcome, NumericalError):
+                    failed(name, outcome)
+                else:
+                    stepped[name] = outcome
         for name, canvas in stepped.items():
             next_one = following(name, canvas)
             if next_one is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlx_diffgemma.diffusion.canvas import Canvas
+from mlx_diffgemma.errors import NumericalError
 
 FinishReason = Literal["stop", "length"]
 
@@ -51,14 +52,23 @@ class CanvasCommitted:
 
 
 @dataclass(frozen=True)
+class SequenceFailed:
+    """A sequence ended because the model returned values that are not finite for its canvas, which
+    is not committed."""
+
+    row: int
+    error: NumericalError
+
+
+@dataclass(frozen=True)
 class Finished:
     """Every sequence has ended: its tokens (eos left out), why, by which eos, and the forward
-    passes over each of its canvases."""
+    passes over each of its canvases that became text."""
 
     tokens: tuple[tuple[int, ...], ...]
-    finish_reasons: tuple[FinishReason, ...]
+    finish_reasons: tuple[FinishReason | Literal["error"], ...]
     stop_tokens: tuple[int | None, ...]
     steps: tuple[tuple[int, ...], ...]
 
 
-Event = PrefillProgress | DenoisingStep | CanvasCommitted | Finished
+Event = PrefillProgress | DenoisingStep | CanvasCommitted | SequenceFailed | Finished

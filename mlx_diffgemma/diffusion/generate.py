@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import mlx.core as mx
 
@@ -18,9 +19,10 @@ from mlx_diffgemma.diffusion.events import (
     Event,
     Finished,
     FinishReason,
+    SequenceFailed,
 )
 from mlx_diffgemma.diffusion.noise import NoiseOf
-from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.errors import NumericalError, UsageError
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
@@ -42,7 +44,7 @@ class _Sequence:
     cache: PrefixCache
     tokens: list[int] = field(default_factory=list)
     passes: list[int] = field(default_factory=list)
-    reason: FinishReason | None = None
+    reason: FinishReason | Literal["error"] | None = None
     stop_token: int | None = None
 
     @property
@@ -51,11 +53,12 @@ class _Sequence:
 
     def commit(self, canvas: Canvas, ends: Ends | None) -> CanvasCommitted:
         draft = canvas.draft.tolist()
-        kept, self.reason = cut(draft, self.config.eos_token_ids, self.room)
-        if self.reason == "stop":
+        kept, reason = cut(draft, self.config.eos_token_ids, self.room)
+        if reason == "stop":
             self.stop_token = draft[len(kept)]
         elif ends is not None and ends(self.row, kept):
-            self.reason = "stop"
+            reason = "stop"
+        self.reason = reason
         self.tokens += kept
         self.passes.append(canvas.passes)
         return CanvasCommitted(
@@ -64,7 +67,7 @@ class _Sequence:
             tuple(kept),
             canvas.passes,
             canvas.converged,
-            self.reason,
+            reason,
             self.stop_token,
         )
 
@@ -82,6 +85,7 @@ def generate_canvases(
     ends: Ends | None = None,
     prefill_step_size: int | None = None,
     marks: Sequence[Sequence[int]] | None = None,
+    keep_sound: bool = False,
 ) -> Iterator[Event]:
     """Generate for B prompts of token ids at once, each with its own settings and end.
 
@@ -95,6 +99,8 @@ def generate_canvases(
         constrain: what each canvas must hold.
         ends: ends a sequence for other reasons than an eos; no further canvas is made of it.
         marks: for each prompt, where to mark its prefix (see `encode`).
+        keep_sound: whether the other sequences go on where the model returns values that are not
+            finite for one, which ends with a `SequenceFailed`.
 
     Raises:
         UsageError: `initial_canvas` or a layout does not fit, or a cache is another model's.
@@ -102,7 +108,7 @@ def generate_canvases(
 
     Yields:
         `PrefillProgress`, then for each step a `DenoisingStep` a sequence, and a `CanvasCommitted`
-        where its canvas is done; in the end one `Finished`.
+        where its canvas is done or a `SequenceFailed`; in the end one `Finished`.
     """
     denoiser = denoiser or Denoiser(model)
     configs = [config] * len(prompts) if isinstance(config, DiffusionConfig) else list(config)
@@ -162,11 +168,19 @@ def generate_canvases(
         extend(model, sequence.cache, stepped.draft.tolist())
         return canvas(sequence, stepped.index + 1)
 
+    failures: list[SequenceFailed] = []
+
+    def failed(row: int, error: NumericalError) -> None:
+        sequences[row].reason = "error"
+        failures.append(SequenceFailed(row, error))
+
     first = {sequence.row: canvas(sequence, 0) for sequence in sequences}
     title = None if len(sequences) == 1 else (lambda row: f"prompt {row + 1}")
-    steps = denoise(denoiser, first, following, title)
+    steps = denoise(denoiser, first, following, title, failed if keep_sound else None)
     del first  # a prefix that is to grow is copied where it is still held
     for stepped in steps:
+        while failures:
+            yield failures.pop(0)
         for row, each in stepped.items():
             yield DenoisingStep(row, each)
             if each.done:

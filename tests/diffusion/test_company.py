@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from demo_checkpoint import demo_config, demo_weights, two_puzzles
 from tiny_models import make_config, make_model, make_weights
 
 from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.cpu.vocabulary import tiled_pass
 from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.constraints import FREE, Layout, token_mask
@@ -19,7 +21,10 @@ from mlx_diffgemma.diffusion.events import Finished
 from mlx_diffgemma.diffusion.generate import generate_canvases
 from mlx_diffgemma.diffusion.noise import SeededNoise
 from mlx_diffgemma.diffusion.profiles import profile_settings
-from mlx_diffgemma.model.cache import Prefix
+from mlx_diffgemma.errors import NumericalError
+from mlx_diffgemma.kernels.materialized import whole_pass
+from mlx_diffgemma.kernels.vocabulary import vocabulary_pass
+from mlx_diffgemma.model.cache import LayerPrefix, Prefix
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,29 @@ def test_who_is_in_the_batch_changes_nothing_in_any_order(demo):
         )
         for n, canvas in zip(order, stepped, strict=True):
             assert same_tokens(canvas, alone_each[n]), (order, n)
+
+
+@pytest.mark.parametrize("form", [whole_pass, tiled_pass, vocabulary_pass])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_canvas_that_is_not_finite_spoils_no_other(demo, form, value, monkeypatch):
+    """It is told of by itself, and the others become what they become alone."""
+    monkeypatch.setattr(demo, "vocabulary_pass", form)
+    prompts = demo_prompts()[:3]
+    settings = DiffusionConfig(max_denoising_steps=6)
+    vocab, length = demo.config.text.vocab_size, demo.config.canvas_length
+    prefixes = [demo.encode([prompt], [demo.empty_prefix()])[1][0] for prompt in prompts]
+    canvases = [Canvas.start(settings, SeededNoise(n), 0, length, vocab) for n in range(3)]
+    alone_each = [Denoiser(demo).step([c], [p])[0] for c, p in zip(canvases, prefixes, strict=True)]
+    keys, values = prefixes[1].layers[0].held()
+    broken, _, _ = LayerPrefix().extended(keys, mx.full(values.shape, value), 0)
+    prefixes[1] = replace(prefixes[1], layers=(broken, *prefixes[1].layers[1:]))
+    outcomes = Denoiser(demo).queue(canvases, prefixes).outcomes()
+    assert isinstance(outcomes[1], NumericalError)
+    assert str(outcomes[1]).startswith("canvas 1, step 1: the model returned NaN or infinity")
+    for n in (0, 2):
+        assert isinstance(outcomes[n], Canvas) and same_tokens(outcomes[n], alone_each[n])
+    with pytest.raises(NumericalError, match=r"^canvas 1, step 1"):
+        Denoiser(demo).step(canvases, prefixes)
 
 
 def test_two_requests_may_hold_one_prefix(demo):

@@ -16,6 +16,7 @@ from mlx_diffgemma.diffusion.events import (
     DenoisingStep,
     Finished,
     PrefillProgress,
+    SequenceFailed,
 )
 from mlx_diffgemma.diffusion.generate import cut, generate_canvases
 from mlx_diffgemma.diffusion.noise import SeededNoise, seeded
@@ -362,6 +363,26 @@ def test_values_that_are_not_finite_stop_with_the_step_named(at):
     with pytest.raises(NumericalError) as error:
         run(PROMPTS[:1], settings(), predict=MockPredict(peak=0, nan_at=at))
     assert str(error.value).startswith(f"canvas {canvas + 1}, step {step + 1}: the model ")
+
+
+@pytest.mark.parametrize("at", [1, 4, 14])
+def test_a_sequence_may_fail_by_itself(at):
+    """The others become what they become without it."""
+    sound = run(PROMPTS, settings(), predict=MockPredict(peak=0))[-1]
+    events = run(PROMPTS, settings(), predict=MockPredict(peak=0, nan_at=at), keep_sound=True)
+    (failed,) = of(events, SequenceFailed)
+    canvas, step = divmod(at - 1, 12)
+    assert failed.row == 2
+    assert str(failed.error).startswith(f"prompt 3, canvas {canvas + 1}, step {step + 1}: ")
+    finished = events[-1]
+    assert finished.finish_reasons == ("length", "length", "error")
+    assert finished.tokens == (*sound.tokens[:2], sound.tokens[2][: canvas * LENGTH])
+    assert not of(events[events.index(failed) :], PrefillProgress)
+    later = of(events[events.index(failed) :], DenoisingStep)
+    assert {event.row for event in later} == {0, 1}
+    (alone,) = of(run(PROMPTS[:1], settings(), predict=MockPredict(nan_at=at), keep_sound=True),
+                  SequenceFailed)  # fmt: skip
+    assert alone.row == 0
 
 
 def test_damaged_weights_stop_at_the_first_step(tiny_model):
