@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
-from functools import cache
+from importlib import resources
 from typing import Any
 
 import httpx
 import pytest
-from running import running
 
-from mlx_diffgemma import load
 from mlx_diffgemma.demo import sudoku
 from mlx_diffgemma.server import page
-from mlx_diffgemma.server.app import create_app
-from mlx_diffgemma.server.engine import Engine
 from mlx_diffgemma.server.writing import _near, _with_kept
 
+PREACT_AND_HTM = "72284e8e9079c87817145df1110f74e8a2aa040b2fc384922e18dfcb46fc1fd7"
 GIVENS = "4..613\n61.42.\n.6...4\n134...\n3265.1\n5...6."
 
 
-@cache
-def loaded() -> tuple[Any, Any]:
-    return load("demo")
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[httpx.Client]:
-    model, tokenizer = loaded()
-    engine = Engine(model, tokenizer, name="demo")
-    with running(create_app(engine, protocols=[page])) as url:
-        with httpx.Client(base_url=url, timeout=60) as client:
-            yield client
-        engine.stop()
+@pytest.fixture
+def client(demo_url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=demo_url, timeout=60) as client:
+        yield client
 
 
 def lines(response: httpx.Response) -> list[dict[str, Any]]:
@@ -204,6 +193,15 @@ def test_the_files_of_the_page_allow_nothing_from_elsewhere(client: httpx.Client
         assert again.status_code == 304
     assert client.get("/page/../page.py").status_code == 404
     assert sum(len(content) for content, _ in page._files().values()) < 1_000_000
+
+
+def test_what_is_of_others_is_as_they_published_it() -> None:
+    content, _ = page._files()["preact-htm.js"]
+    comment, _, published = content.partition(b" */\n")
+    assert comment.startswith(b"/* htm 3.1.1 ")
+    assert hashlib.sha256(published).hexdigest() == PREACT_AND_HTM
+    licences = resources.files("mlx_diffgemma.server").joinpath("static/LICENSES.txt").read_text()
+    assert "Preact" in licences and "Apache License" in licences
 
 
 def test_kept_slots_become_text_whatever_they_hold() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 pytest.importorskip("playwright", reason="the tests of the page need the extra 'browser'")
@@ -95,7 +97,7 @@ def test_sudoku_by_keyboard(visitor: Visitor) -> None:
     page.keyboard.press("4")
     page.get_by_role("button", name="Solve").press("Enter")
     expect(page.get_by_role("button", name="Solve")).to_be_visible()
-    expect(page.get_by_role("status")).to_contain_text("olution")
+    expect(page.get_by_role("status")).to_contain_text(re.compile("Solved|Not a solution"))
     assert cells(page).startswith("53") and cells(page).split("\n")[1].startswith("46")
     page.reload()
     expect(page.get_by_role("status")).not_to_be_empty()
@@ -269,8 +271,7 @@ def test_document(visitor: Visitor) -> None:
     # A part of the change is taken, by keyboard; all else stays.
     paper.fill(before)
     paper.evaluate("element => element.setSelectionRange(7, 13)")
-    paper.press("ArrowRight+Shift" if False else "Shift+ArrowLeft")
-    paper.evaluate("element => { element.setSelectionRange(7, 13); }")
+    paper.press("Shift")
     with posted(page, "/v1/page/rewrite"):
         paper.press("Control+Enter")
     first = page.locator(".change").first
@@ -278,7 +279,7 @@ def test_document(visitor: Visitor) -> None:
     page.get_by_role("button", name="Accept").nth(1).press("Enter")
     if page.get_by_role("button", name="Reject all").is_visible():
         page.get_by_role("button", name="Reject all").press("Enter")
-    assert "".join(old) in wrong or new
+    assert "".join(old) in wrong and old + new
     kept = paper.input_value()
     assert kept.split("\n")[0] == before.split("\n")[0]
     assert kept.split("\n")[2:] == before.split("\n")[2:]
@@ -297,7 +298,7 @@ def test_document(visitor: Visitor) -> None:
     expect(paper).to_have_value(after)
 
     # The beginning goes on.
-    page.get_by_text("What the model is told").click()
+    page.locator("summary").click()
     page.get_by_role("textbox", name="What the model is told").fill("count\n28 41")
     paper.fill("28 29 30")
     with posted(page, "/v1/page/chat") as answer:

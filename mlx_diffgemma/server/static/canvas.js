@@ -15,7 +15,7 @@ export function Canvas({ about }) {
   const [slow, setSlow] = useStored("canvas slow", about.demo);
   const [pins, setPins] = useStored("canvas pins", null); // places held, where they differ from the server's
   const [cursor, setCursor] = useState(0);
-  const [span, setSpan] = useState(null); // [first, last]
+  const spanned = useRef(null); // [first, last]
   const [typing, setTyping] = useState(null); // place that is typed over
   const [others, setOthers] = useState(null); // {place, list}
   const [fault, setFault] = useState("");
@@ -23,8 +23,13 @@ export function Canvas({ about }) {
   const dwell = useRef(0);
   const drag = useRef(null);
   const wanted = useRef(null);
-  useEffect(() => () => { canvas.stop(); clearTimeout(dwell.current); }, []);
+  useEffect(() => () => { canvas.close(); clearTimeout(dwell.current); }, []);
 
+  const span = spanned.current;
+  const setSpan = (value) => {
+    spanned.current = value; // keys may come faster than the page is drawn
+    redraw();
+  };
   const frame = canvas.frame;
   const pace = slow ? 400 : 0;
   const held = new Set(pins || (frame ? frame.pins : []));
@@ -76,7 +81,8 @@ export function Canvas({ about }) {
   function focus(at) {
     const to = Math.max(0, Math.min(frame.ids.length - 1, at));
     setCursor(to);
-    requestAnimationFrame(() => tokens.current[to]?.focus());
+    tokens.current[to]?.focus();
+    requestAnimationFrame(() => tokens.current[to]?.focus()); // where an input was in its place
   }
 
   async function look(at) {
@@ -93,7 +99,7 @@ export function Canvas({ about }) {
   function enter(at) {
     if (drag.current !== null) {
       const from = drag.current;
-      if (from !== at || span) setSpan([Math.min(from, at), Math.max(from, at)]);
+      if (from !== at || spanned.current) setSpan([Math.min(from, at), Math.max(from, at)]);
       return;
     }
     clearTimeout(dwell.current);
@@ -132,7 +138,8 @@ export function Canvas({ about }) {
     else if (event.key in moves || line) {
       const to = line ? beside(tokens.current, at, line) : Math.max(0, Math.min(frame.ids.length - 1, at + moves[event.key]));
       if (event.shiftKey) {
-        const other = span ? (span[0] === at ? span[1] : span[0]) : at;
+        const now = spanned.current;
+        const other = now ? (now[0] === at ? now[1] : now[0]) : at;
         setSpan([Math.min(other, to), Math.max(other, to)]);
       } else setSpan(null);
       focus(to);
@@ -141,7 +148,7 @@ export function Canvas({ about }) {
     else if (event.key === "Escape") {
       setSpan(null);
       setOthers(null);
-    } else if (event.key === "Delete" || event.key === "Backspace") renoise(span || [at, at]);
+    } else if (event.key === "Delete" || event.key === "Backspace") renoise(spanned.current || [at, at]);
     else if (event.key.length === 1 && !event.ctrlKey && !event.metaKey && !event.altKey) setTyping({ place: at, text: event.key });
     else return;
     event.preventDefault();
@@ -186,7 +193,7 @@ export function Canvas({ about }) {
       ref=${(element) => (tokens.current[at] = element)} tabindex=${at === cursor ? 0 : -1}
       aria-pressed=${pinned} aria-label=${`token ${at + 1}: ${name}, ${sure}`} title=${sure}
       onPointerDown=${(e) => press(e, at)} onPointerEnter=${() => enter(at)} onPointerLeave=${leave}
-      onClick=${(e) => { if (!span && e.detail < 2) { setCursor(at); toggle(at); } }}
+      onClick=${(e) => { if (!spanned.current && e.detail < 2) { setCursor(at); toggle(at); } }}
       onDblClick=${() => { if (held.has(at) !== new Set(frame.pins).has(at)) toggle(at); setTyping({ place: at, text: text(at) }); }}
       onFocus=${() => setCursor(at)} onKeyDown=${(e) => onKey(e, at)}>${glyph}</button>${spelt === "\n" ? html`<br />` : null}`;
   };

@@ -14,6 +14,15 @@ export class Live {
     this.reset();
     const kept = load(store, null);
     if (kept) Object.assign(this, kept);
+    this.leaving = () => this.remember();
+    addEventListener("pagehide", this.leaving);
+  }
+
+  /** The view is left; what is here is kept. */
+  close() {
+    this.stop();
+    this.remember();
+    removeEventListener("pagehide", this.leaving);
   }
 
   reset() {

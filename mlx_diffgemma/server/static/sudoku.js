@@ -56,7 +56,7 @@ export function Sudoku() {
   }, []);
   useEffect(() => {
     if (givens === null) fresh();
-    return () => canvas.stop();
+    return () => canvas.close();
   }, []);
 
   const cells = givens || BLANK;
