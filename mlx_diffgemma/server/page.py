@@ -30,6 +30,7 @@ from mlx_diffgemma.server.fields import Fields
 from mlx_diffgemma.server.live import Change, Live, LiveCanvases, Order, checked
 from mlx_diffgemma.server.refusals import RefusedError
 from mlx_diffgemma.server.streams import json_lines, read_json
+from mlx_diffgemma.text.parts import markers_of
 from mlx_diffgemma.text.prompt import encode_prompt
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ _KINDS = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
+_BYTES_A_TOKEN = 4  # of a request, about: what memory its prompt takes is known before it is read
 
 
 def routes(server: Server) -> list[Route]:
@@ -80,6 +82,7 @@ def routes(server: Server) -> list[Route]:
             "version": __version__,
             "context": engine.context,
             "canvas": engine.model.config.canvas_length,
+            "thinks": markers_of(engine.tokenizer).opened is not None,
         })  # fmt: skip
 
     async def puzzle(request: Request) -> Response:
@@ -123,7 +126,8 @@ def routes(server: Server) -> list[Route]:
             fields = Fields(await read_json(request))
             work = make(server.engine, fields)
             fields.settle({})
-            return _told(server.engine, work, prompt_tokens=len(request.scope.get("body", "")))
+            about = int(request.headers.get("content-length", 0)) // _BYTES_A_TOKEN
+            return _told(server.engine, work, prompt_tokens=about)
 
         return write
 

@@ -118,7 +118,7 @@ class Visitor:
         """A picture of the view for the docs, where one is asked for."""
         if os.environ.get("PICTURES"):
             self.page.mouse.move(0, 0)
-            self.page.screenshot(path=PICTURES / f"page-{name}.png")
+            self.page.screenshot(path=PICTURES / f"page-{name}.png", full_page=True)
 
 
 def told(response: Response) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import { lines } from "./api.js";
 import { Markdown } from "./markdown.js";
-import { Fault, Runs, html, plural, save, useEffect, useRedraw, useRef, useState, useStored } from "./ui.js";
+import { Fault, Runs, html, load, plural, save, useEffect, useRedraw, useRef, useState, useStored } from "./ui.js";
 
 const IDEAS = ["count\n28 41", "sort\nlume\nkari\ntoke", "record\nname: toke\nage: 41"];
 
@@ -17,7 +17,13 @@ export function Chat({ about }) {
   const controller = useRef(null);
   const foot = useRef(null);
   const box = useRef(null);
-  useEffect(() => () => controller.current?.abort(), []);
+  const [thinks, setThinks] = useStored("chat thinks", false);
+  useEffect(() => {
+    const partial = load("chat partial", null); // of an answer that a reload broke off
+    if (partial && messages.at(-1)?.role === "user") setMessages([...messages, partial]);
+    save("chat partial", null);
+    return () => controller.current?.abort();
+  }, []);
   useEffect(() => {
     if (forming.current) foot.current?.scrollIntoView({ block: "nearest" });
   });
@@ -32,7 +38,7 @@ export function Chat({ about }) {
     save("chat messages", asked);
     let cut = "";
     try {
-      const body = { messages: asked.map(({ role, content }) => ({ role, content })) };
+      const body = { messages: asked.map(({ role, content }) => ({ role, content })), thinking: thinks };
       let ended = false;
       for await (const line of lines("/v1/page/chat", body, own.signal)) {
         if (line.runs) {
@@ -44,6 +50,7 @@ export function Chat({ about }) {
           said.content += line.text || "";
           said.thought += line.thought || "";
           said.runs = [];
+          save("chat partial", { role: "assistant", content: said.content, thought: said.thought, stopped: true });
         }
         if (line.end) {
           ended = true;
@@ -56,6 +63,7 @@ export function Chat({ about }) {
       cut = error.name === "AbortError" ? "" : error.message;
     }
     if (controller.current !== own) return;
+    save("chat partial", null);
     controller.current = null;
     forming.current = null;
     if (cut) setFault(`${cut} What was written stays; ask again for the rest.`);
@@ -108,7 +116,7 @@ export function Chat({ about }) {
           ? html`<div class="said" dir="auto">${message.content}${forms && html`<${Runs} runs=${message.runs.filter((run) => run[2] !== "thought")} />`}${forms && !message.runs.length && !message.content && html`<span class="t9">  …  </span>`}</div>`
           : html`<div class="said"><${Markdown} text=${message.content} /></div>`}
         <div class="under">
-          <span class="statistics">${forms ? `step ${message.step}${message.block ? `, canvas ${message.block + 1}` : ""}` : described(message)}</span>
+          ${message.role === "assistant" && html`<span class="statistics">${forms ? `step ${message.step}${message.block ? `, canvas ${message.block + 1}` : ""}` : described(message)}</span>`}
           ${!running && html`<span class="acts">
             <button type="button" class="quiet" onClick=${() => copy(at)} aria-label=${`Copy message ${at + 1}`}>${copied === at ? "Copied" : "Copy"}</button>
             ${message.role === "user" && html`<button type="button" class="quiet" onClick=${() => setEditing({ at, text: message.content })} aria-label=${`Edit message ${at + 1}`}>Edit</button>`}
@@ -127,14 +135,14 @@ export function Chat({ about }) {
       <div class="buttons">
         ${running ? html`<button type="button" class="primary" onClick=${() => controller.current?.abort()}>Stop</button>` : html`<button type="submit" class="primary" disabled=${!words.trim()}>Send</button>`}
         ${messages.length > 0 && !running && html`<button type="button" onClick=${() => { setMessages([]); setFault(""); }}>New chat</button>`}
+        ${about.thinks && html`<label class="check"><input type="checkbox" checked=${thinks} onChange=${(e) => setThinks(e.target.checked)} /> Think first</label>`}
         <span class="hint">Enter sends, Shift+Enter breaks the line, Esc stops</span>
       </div>
     </form>
   </section>`;
 }
 
-function described({ statistics, stopped, role }) {
-  if (role === "user") return "";
+function described({ statistics, stopped }) {
   if (stopped || !statistics) return "stopped";
   const steps = statistics.steps.reduce((sum, each) => sum + each, 0);
   const why = statistics.end === "length" ? (statistics.full ? ", the context is full" : ", cut at its longest") : "";

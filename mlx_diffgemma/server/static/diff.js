@@ -2,7 +2,7 @@
 
 const MOST = 2_000_000; // cells of the table; larger texts differ as a whole
 
-const words = (text) => text.match(/\p{L}[\p{L}\p{M}\p{N}_'’-]*|\p{N}|\s+|[^\s\p{L}\p{N}]/gu) || [];
+const words = (text) => text.match(/\p{L}[\p{L}\p{M}\p{N}_'’-]*|\p{N}+|\s+|[^\s\p{L}\p{N}]/gu) || [];
 
 /** Pieces in order: {kind: "same", text} or {kind: "change", before, after}. */
 export function diff(before, after) {

@@ -2,11 +2,12 @@
 
 import { lines } from "./api.js";
 import { diff } from "./diff.js";
-import { Fault, Range, Runs, html, plural, useEffect, useRedraw, useRef, useState, useStored } from "./ui.js";
+import { Fault, Range, Runs, html, load, plural, save, useEffect, useRedraw, useRef, useState, useStored } from "./ui.js";
 
 const DEMO = "532461\n456132\n146253\n253146\n314625\n625314";
 const REAL = "The sea was calm. We set out early, and nobody spoke until the island was in sight.\n";
 const MOST_UNDONE = 100;
+const KEPT_UNDONE = 1_000_000; // characters of earlier texts that a reload does not lose
 
 export function Document({ about }) {
   const redraw = useRedraw();
@@ -17,9 +18,22 @@ export function Document({ about }) {
   const [proposal, setProposal] = useStored("document proposal", null); // {left, pieces, right}
   const [span, setSpan] = useStored("document span", about.demo ? [7, 13] : [0, 0]);
   const [fault, setFault] = useState("");
-  const past = useRef([]), future = useRef([]), typed = useRef(0);
+  const past = useRef(null), future = useRef([]), typed = useRef(0);
+  past.current ||= load("document past", []);
   const area = useRef(null), controller = useRef(null), forming = useRef(null), file = useRef(null);
-  useEffect(() => () => controller.current?.abort(), []);
+  useEffect(() => {
+    const keep = () => {
+      let room = KEPT_UNDONE;
+      const fit = past.current.toReversed().filter((text) => (room -= text.length) >= 0);
+      save("document past", fit.reverse());
+    };
+    addEventListener("pagehide", keep);
+    return () => {
+      keep();
+      removeEventListener("pagehide", keep);
+      controller.current?.abort();
+    };
+  }, []);
 
   function write(text, { typing = false } = {}) {
     const now = Date.now();

@@ -121,8 +121,8 @@ export function Sudoku() {
         ${Array.from({ length: SIDE }, (_, r) => html`<div role="row" class="board-row">
           ${Array.from({ length: SIDE }, (_, c) => {
             const cell = r * SIDE + c, pinned = cells[cell] !== ".", digit = digits[cell];
-            const level = !pinned && frame && digit ? tint(frame.nats[place(cell)]) : 0;
-            const kind = pinned ? "pinned" : digit ? `found t${level}` : "blank";
+            const level = !pinned && frame ? tint(frame.nats[place(cell)]) : 0;
+            const kind = pinned ? "pinned" : `found t${level}`;
             const label = `row ${r + 1}, column ${c + 1}: ${digit || "blank"}${pinned ? ", pinned" : ""}${clash.cells.has(cell) ? ", twice" : ""}`;
             return html`<div role="gridcell" class="cell-box">
               <button type="button" class=${`cell ${kind} ${clash.cells.has(cell) ? "clash" : ""}`}
