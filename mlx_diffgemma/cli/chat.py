@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mlx_diffgemma.cli import errors
 from mlx_diffgemma.cli.command import Without, command
-from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Showing
+from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Reaching, Showing
 from mlx_diffgemma.errors import DiffGemmaError, PromptError, UsageError
 
 if TYPE_CHECKING:
     from mlx_diffgemma.cli.opening import Opened
     from mlx_diffgemma.cli.outcome import Outcome
+    from mlx_diffgemma.cli.remote import Remote
 
 GO_ON = "ask to go on, or start the chat with --max-tokens {}."
 MAKE_ROOM = "/reset forgets the conversation and makes room."
@@ -39,18 +40,24 @@ def chat(
     *,
     asking: Annotated[Asking, Without("raw", "markers", "prefill_response")],
     loading: Loading,
+    reaching: Reaching,
     denoising: Denoising,
     showing: Annotated[Showing, Without("json")],
 ) -> None:
     """Talk in turns; what was said is not encoded again. /help lists the commands."""
+    from mlx_diffgemma.cli import remote
     from mlx_diffgemma.cli.keys import Guard
-    from mlx_diffgemma.cli.opening import end_at, open_model
+    from mlx_diffgemma.cli.opening import Opened, end_at, open_model
 
     tools, variables = asking.offered(), asking.variables()
-    with Guard():
-        opened = open_model(loading)
-        end_at(opened, asking)
-    Chat(opened, asking, denoising, showing, asking.system_prompt, tools, variables).run()
+    server = remote.find(reaching, loading, remote.only_here(asking))
+    if server is not None:
+        opened = Opened(server.name, None, None, 0.0)
+    else:
+        with Guard():
+            opened = open_model(loading)
+            end_at(opened, asking)
+    Chat(opened, asking, denoising, showing, asking.system_prompt, tools, variables, server).run()
 
 
 @dataclass
@@ -62,6 +69,7 @@ class Chat:
         system_prompt: what is put before the first turn.
         tools: what the model may call.
         variables: what the chat template gets besides.
+        server: what answers in the place of a model, or None.
         turns: the messages so far, questions and answers in turn.
     """
 
@@ -72,11 +80,13 @@ class Chat:
     system_prompt: str | None = None
     tools: list[dict[str, object]] | None = None
     variables: dict[str, object] | None = None
+    server: Remote | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._cache = self.opened.model.make_cache()
-        self._config = self.denoising.config(self.opened.model)
+        self._forget()
+        if self.server is None:
+            self._config = self.denoising.config(self.opened.model)
 
     def run(self) -> None:
         """Take turns until the input ends or the user quits.
@@ -137,7 +147,8 @@ class Chat:
         try:
             if not is_text(question):
                 raise PromptError("the question is not UTF-8 text: re-encode it.")
-            note_markers(self.opened, question)
+            if self.server is None:
+                note_markers(self.opened, question)
             self._answer(question, outcome)
         except KeyboardInterrupt:
             if not interactive:
@@ -158,15 +169,26 @@ class Chat:
             _say(report.summary(outcome))
 
     def _answer(self, question: str, outcome: Outcome) -> None:
-        from mlx_diffgemma.cli import keys, output
+        from mlx_diffgemma.cli import keys, output, remote
         from mlx_diffgemma.cli.outcome import pieces_of
-        from mlx_diffgemma.generation import stream_generate
 
         model, tokenizer = self.opened.model, self.opened.tokenizer
+        pieces = remote.pieces if self.server is not None else pieces_of(tokenizer)
         # A run that is broken off gives the cache free when it is closed; what it encoded is kept.
         with ExitStack() as runs:
 
             def start(on_prefill: output.OnPrefill) -> Any:
+                if self.server is not None:
+                    answers = self.server.generate(
+                        self.messages(question),
+                        replace(self.asking, system_prompt=None),
+                        self.denoising,
+                        self.tools,
+                        self.variables,
+                    )
+                    return runs.enter_context(closing(answers))
+                from mlx_diffgemma.generation import stream_generate
+
                 responses: Any = stream_generate(
                     model,
                     tokenizer,
@@ -187,7 +209,7 @@ class Chat:
             thoughts = output.thoughts(self.showing.show_thought, self.showing.hide_thought)
             try:
                 if output.can_draw(self.showing.watch):
-                    output.draw(start, pieces_of(tokenizer), outcome, thoughts)
+                    output.draw(start, pieces, outcome, thoughts)
                 else:
                     output.stream(start, outcome, thoughts)
             finally:
@@ -195,7 +217,7 @@ class Chat:
                     keys.drop()
 
     def _forget(self) -> None:
-        self._cache = self.opened.model.make_cache()
+        self._cache = None if self.server is not None else self.opened.model.make_cache()
 
 
 def _is_command(line: str, name: str) -> bool:

@@ -8,7 +8,7 @@ import typer
 
 from mlx_diffgemma.cli import structured
 from mlx_diffgemma.cli.command import command
-from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Showing
+from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Reaching, Showing
 from mlx_diffgemma.settings import Setting
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def generate(
     ] = None,
     asking: Asking,
     loading: Loading,
+    reaching: Reaching,
     denoising: Denoising,
     showing: Showing,
 ) -> None:
@@ -60,22 +61,35 @@ def generate(
         prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
     text = read_prompt(prompt, raw=asking.raw)
     if constraint is not None:
-        structured.answer(text, constraint, asking, loading, denoising, showing)
+        structured.answer(text, constraint, asking, loading, reaching, denoising, showing)
     else:
-        _answer(text, asking, loading, denoising, showing)
+        _answer(text, asking, loading, reaching, denoising, showing)
 
 
 def _answer(
-    prompt: str, asking: Asking, loading: Loading, denoising: Denoising, showing: Showing
+    prompt: str,
+    asking: Asking,
+    loading: Loading,
+    reaching: Reaching,
+    denoising: Denoising,
+    showing: Showing,
 ) -> None:
-    from mlx_diffgemma.cli import opening, output, report
+    from mlx_diffgemma.cli import opening, output, remote, report
     from mlx_diffgemma.cli.outcome import Outcome, pieces_of
 
     tools, variables = asking.offered(), asking.variables()
-    opened = opening.open_to_ask(loading, asking, prompt)
-    from mlx_diffgemma.generation import stream_generate
+    server = remote.find(reaching, loading, remote.only_here(asking))
+    if server is not None:
+        opened = opening.Opened(server.name, None, None, 0.0)
+    else:
+        opened = opening.open_to_ask(loading, asking, prompt)
 
     def start(on_prefill: OnPrefill) -> Iterator[GenerationResponse]:
+        if server is not None:
+            whole = prompt if asking.raw else [{"role": "user", "content": prompt}]
+            return server.generate(whole, asking, denoising, tools, variables)
+        from mlx_diffgemma.generation import stream_generate
+
         return stream_generate(
             opened.model,
             opened.tokenizer,
@@ -102,7 +116,8 @@ def _answer(
         return
     thoughts = output.thoughts(showing.show_thought, showing.hide_thought)
     if output.can_draw(showing.watch):
-        output.draw(start, pieces_of(opened.tokenizer), outcome, thoughts)
+        pieces = remote.pieces if server is not None else pieces_of(opened.tokenizer)
+        output.draw(start, pieces, outcome, thoughts)
     else:
         output.stream(start, outcome, thoughts)
     for remark in report.remarks(outcome, GO_ON, MAKE_ROOM):

@@ -55,6 +55,23 @@ class Loading:
 
 
 @dataclass(frozen=True)
+class Reaching:
+    """Whether a running server answers in the place of a model that is loaded."""
+
+    server: Annotated[
+        str | None,
+        Setting(
+            "URL of a server that answers, so that no model is loaded; one on this machine that "
+            "has the same model is found by itself.",
+            panel=_MODEL,
+        ),
+    ] = None
+    no_server: Annotated[bool, Setting("No use of a server that runs already.", panel=_MODEL)] = (
+        False
+    )
+
+
+@dataclass(frozen=True)
 class Asking:
     """How a prompt becomes token ids.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from mlx_diffgemma.cli import editing
-from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Showing, parsed
+from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Reaching, Showing, parsed
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
 
@@ -78,28 +78,86 @@ class Constraint:
     regex: str | None
     choices: tuple[str, ...] | None
 
+    def form(self) -> dict[str, Any] | None:
+        """The same as a server reads it; None where it cannot be said so."""
+        if self.regex is not None:
+            return {"type": "regex", "pattern": self.regex}
+        if isinstance(self.json_schema, dict):
+            described = {"name": "answer", "schema": self.json_schema}
+            return {"type": "json_schema", "json_schema": described}
+        return None
+
 
 def answer(
     prompt: str,
     constraint: Constraint,
     asking: Asking,
     loading: Loading,
+    reaching: Reaching,
     denoising: Denoising,
     showing: Showing,
 ) -> None:
     """Write an answer that satisfies the constraint."""
-    from mlx_diffgemma.cli import opening, output
-    from mlx_diffgemma.editing.structured import UnmetConstraintError, generate_structured
+    from mlx_diffgemma.cli import output, remote
 
     if asking.stop:
         raise UsageError("--stop does not go with a constraint: drop one.")
     if asking.prefill_response is not None:
         raise UsageError("--prefill-response does not go with a constraint: drop one.")
     tools, variables = asking.offered(), asking.variables()
+    form = constraint.form()
+    only_here = {
+        **remote.only_here(asking),
+        "--raw": asking.raw,
+        "--validate": constraint.validate is not None,
+        "--choices": constraint.choices is not None,
+        "--json-schema with true or false": form is None and constraint.choices is None,
+    }
+    server = remote.find(reaching, loading, only_here)
+    if server is not None:
+        name = server.name
+        assert form is not None
+        done = server.generate_valid(prompt, form, asking, denoising, tools, variables)
+        tokens = done.generation_tokens
+    else:
+        name, done = _answer_here(prompt, constraint, asking, loading, denoising, showing)
+        tokens = len(done.thought_tokens) + len(done.tokens)
+    if showing.json:
+        editing.write_json(
+            text=done.text,
+            thought=done.thought,
+            tokens=list(done.tokens),
+            entropy=list(done.entropy),
+            finish_reason="stop",
+            generation_tokens=tokens,
+            denoising_steps=list(done.denoising_steps),
+            passes=done.passes,
+            seed=done.seed,
+            model=name,
+        )
+        return
+    thoughts = output.thoughts(showing.show_thought, showing.hide_thought)
+    output.note_thought(done.thought, thoughts)
+    output.write_line(done.text)
+    editing.note_effort(done.passes, done.seed)
+
+
+def _answer_here(
+    prompt: str,
+    constraint: Constraint,
+    asking: Asking,
+    loading: Loading,
+    denoising: Denoising,
+    showing: Showing,
+) -> tuple[str, Any]:
+    """The name of the model that is loaded, and its answer."""
+    from mlx_diffgemma.cli import opening, output
+    from mlx_diffgemma.editing.structured import UnmetConstraintError, generate_structured
+
     opened = opening.open_to_ask(loading, asking, prompt)
     try:
         with editing.drawn(opened, showing) as on_step:
-            done = generate_structured(
+            return opened.name, generate_structured(
                 opened.model,
                 opened.tokenizer,
                 prompt,
@@ -112,8 +170,8 @@ def answer(
                 raw=asking.raw,
                 markers=asking.markers,
                 thinking=asking.thinking,
-                tools=tools,
-                chat_template_kwargs=variables,
+                tools=asking.offered(),
+                chat_template_kwargs=asking.variables(),
                 prefill_step_size=asking.prefill_step_size,
                 config=denoising.config(opened.model),
                 on_step=on_step,
@@ -121,24 +179,6 @@ def answer(
     except UnmetConstraintError as error:
         output.note(f"by then was written: {error.partial}")
         raise
-    if showing.json:
-        editing.write_json(
-            text=done.text,
-            thought=done.thought,
-            tokens=list(done.tokens),
-            entropy=list(done.entropy),
-            finish_reason="stop",
-            generation_tokens=len(done.thought_tokens) + len(done.tokens),
-            denoising_steps=list(done.denoising_steps),
-            passes=done.passes,
-            seed=done.seed,
-            model=opened.name,
-        )
-        return
-    thoughts = output.thoughts(showing.show_thought, showing.hide_thought)
-    output.note_thought(done.thought, thoughts)
-    output.write_line(done.text)
-    editing.note_effort(done.passes, done.seed)
 
 
 def _read_schema(path: str) -> Any:

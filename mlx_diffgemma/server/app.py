@@ -49,6 +49,7 @@ class Server:
         settings: the server's.
         metrics: counts of what was asked.
         name: what the model is called while it is not there yet.
+        about: what `/health` says besides, set by what loads the model.
         failure: why the model could not be loaded, or None.
     """
 
@@ -57,6 +58,7 @@ class Server:
     ) -> None:
         self.settings, self.name = settings, name
         self.metrics = metrics.Metrics()
+        self.about: dict[str, Any] = {}
         self.failure: BaseException | None = None
         self._load = load
         self._engine: Engine | None = None
@@ -122,6 +124,7 @@ class Server:
         told: dict[str, Any] = {"status": state, "model": self.name, "version": __version__}
         if engine is not None:
             told |= {
+                **self.about,
                 "context": engine.context,
                 "running": engine.counters.running,
                 "waiting": engine.counters.waiting,

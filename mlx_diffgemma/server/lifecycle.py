@@ -91,7 +91,7 @@ def run(
         on_tick: called a few times a second.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C ended it.
+        KeyboardInterrupt: Ctrl-C ended it, unless the process was started to ignore that.
     """
     _allow_files()
     settings: ServerSettings = app.state.server.settings

@@ -36,7 +36,7 @@ def note(scope: Any, **fields: Any) -> None:
 
 def failed(scope: Any, status: int, error: BaseException) -> None:
     """Log the traceback of an error that no client can cause, with the id of its request."""
-    if status >= _BROKEN:
+    if status == _BROKEN:
         log.error(line(event="error", id=scope.get("request_id", "")), exc_info=error)
 
 

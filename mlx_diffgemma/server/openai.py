@@ -366,6 +366,8 @@ def _models(engine: Engine) -> dict[str, Any]:
         "type": "model",
         "display_name": engine.name,
         "created_at": f"{day}T00:00:00Z",
+        "lifecycle": "active",
+        "max_input_tokens": engine.context,
     }
     described = "DiffusionGemma, which drafts and refines whole blocks of text."
     listed = {"name": engine.name, "description": described, "release_date": day}
