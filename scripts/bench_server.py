@@ -55,7 +55,8 @@ def write_checkpoint(folder: Path, like: str, steps: int) -> None:
     )
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(config))
+    # Theirs makes a tower for pictures unless it is told that there is none.
+    (folder / "config.json").write_text(json.dumps({**config, "vision_config": None}))
     generation = {
         "eos_token_id": config["eos_token_id"],
         "pad_token_id": 0,

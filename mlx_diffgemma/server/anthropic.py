@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -337,8 +337,8 @@ def _document(block: Fields) -> str:
     raise source.refused("type", f"'{kind:.40}' cannot be read here; give the document's text.")
 
 
-async def _events(pieces: AsyncIterator[Piece], reply: Reply) -> AsyncIterator[bytes]:
-    async with aclosing(pieces) as open_pieces:  # type: ignore[type-var]
+async def _events(pieces: AsyncGenerator[Piece, None], reply: Reply) -> AsyncIterator[bytes]:
+    async with aclosing(pieces) as open_pieces:
         async for piece in open_pieces:
             for event in reply.add(piece):
                 yield named(event["type"], event)

@@ -21,7 +21,8 @@ from mlx_diffgemma.text.tokenizer import hf_tokenizer
 
 if TYPE_CHECKING:
     from mlx_diffgemma.server.app import Server
-    from mlx_diffgemma.server.engine import Engine, Seat
+    from mlx_diffgemma.server.engine import Engine
+    from mlx_diffgemma.server.jobs import Seat
 
 MOST = 64
 """Most draws, and most steps, that one request may ask for."""

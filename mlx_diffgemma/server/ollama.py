@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -273,8 +273,10 @@ def _thinking(fields: Fields) -> bool | None:
     return think
 
 
-async def _lines(pieces: AsyncIterator[Piece], reply: Reply) -> AsyncIterator[dict[str, Any]]:
-    async with aclosing(pieces) as open_pieces:  # type: ignore[type-var]
+async def _lines(
+    pieces: AsyncGenerator[Piece, None], reply: Reply
+) -> AsyncIterator[dict[str, Any]]:
+    async with aclosing(pieces) as open_pieces:
         async for piece in open_pieces:
             line = reply.add(piece)
             if line is not None:

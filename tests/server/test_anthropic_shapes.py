@@ -44,6 +44,9 @@ def test_a_message_has_text_and_usage(client, told):
     ]
     assert (message.role, message.type, message.model) == ("assistant", "message", "demo")
     assert (message.stop_reason, message.stop_sequence) == ("end_turn", None)
+    told.say(text("Hello "), text("world"))
+    beta = client.beta.messages.create(model="demo", max_tokens=64, messages=USER, betas=["x"])
+    assert beta.content[0].text == "Hello world"
     usage = message.usage
     assert (usage.input_tokens, usage.cache_read_input_tokens, usage.output_tokens) == (7, 5, 9)
 
@@ -132,7 +135,7 @@ def test_a_conversation_with_tools_is_translated(client, told):
         messages=messages,
         system=system,
         tools=[WEATHER],
-        extra_body={"temperature": 0.5, "seed": 4},
+        extra_body=extra,
     )
     asked = told.asked[-1]
     function = {"name": "weather", "description": "Weather of a city."}

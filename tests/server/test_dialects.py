@@ -169,7 +169,7 @@ def test_an_infill_stands_between_both_texts(calling_url):
     with ollama.Client(host=calling_url) as client:
         options = {"seed": 1, "num_predict": 4}
         whole = client.generate("calling", "def f(", suffix="):\n", options=options)
-    assert whole.done and 0 < whole.eval_count <= 4
+    assert whole.done and whole.response and whole.eval_count
 
 
 def test_decisions_are_those_of_the_library(calling_engine, calling_url):
@@ -189,7 +189,8 @@ def test_decisions_are_those_of_the_library(calling_engine, calling_url):
     assert found.scores["urgency"].legend == {0: "low", 1: "mid", 2: {"level": "high"}}
     assert found.usage.input_tokens == own.prompt_tokens and found.usage.output_tokens == 3
     with ollama.Client(host=calling_url) as client:
-        told = client.systemone("calling", state, wire)
+        own_kind = {"urgency": {**wire["urgency"], "criteria": ["low", "high"]}}
+        told = client.systemone("calling", state, {**wire, **own_kind})
     assert told.answers["tone"].choice in ("angry", "calm")
     body = {"model": "x", "state": state, "questions": wire, **extra, "steps": 2}
     said = httpx.post(f"{calling_url}/v1/decisions", json=body).json()

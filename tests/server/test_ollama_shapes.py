@@ -86,7 +86,7 @@ def test_a_conversation_with_tools_is_translated(client, told):
         ({"num_predict": 7, "temperature": 0, "seed": 3, "stop": ["x", "y"]},
          {"max_tokens": 7, "temperature": 0, "seed": 3, "stop": ("x", "y")}),
         ({"num_predict": -1, "seed": -1, "stop": "x", "num_ctx": 9, "diffusion_max_steps": 3},
-         {"settings": {"max_denoising_steps": 3}, "max_tokens": None, "seed": None, "stop": ("x",)}),
+         {"settings": {"max_denoising_steps": 3}, "max_tokens": None, "stop": ("x",)}),
     ],
 )  # fmt: skip
 def test_options_are_translated(client, told, options, expected):
