@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from mlx_diffgemma.diffusion.generate import reserved
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 
-async def answer(engine: Engine, *asked: Asked) -> AsyncIterator[Piece]:
+async def answer(engine: Engine, *asked: Asked) -> AsyncGenerator[Piece, None]:
     """The pieces of all answers as they come. Those of the first request have the indices from 0
     to n − 1, and those of each further one go on from there. Close the iterator (`aclosing`) to
     cancel what still runs.

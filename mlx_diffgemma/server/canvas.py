@@ -12,11 +12,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.editing.edit import edit
 from mlx_diffgemma.editing.fill import fill
 from mlx_diffgemma.editing.gaps import Filled
 from mlx_diffgemma.editing.infill import HOLE, LENGTHS, infill
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.generation import configured
 from mlx_diffgemma.server.canvases import CanvasAsked, Change, canvas_work
 from mlx_diffgemma.server.engine import Engine
 from mlx_diffgemma.server.fields import Fields
@@ -159,12 +161,8 @@ async def _run(
 
 
 def _config(engine: Engine, how: dict[str, Any], temperature: float | None) -> DiffusionConfig:
-    from mlx_diffgemma.diffusion.profiles import DEFAULT
-    from mlx_diffgemma.generation import configured
-
-    config = configured(
-        engine.model, engine.tokenizer, how["profile"] or DEFAULT, **how["settings"]
-    )
+    profile, settings = how["profile"] or DEFAULT_PROFILE, how["settings"]
+    config = configured(engine.model, engine.tokenizer, profile, **settings)
     return at_temperature(config, temperature)
 
 

@@ -23,8 +23,8 @@ from mlx_diffgemma.diffusion.encode import encode as encode_prefix
 from mlx_diffgemma.diffusion.generate import cut
 from mlx_diffgemma.diffusion.noise import SeededNoise
 from mlx_diffgemma.editing.vocabulary import Vocabulary
-from mlx_diffgemma.model.diffusion_gemma import CanvasView
 from mlx_diffgemma.model.cache import Prefix
+from mlx_diffgemma.model.diffusion_gemma import CanvasView
 from mlx_diffgemma.server.jobs import Seat
 from mlx_diffgemma.text.prompt import Encoded
 
@@ -109,7 +109,8 @@ class _Run:
         elif asked.reads:
             most = asked.config.max_denoising_steps - 1
         if most is None or most > 0:
-            for canvas in self._stepped(canvas, prefix, most):
+            for stepped in self._stepped(canvas, prefix, most):
+                canvas = stepped
                 if asked.frames and self.seat.backlog < _BEHIND:
                     yield {"type": "diffusion_frame", **self._frame(canvas)}
         if asked.look:
@@ -187,13 +188,13 @@ class _Run:
         return replace(canvas.under(self._layout(tokens)), done=False, converged=False)
 
     def _frame(self, canvas: Canvas) -> dict[str, Any]:
-        ids = canvas.draft.tolist()
         known = canvas.passes > 0
+        ids = np.array(canvas.draft if known else canvas.tokens).tolist()
         return {
             "step": canvas.passes,
             "total": canvas.settings.max_denoising_steps,
-            "ids": ids if known else canvas.tokens.tolist(),
-            **self._texts(ids if known else canvas.tokens.tolist()),
+            "ids": ids,
+            **self._texts(ids),
             "entropy": canvas.entropy.tolist() if known else None,
             "probability": canvas.probability.tolist() if known else None,
             "accepted": canvas.accepted.tolist(),

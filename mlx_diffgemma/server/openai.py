@@ -66,7 +66,7 @@ def routes(server: Server) -> list[Route]:
         most = server.settings.max_image
         asked = _chat(fields, server.engine, most)
         single = not fields.flag("parallel_tool_calls", True)
-        top = _top_logprobs(fields, "top_logprobs")
+        top = _top_logprobs(fields)
         diffusing = fields.flag("diffusing")
         asked = replace(asked, frames=asked.frames or diffusing)
         reply = ChatReply(server.engine.name, asked.n, top=top, single=single, diffusing=diffusing)
@@ -85,7 +85,7 @@ def routes(server: Server) -> list[Route]:
             raise fields.refused("echo", "goes with prompts of text; leave it out.")
         begun = [str(each.prompt) if echo else "" for each in asked for _ in range(each.n)]
         asked = [replace(each, logprobs=logprobs is not None) for each in asked]
-        reply = TextReply(server.engine.name, begun=begun, each=asked[0].n, top=logprobs or 0)
+        reply = TextReply(server.engine.name, begun=begun, each=asked[0].n, top=logprobs)
         return await _answered(server, fields, asked, reply)
 
     async def fim(request: Request) -> Response:
@@ -196,13 +196,15 @@ def _chat(fields: Fields, engine: Engine, most: int) -> Asked:
     )
 
 
-def _top_logprobs(fields: Fields, key: str) -> int:
+def _top_logprobs(fields: Fields) -> int | None:
+    """How many alternatives are named of each token; None where nothing is told of tokens."""
+    key = "top_logprobs"
     top = fields.integer(key, 0) or 0
     if top > 1:
         raise fields.refused(key, "may be 1 at most: one token is known for each place.")
     if top and not fields.flag("logprobs"):
         raise fields.refused(key, "goes with logprobs; set that to true.")
-    return top
+    return top if fields.flag("logprobs") else None
 
 
 def _completions(fields: Fields) -> list[Asked]:
