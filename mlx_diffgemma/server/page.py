@@ -190,7 +190,7 @@ def _live(engine: Engine, fields: Fields) -> Live:
         vocabulary = Vocabulary(tokenizer, model.config.text.vocab_size, config.eos_token_ids)
         if given is not None:
             prompt = f"{sudoku.BARE_PROMPT}\n{given}"
-        ids = encode_prompt(tokenizer, prompt, raw=fields.flag("raw"))
+        ids = encode_prompt(tokenizer, prompt)
         (config,) = fit_to_context(model, [ids], config)
         length = config.canvas_length or model.config.canvas_length
         pins: dict[int, int] = {}
