@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import urllib.request
 from types import SimpleNamespace
 
 import numpy as np
@@ -136,3 +139,31 @@ def test_the_real_model_in_a_pipe_as_json():
     assert told["finish_reason"] == "stop"
     assert told["canvases"] == len(told["denoising_steps"]) == 1
     assert told["times"]["load_s"] > 0 and told["times"]["generation_s"] > 0
+
+
+@pytest.mark.slow
+def test_the_page_is_opened_in_the_browser_and_ends_with_ctrl_c():
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "mlx_diffgemma.cli.main", "demo", "--web"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "BROWSER": "echo opened %s"},
+    )
+    try:
+        assert demo.stdout is not None
+        first, second = demo.stdout.readline(), demo.stdout.readline()
+        address = first.split()[0]
+        assert second == f"opened {address}\n"
+        with urllib.request.urlopen(address, timeout=30) as page:
+            assert b"/page/app.js" in page.read()
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(30) == 130
+    finally:
+        demo.kill()
+
+
+def test_the_page_needs_the_server_s_packages(program, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = program("demo", "--web")
+    assert result.exit_code == 2
+    assert "mlx-diffgemma[server]" in result.stderr

@@ -104,7 +104,7 @@ def test_hostile_text_is_text(visitor: Visitor) -> None:
     page.goto(f"{visitor.url}/health")  # the page keeps what it has when it is left
     page.evaluate(
         "said => localStorage.setItem('mlx-diffgemma chat messages', said)",
-        json.dumps([{"role": "assistant", "content": code}]),
+        json.dumps([{"role": "assistant", "content": code, "thought": "first " + HOSTILE}]),
     )
     page = visitor.open("chat")
     expect(page.locator(".markdown strong")).to_have_text("bold")
@@ -113,6 +113,11 @@ def test_hostile_text_is_text(visitor: Visitor) -> None:
     ]
     expect(page.locator(".markdown script, .markdown img")).to_have_count(0)
     expect(page.locator(".markdown pre")).to_contain_text("<script>window.hacked = 1</script>")
+
+    thought = page.get_by_text("first <script>")
+    expect(thought).to_be_hidden()
+    page.locator("summary", has_text="Thought").press("Enter")
+    expect(thought).to_be_visible()
 
     page = visitor.open("template")
     page.get_by_role("textbox", name="Template").fill(HOSTILE + "{a:one|two}")

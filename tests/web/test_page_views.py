@@ -213,6 +213,8 @@ def test_pins_change_while_a_canvas_forms(visitor: Visitor) -> None:
     page.get_by_role("button", name="Form", exact=True).click()
     page.locator("[data-place='0']").click()
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    expect(page.get_by_role("status")).to_contain_text(re.compile("Step [1-9]"))
+    visitor.picture("forming")
     expect(page.get_by_role("status")).to_contain_text("Done after")
     expect(page.locator("[data-place='0']")).to_have_attribute("aria-pressed", "true")
 
