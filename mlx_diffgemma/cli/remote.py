@@ -26,7 +26,7 @@ _LOOK_SECONDS = 0.3  # for a server that nobody named
 _SILENCE = 60.0  # seconds; a stream that is alive says something more often
 _LONGEST = 24 * 3600.0  # seconds of an answer that comes as a whole
 
-_UNKNOWN = {"failed_calls": (), "stop_token": None, "parts": None, "tokens": (), "peak_memory": 0.0}
+_UNKNOWN = {"failed_calls": (), "parts": None, "peak_memory": 0.0}
 
 
 class RemoteError(DiffGemmaError):
@@ -232,14 +232,16 @@ class Remote:
         path, body = self._body(
             [{"role": "user", "content": prompt}], asking, denoising, tools, variables
         )
-        found = self.ask(path, {**body, "response_format": form})
+        found = self.ask(path, {**body, "response_format": form, "logprobs": True})
         (choice,) = found["choices"]
         told, message = choice["diffusion"], choice["message"]
         return SimpleNamespace(
             text=message["content"],
             thought=message.get("reasoning_content", ""),
-            tokens=(),
-            entropy=(),
+            tokens=tuple(told.get("tokens", ())),
+            entropy=tuple(
+                each["entropy"] for each in (choice["logprobs"] or {}).get("content", ())
+            ),
             generation_tokens=found["usage"]["completion_tokens"],
             denoising_steps=tuple(told["denoising_steps"]),
             passes=sum(told["denoising_steps"]),
@@ -340,6 +342,8 @@ def only_here(asking: Asking) -> dict[str, bool]:
 
 def pieces(response: Any) -> list[tuple[str, str]]:
     """A draft for the terminal; servers do not say how sure the model is of each token."""
+    if not response.canvas:
+        return [("text", "")]
     return [("thought", response.draft_thought), ("text", response.draft)]
 
 
@@ -418,6 +422,8 @@ class _Reading:
             denoising_steps=tuple(end.get("denoising_steps", ())),
             tokens_per_forward=end.get("tokens_per_forward") or 0.0,
             stop_string=end.get("stop"),
+            tokens=tuple(end.get("tokens", ())),
+            stop_token=end.get("stop_token"),
             converged=end.get("converged", True),
             context_full=end.get("context_full", False),
             seed=end.get("seed", 0),
@@ -442,6 +448,8 @@ _EMPTY: dict[str, Any] = {
     "entropy": [],
     "step": 0,
     "token": None,
+    "tokens": (),
+    "stop_token": None,
     "finish_reason": None,
     "prompt_tokens": 0,
     "prompt_tps": 0.0,

@@ -10,7 +10,6 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -63,7 +62,7 @@ class Server:
         self._load = load
         self._engine: Engine | None = None
         self._started = time.monotonic()
-        self._loading = threading.Thread(target=self._open, name="loading", daemon=True)
+        self._loading = threading.Thread(target=self.open, name="loading", daemon=True)
         self._shapes: list[tuple[Route, Shape]] = []
 
     @property
@@ -109,7 +108,8 @@ class Server:
             self._shapes.append((made[-1], shape))
         return made
 
-    def _open(self) -> None:
+    def open(self) -> None:
+        """Load the model, in the thread that calls this; `failure` says why that did not work."""
         try:
             self._engine = self._load()
             self.name = self._engine.name
@@ -159,10 +159,10 @@ def create_app(
     settings = settings or ServerSettings()
     server = Server(engine if callable(engine) else lambda: engine, settings, name=name)
     if not callable(engine):
-        server._open()
+        server.open()
     if protocols is None:
         names = [f"mlx_diffgemma.server.{each}" for each in PROTOCOLS]
-        protocols = [import_module(name) for name in names if find_spec(name)]
+        protocols = [import_module(name) for name in names]
     routes = [
         *server.guarded([Route("/health", server.health)], _plain),
         *server.guarded([Route("/metrics", server.show_metrics)], _plain),

@@ -24,9 +24,9 @@ from mlx_diffgemma.server.engine import Engine
 from mlx_diffgemma.server.fields import Fields
 from mlx_diffgemma.server.jobs import Seat
 from mlx_diffgemma.server.knobs import knobs
-from mlx_diffgemma.server.openai import HARMLESS, error
+from mlx_diffgemma.server.openai import HARMLESS, error, messages_of
 from mlx_diffgemma.server.pieces import Asked
-from mlx_diffgemma.server.preparing import Prepared, at_temperature, prepare
+from mlx_diffgemma.server.preparing import Prepared, at_temperature, count, prepare
 from mlx_diffgemma.server.streams import read_json, sse
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def routes(server: Server) -> list[Route]:
 
     async def canvas(request: Request) -> Response:
         fields = Fields(await read_json(request))
-        asked = await _canvas(server.engine, fields)
+        asked = await _canvas(server.engine, fields, server.settings.max_image)
         reads, streamed = fields.flag("diffusion_read_only"), fields.flag("stream")
         if fields.flag("diffusion_frames", streamed) and not streamed:
             raise fields.refused("diffusion_frames", "goes with stream; set that to true.")
@@ -103,7 +103,7 @@ def routes(server: Server) -> list[Route]:
 
     async def alternatives(request: Request) -> Response:
         fields = Fields(await read_json(request))
-        asked = await _canvas(server.engine, fields)
+        asked = await _canvas(server.engine, fields, server.settings.max_image)
         at = fields.integer("step", 1, required=True) or 1
         place = fields.integer("position", 0)
         places = range(asked.length) if place is None else [place]
@@ -155,8 +155,9 @@ async def _run(
         usage = {"prompt_tokens": seat.prompt_tokens, "prompt_tokens_details": known}
         yield {"object": kind, "model": engine.name, **found, "usage": usage}
 
-    text = sum(len(value) for value in fields.data.values() if isinstance(value, str))
-    ticket = engine.submit(work, prompt_tokens=min(text, engine.context), answer_tokens=1)
+    texts = [value for value in fields.data.values() if isinstance(value, str)]
+    tokens = await asyncio.to_thread(count, engine, Asked(prompt="\n".join(texts)))
+    ticket = engine.submit(work, prompt_tokens=2 * tokens, answer_tokens=1)
     return JSONResponse(await _last(ticket), headers=fields.headers())
 
 
@@ -199,12 +200,13 @@ def _is_integer(value: Any) -> bool:
 # One canvas.
 
 
-async def _canvas(engine: Engine, fields: Fields) -> CanvasAsked:
+async def _canvas(engine: Engine, fields: Fields, most: int) -> CanvasAsked:
     """A canvas as both of its routes ask for it."""
     fields.text("model")
-    messages, prompt = fields.get("messages"), fields.get("prompt")
-    if messages is not None and not isinstance(messages, list):
-        raise fields.refused("messages", "must be a list.")
+    prompt = fields.get("prompt")
+    if prompt is not None and fields.get("messages") is not None:
+        raise fields.refused("messages", "and a prompt are given; leave one of them out.")
+    messages = None if prompt is not None else messages_of(fields, engine, most)
     if prompt is not None and not isinstance(prompt, (str, list)):
         raise fields.refused("prompt", "must be a text, or token ids.")
     asked = Asked(

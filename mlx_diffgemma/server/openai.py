@@ -138,7 +138,7 @@ async def _answered(server: Server, fields: Fields, asked: list[Asked], reply: R
         return sse(_events(engine, asked, reply), headers=headers)
     if any(each.frames for each in asked):
         raise RefusedError(
-            400, "frames of a canvas are streamed; set stream to true.", "diffusion_frames"
+            400, "frames of a canvas are streamed; set stream to true.", reply.framed
         )
     async with aclosing(asking.answer(engine, *asked)) as pieces:
         async for piece in pieces:
@@ -184,7 +184,7 @@ def _chat(fields: Fields, engine: Engine, most: int) -> Asked:
     common = _common(fields)
     schema, pattern = _form(fields)
     return Asked(
-        messages=_messages(fields, engine, most),
+        messages=messages_of(fields, engine, most),
         tools=_tools(fields),
         tool_choice=_tool_choice(fields),
         json_schema=schema,
@@ -259,7 +259,8 @@ def _form(fields: Fields) -> tuple[dict[str, Any] | bool | None, str | None]:
 # Messages and tools.
 
 
-def _messages(fields: Fields, engine: Engine, most: int) -> list[dict[str, Any]]:
+def messages_of(fields: Fields, engine: Engine, most: int) -> list[dict[str, Any]]:
+    """A conversation in the library's form; pictures in it have at most `most` bytes."""
     found = []
     names: dict[str, str] = {}  # of the functions that were called, by the ids of the calls
     for message in fields.objects("messages", required=True):

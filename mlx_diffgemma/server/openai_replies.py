@@ -42,9 +42,11 @@ class Reply:
 
     Attributes:
         tells_usage: whether the last chunk says how many tokens there were.
+        framed: the field that asks for frames.
     """
 
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    framed = "diffusion_frames"
 
     def __init__(self, model: str, count: int, *, top: int | None = None) -> None:
         self.model, self.top, self.tells_usage = model, top, False
@@ -146,6 +148,7 @@ class ChatReply(Reply):
     ) -> None:
         super().__init__(model, count, top=top)
         self.single, self.diffusing = single, diffusing
+        self.framed = "diffusing" if diffusing else self.framed
 
     def choice(self, choice: Choice) -> dict[str, Any]:
         """One answer as a whole."""
@@ -318,7 +321,7 @@ def _called(call: Call) -> dict[str, Any]:
 def _figures(end: Ended) -> dict[str, Any]:
     """What text diffusion has beside the counts of tokens."""
     steps = sum(end.steps)
-    return {
+    told = {
         "seed": end.seed,
         "denoising_steps": list(end.steps),
         "tokens_per_forward": round(end.completion_tokens / steps, 3) if steps else None,
@@ -326,3 +329,4 @@ def _figures(end: Ended) -> dict[str, Any]:
         "stop": end.stop_string,
         "context_full": end.context_full,
     }
+    return {**told, "tokens": list(end.ids), "stop_token": end.stop_token} if end.ids else told

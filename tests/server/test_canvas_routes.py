@@ -147,7 +147,8 @@ def test_alternatives_are_those_that_a_step_chose_from(post):
         ({"diffusion_constrained": True}, "diffusion_constrained"),
         ({"changes": [{"after": 1, "noise": {"start": 5, "stop": 2}}]}, "changes.0.noise"),
         ({"diffusion_frames": True}, "diffusion_frames"),
-        ({"messages": None}, None),
+        ({"messages": None}, "messages"),
+        ({"prompt": [1, 2]}, "messages"),
     ],
 )
 def test_what_does_not_fit_a_canvas_is_named(post, told, named):
