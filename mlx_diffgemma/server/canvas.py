@@ -36,6 +36,7 @@ __all__ = ["error", "routes"]
 
 _MOST_CHANGES = 256
 _MOST_TOP = 64
+_MOST_WANTED = 1024
 
 
 def routes(server: Server) -> list[Route]:
@@ -96,10 +97,10 @@ def routes(server: Server) -> list[Route]:
             raise fields.refused("diffusion_frames", "goes with stream; set that to true.")
         asked = replace(asked, reads=reads, frames=streamed and not reads)
         fields.settle({}, HARMLESS)
-        ticket = _submit(server.engine, asked)
         if streamed:
-            return sse(_events(ticket), headers=fields.headers())
-        return JSONResponse(await _last(ticket), headers=fields.headers())
+            return sse(_events(server.engine, asked), headers=fields.headers())
+        found = await _last(_submit(server.engine, asked))
+        return JSONResponse(found, headers=fields.headers())
 
     async def alternatives(request: Request) -> Response:
         fields = Fields(await read_json(request))
@@ -230,7 +231,9 @@ async def _canvas(engine: Engine, fields: Fields, most: int) -> CanvasAsked:
         if initial is None:
             raise fields.refused("diffusion_pinned", "needs diffusion_seed_canvas.")
         pins.setdefault(place, initial[place])
-    wanted = _ids(fields, "logprob_token_ids", vocab) or ()
+    wanted = tuple(dict.fromkeys(_ids(fields, "logprob_token_ids", vocab) or ()))
+    if len(wanted) > _MOST_WANTED:
+        raise fields.refused("logprob_token_ids", f"are more than {_MOST_WANTED}.")
     constrained = fields.flag("diffusion_constrained")
     if constrained and not wanted:
         raise fields.refused("diffusion_constrained", "needs logprob_token_ids.")
@@ -321,8 +324,8 @@ async def _last(ticket: Any) -> dict[str, Any]:
     return found
 
 
-async def _events(ticket: Any) -> AsyncIterator[dict[str, Any] | str]:
-    async with ticket:
+async def _events(engine: Engine, asked: CanvasAsked) -> AsyncIterator[dict[str, Any] | str]:
+    async with _submit(engine, asked) as ticket:
         async for value in ticket:
             yield value
     yield "[DONE]"

@@ -13,7 +13,7 @@ from mlx_diffgemma.diffusion.noise import checked_seed
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.editing.edit import candidate_lengths
 from mlx_diffgemma.editing.infill import LENGTHS
-from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.errors import CheckpointError, UsageError
 from mlx_diffgemma.generation import configured, fit_to_context
 from mlx_diffgemma.server.engine import Engine
 from mlx_diffgemma.server.pieces import Asked
@@ -170,7 +170,15 @@ def _functions(asked: Asked) -> dict[str, Mapping[str, Any]]:
 
 
 def _encoded(engine: Engine, asked: Asked) -> Encoded:
-    tokenizer = tokenizer_of(engine)
+    try:
+        return _encode(tokenizer_of(engine), asked)
+    except (CheckpointError, RecursionError) as error:
+        # The template renders what it was made for; this request is something else.
+        why = "it is nested too deep." if isinstance(error, RecursionError) else str(error)
+        raise RefusedError(400, f"this request cannot be rendered: {why}") from None
+
+
+def _encode(tokenizer: Any, asked: Asked) -> Encoded:
     if asked.prompt is not None:
         if asked.suffix is not None:
             told = asked.instruction or f"{asked.prompt}{asked.suffix}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,7 +18,9 @@ from mlx_diffgemma.diffusion.events import DenoisingStep
 from mlx_diffgemma.diffusion.generate import cut
 from mlx_diffgemma.editing.infill import infill
 from mlx_diffgemma.editing.structured import Structured, generate_structured
+from mlx_diffgemma.editing.validated import UnmetConstraintError
 from mlx_diffgemma.editing.vocabulary import Vocabulary
+from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.generation import GenerationResponse, stream_generate
 from mlx_diffgemma.server.jobs import Seat, Work
 from mlx_diffgemma.server.pieces import (
@@ -32,6 +35,7 @@ from mlx_diffgemma.server.pieces import (
     TokenInfo,
 )
 from mlx_diffgemma.server.preparing import Prepared
+from mlx_diffgemma.server.refusals import RefusedError
 from mlx_diffgemma.text.prompt import Encoded
 from mlx_diffgemma.text.tool_calls import ToolCall
 
@@ -224,16 +228,21 @@ class _Work:
                 )
                 self.seat.emit(frame)
 
-        found = generate_structured(
-            self.seat.model,
-            self.seat.tokenizer,
-            prompt,
-            config=constraint.pop("config", self.config),
-            seed=self.seed,
-            on_step=show,
-            **constraint,
-            **self.shares,
-        )
+        try:
+            found = generate_structured(
+                self.seat.model,
+                self.seat.tokenizer,
+                prompt,
+                config=constraint.pop("config", self.config),
+                seed=self.seed,
+                on_step=show,
+                **constraint,
+                **self.shares,
+            )
+        except UnmetConstraintError as error:
+            raise RefusedError(422, str(error)) from None
+        except (re.error, RecursionError) as error:  # from the check of what was written
+            raise UsageError(f"the JSON schema cannot be used: {error}.") from None
         self.start()
         return found
 

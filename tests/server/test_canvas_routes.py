@@ -147,6 +147,7 @@ def test_alternatives_are_those_that_a_step_chose_from(post):
         ({"diffusion_constrained": True}, "diffusion_constrained"),
         ({"changes": [{"after": 1, "noise": {"start": 5, "stop": 2}}]}, "changes.0.noise"),
         ({"diffusion_frames": True}, "diffusion_frames"),
+        ({"diffusion_max_steps": 10**9}, "diffusion_max_steps"),
         ({"messages": None}, "messages"),
         ({"prompt": [1, 2]}, "messages"),
     ],
