@@ -99,9 +99,9 @@ def _open_page(loading: Loading) -> None:
     from mlx_diffgemma.server.engine import Engine
 
     settings = ServerSettings(port=0)
+    opened = open_model(loading)
     sockets = lifecycle.listen(settings)
     address = lifecycle.url(sockets)
-    opened = open_model(loading)
     app = create_app(Engine(opened.model, opened.tokenizer, name="demo"), settings)
     print(f"{address} is the page; Ctrl-C ends it.", flush=True)
     # A browser of the terminal would hold up whoever opens it.
