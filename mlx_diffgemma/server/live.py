@@ -34,8 +34,10 @@ from mlx_diffgemma.server.jobs import Seat
 
 MOST_KEPT = 32
 """Live canvases that a server keeps; the one that was used least recently goes first."""
-MOST_STEPS = 400
-"""Steps that one live canvas may take with all its forks."""
+MOST_BYTES = 1 << 29
+"""Bytes that these hold together; the newest is kept whatever it holds."""
+MOST_STEPS = 256
+"""Steps of one live canvas that are kept; it takes no more."""
 ALTERNATIVES = 8
 _LOOKS = 2  # canvases of noise that alternatives are averaged over
 _AHEAD = 4  # values that a client has not read, from which steps are told later
@@ -131,6 +133,13 @@ class Live:
             if run == self._run:
                 self._running = False
                 self._orders.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its steps and its prefix hold."""
+        soft = [canvas.soft_embeddings for canvas in list(self.canvases)]
+        steps = sum(each.nbytes for each in soft if each is not None)
+        return steps + (0 if self._prefix is None else self._prefix.nbytes)
 
     # What runs on the engine's thread.
 
@@ -356,8 +365,10 @@ class LiveCanvases:
     def keep(self, live: Live) -> None:
         """Keep one more, in the place of the least recently used where there are too many."""
         self._kept[live.name] = live
-        while len(self._kept) > MOST_KEPT:
-            self._kept.popitem(last=False)
+        total = sum(each.nbytes for each in self._kept.values())
+        while len(self._kept) > 1 and (len(self._kept) > MOST_KEPT or total > MOST_BYTES):
+            _, oldest = self._kept.popitem(last=False)
+            total -= oldest.nbytes
 
     def get(self, name: str) -> Live | None:
         """The canvas of this name, if it is still kept."""

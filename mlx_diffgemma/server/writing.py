@@ -46,7 +46,7 @@ def chat(engine: Engine, fields: Fields) -> Callable[[Seat], Iterator[Any]]:
     options = _options(fields)
     options |= {
         "max_tokens": min(fields.integer("max_tokens", 1) or 1024, engine.context),
-        "prefill_response": fields.text("prefill") or None,
+        "prefill_response": _near(fields.text("prefill") or "", _room(engine), end=True) or None,
         "thinking": fields.flag("thinking") or None,
         "max_denoising_steps": fields.integer("steps", 1),
     }

@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from importlib import resources
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
 from mlx_diffgemma.demo import sudoku
-from mlx_diffgemma.server import page
+from mlx_diffgemma.server import live, page
 from mlx_diffgemma.server.writing import _near, _with_kept
 
 PREACT_AND_HTM = "72284e8e9079c87817145df1110f74e8a2aa040b2fc384922e18dfcb46fc1fd7"
@@ -203,6 +204,21 @@ def test_what_is_of_others_is_as_they_published_it() -> None:
     assert hashlib.sha256(published).hexdigest() == PREACT_AND_HTM
     licences = resources.files("mlx_diffgemma.server").joinpath("static/LICENSES.txt").read_text()
     assert "Preact" in licences and "Apache License" in licences
+
+
+def test_the_canvases_used_least_recently_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Held(SimpleNamespace):
+        nbytes = 10
+
+    kept = live.LiveCanvases()
+    monkeypatch.setattr(live, "MOST_BYTES", 35)
+    for name in "abc":
+        kept.keep(Held(name=name))  # type: ignore[arg-type]
+    assert kept.get("a") is not None
+    kept.keep(Held(name="d"))  # type: ignore[arg-type]
+    assert [kept.get(name) is not None for name in "abcd"] == [True, False, True, True]
+    kept.keep(Held(name="e", nbytes=1000))  # type: ignore[arg-type]
+    assert [kept.get(name) is not None for name in "acde"] == [False, False, False, True]
 
 
 def test_kept_slots_become_text_whatever_they_hold() -> None:
