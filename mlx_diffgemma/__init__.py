@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mlx_diffgemma.batch import BatchResponse, batch_generate
     from mlx_diffgemma.checkpoint.loading import load_model
     from mlx_diffgemma.diffusion.config import DiffusionConfig
     from mlx_diffgemma.editing.decide import calibrate, decide
@@ -19,19 +20,21 @@ if TYPE_CHECKING:
     from mlx_diffgemma.errors import DiffGemmaError
     from mlx_diffgemma.generation import (
         GenerationResponse,
-        batch_generate,
         generate,
         load,
         stream_generate,
     )
+    from mlx_diffgemma.text.prompt_settings import PromptSettings
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BatchResponse": "mlx_diffgemma.batch",
     "DiffGemmaError": "mlx_diffgemma.errors",
     "DiffusionConfig": "mlx_diffgemma.diffusion.config",
-    "GenerationResponse": "mlx_diffgemma.generation",
-    "batch_generate": "mlx_diffgemma.generation",
+    "GenerationResponse": "mlx_diffgemma.generation_response",
+    "PromptSettings": "mlx_diffgemma.text.prompt_settings",
+    "batch_generate": "mlx_diffgemma.batch",
     "calibrate": "mlx_diffgemma.editing.decide",
     "decide": "mlx_diffgemma.editing.decide",
     "edit": "mlx_diffgemma.editing.edit",
@@ -45,9 +48,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "BatchResponse",
     "DiffGemmaError",
     "DiffusionConfig",
     "GenerationResponse",
+    "PromptSettings",
     "batch_generate",
     "calibrate",
     "decide",

@@ -212,18 +212,27 @@ class ModelConfig:
     quantization: Mapping[str, Any] | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def stated_end_ids(self) -> tuple[int, ...]:
+        """The ids by which the checkpoint says that an answer ends: those of
+        `generation_config.json`, else of `config.json`; none where neither names any.
+
+        Raises:
+            ConfigError: an id of `generation_config.json` is outside the vocabulary.
+        """
+        generation = self.raw.get("generation_config") or {}
+        section = Section(generation, file="generation_config.json")
+        return section.ids("eos_token_id", self.text.vocab_size) or self.eos_token_ids
+
     def end_token_ids(self, tokenizer: Iterable[int] = ()) -> tuple[int, ...]:
-        """The ids that end an answer: those of `generation_config.json`, else of `config.json`,
-        else the `tokenizer`'s.
+        """The ids that end an answer: `stated_end_ids`, else the `tokenizer`'s.
 
         Raises:
             ConfigError: none of them names one of the vocabulary, so that no answer would ever
                 end.
         """
-        generation = self.raw.get("generation_config") or {}
         vocab_size = self.text.vocab_size
-        ids = Section(generation, file="generation_config.json").ids("eos_token_id", vocab_size)
-        ids = ids or self.eos_token_ids or tuple(sorted(tokenizer))
+        ids = self.stated_end_ids or tuple(sorted(tokenizer))
         if not ids:
             raise ConfigError(
                 "neither config.json nor generation_config.json nor the tokenizer names an "

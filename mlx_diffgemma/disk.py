@@ -17,6 +17,15 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    put_in_place(partial, path)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give a file that is whole, and on the disk, the name of the file that it replaces.
+
+    Raises:
+        OSError: it cannot be renamed; `path` is as it was.
+    """
     partial.replace(path)
     sync(path.parent)
 

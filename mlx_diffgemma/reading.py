@@ -21,6 +21,7 @@ _LARGEST_NUMBER = 1e30  # well inside float32, in which the model computes
 _DEEPEST = 64  # objects and lists inside one another
 _SHOWN = 60  # characters of a value in a message
 
+_COPY = "copy config.json from the original checkpoint"
 _REQUIRED = object()
 
 
@@ -42,7 +43,9 @@ def read_text(path: Path, *, mend: str = AGAIN) -> str:
     except IsADirectoryError:
         raise CheckpointError(f"{path} is a folder, where a file is needed; {mend}.") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise CheckpointError(f"{path} cannot be read ({os_reason(error)}).") from None
+        raise CheckpointError(
+            f"{path} cannot be read ({os_reason(error)}); check the path and who may read it."
+        ) from None
 
 
 def os_reason(error: Exception) -> str:
@@ -71,14 +74,17 @@ def read_json(path: Path, *, mend: str = AGAIN) -> Any:
     Raises:
         CheckpointError: as `read_text`, or it is no JSON.
     """
-    text = read_text(path, mend=mend)
+    return _parsed(read_text(path, mend=mend), path, mend)
+
+
+def _parsed(text: str, where: Path, mend: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError:
         why = "it is nested too deep"
     except ValueError as error:
         why = str(error)
-    raise CheckpointError(f"{path} is damaged ({why}); {mend}.") from None
+    raise CheckpointError(f"{where} is damaged ({why}); {mend}.") from None
 
 
 def read_object(path: Path, *, mend: str = AGAIN) -> dict[str, Any]:
@@ -88,13 +94,22 @@ def read_object(path: Path, *, mend: str = AGAIN) -> dict[str, Any]:
         CheckpointError: as `read_json`, or it holds something else, or is nested deeper than any
             file of a checkpoint.
     """
-    content = read_json(path, mend=mend)
+    return parse_object(read_text(path, mend=mend), path, mend=mend)
+
+
+def parse_object(text: str, where: Path, *, mend: str = AGAIN) -> dict[str, Any]:
+    """A JSON object from a text that stands in the file `where`.
+
+    Raises:
+        CheckpointError: it is no JSON, no object, or nested deeper than any file of a checkpoint.
+    """
+    content = _parsed(text, where, mend)
     if not isinstance(content, dict):
         raise CheckpointError(
-            f"{path} is damaged (it holds {kind_of(content)}, not an object); {mend}."
+            f"{where} is damaged (it holds {kind_of(content)}, not an object); {mend}."
         )
     if _is_deeper(content, _DEEPEST):
-        raise CheckpointError(f"{path} is damaged (it is nested too deep); {mend}.")
+        raise CheckpointError(f"{where} is damaged (it is nested too deep); {mend}.")
     return content
 
 
@@ -134,13 +149,21 @@ def shown(value: Any) -> str:
 
 
 class Section:
-    """One JSON object of a config, read key by key; every error names the key's full path."""
+    """One JSON object of a file, read key by key; every error names the key's full path.
 
-    def __init__(self, data: Any, path: str = "", file: str = "config.json") -> None:
+    Args:
+        path: where the object stands in the file.
+        file: what errors call the file.
+        mend: what to do where a key is missing.
+    """
+
+    def __init__(
+        self, data: Any, path: str = "", file: str = "config.json", mend: str = _COPY
+    ) -> None:
         if not isinstance(data, Mapping):
             where = f"'{path}'" if path else "the top level"
             raise ConfigError(f"{file}: {where} must be an object, not {kind_of(data)}.")
-        self.data, self.path, self.file = data, path, file
+        self.data, self.path, self.file, self.mend = data, path, file, mend
 
     def name(self, key: str) -> str:
         return f"{self.path}.{key}" if self.path else key
@@ -153,7 +176,7 @@ class Section:
         value = self.data.get(key)
         if value is None:
             if default is _REQUIRED:
-                raise self.fail(key, "is missing; copy config.json from the original checkpoint")
+                raise self.fail(key, f"is missing; {self.mend}")
             return default
         return value
 
@@ -185,6 +208,20 @@ class Section:
             raise self.fail(key, f"must be at most {most:g}, not {shown(value)}")
         return float(value)
 
+    def count(self, key: str) -> int:
+        """An integer of at least 0, in 64 bits."""
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
+            raise self.fail(key, f"must be an integer of at least 0, not {shown(value)}")
+        return value
+
+    def text(self, key: str) -> str:
+        """A text."""
+        value = self.get(key)
+        if not isinstance(value, str):
+            raise self.fail(key, f"must be a text, not {shown(value)}")
+        return value
+
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
         value = self.get(key, default)
@@ -194,7 +231,7 @@ class Section:
 
     def section(self, key: str, default: Any = _REQUIRED) -> Section:
         """The object of a key."""
-        return Section(self.get(key, default), self.name(key), self.file)
+        return Section(self.get(key, default), self.name(key), self.file, self.mend)
 
     def ids(self, key: str, vocab_size: int | None = None) -> tuple[int, ...]:
         """One token id or a list of them; below `vocab_size`, where that is given."""

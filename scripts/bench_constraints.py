@@ -31,7 +31,7 @@ from mlx_diffgemma.diffusion.generate import generate_canvases
 from mlx_diffgemma.diffusion.noise import seeded
 from mlx_diffgemma.diffusion.predict import Predictor
 from mlx_diffgemma.diffusion.profiles import PROFILES, profile_settings
-from mlx_diffgemma.generation import diffusion_config
+from mlx_diffgemma.fitting import diffusion_config
 from mlx_diffgemma.model.cache import Prefix
 from mlx_diffgemma.text.prompt import encode_prompt
 

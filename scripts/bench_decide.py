@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from mlx_diffgemma import cpu, decide, generate_structured, load
 from mlx_diffgemma.bench.presets import SMALL, config_like
 from mlx_diffgemma.bench.random_model import random_model
+from mlx_diffgemma.bench.timing import spent_in
 from mlx_diffgemma.chart import Chart, linear_axis
 from mlx_diffgemma.checkpoint.quantization import Recipe
 from mlx_diffgemma.config import ModelConfig
@@ -74,32 +75,18 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
 
 def share_of_head(model: DiffusionGemma, run: Callable[[], object], repeats: int) -> float:
     """Which part of the passes over canvases goes into the logits of the labels."""
-    spent = {"pass": 0.0, "head": 0.0}
-    logits_of, weigh = DiffusionGemma.logits_of, Denoiser.weigh
-
-    def timed_logits(self: Any, hidden: mx.array, ids: mx.array) -> mx.array:
-        mx.eval(hidden)
-        start = time.perf_counter()
-        found = logits_of(self, hidden, ids)
-        mx.eval(found)
-        spent["head"] += time.perf_counter() - start
-        return found
-
-    def timed_weigh(self: Any, canvases: Any, prefixes: Any) -> Any:
-        mx.eval([prefix.arrays() for prefix in prefixes])
-        start = time.perf_counter()
-        found = weigh(self, canvases, prefixes)
-        spent["pass"] += time.perf_counter() - start
-        return found
-
     run()
-    DiffusionGemma.logits_of, Denoiser.weigh = timed_logits, timed_weigh  # type: ignore[method-assign]
-    try:
+    with (
+        spent_in(DiffusionGemma, "logits_of", waits_for=lambda model, hidden, ids: hidden) as head,
+        spent_in(Denoiser, "weigh", waits_for=_arrays_of) as whole,
+    ):
         for _ in range(repeats):
             run()
-    finally:
-        DiffusionGemma.logits_of, Denoiser.weigh = logits_of, weigh  # type: ignore[method-assign]
-    return spent["head"] / spent["pass"]
+    return head.seconds / whole.seconds
+
+
+def _arrays_of(denoiser: Denoiser, canvases: Any, prefixes: Any) -> list[Any]:
+    return [prefix.arrays() for prefix in prefixes]
 
 
 def speed(state_length: int, repeats: int) -> None:

@@ -27,7 +27,7 @@ from mlx_diffgemma.diffusion.generate import canvas_length, generate_canvases
 from mlx_diffgemma.diffusion.noise import seeded
 from mlx_diffgemma.diffusion.predict import Predictor
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
-from mlx_diffgemma.generation import diffusion_config
+from mlx_diffgemma.fitting import diffusion_config
 from mlx_diffgemma.model.cache import Prefix
 from mlx_diffgemma.text.prompt import encode_prompt
 from mlx_diffgemma.text.tokenizer import hf_tokenizer

@@ -145,7 +145,7 @@ def main() -> None:
 
     from exercises import exam
     from mlx_diffgemma import load
-    from mlx_diffgemma.generation import diffusion_config
+    from mlx_diffgemma.fitting import diffusion_config
 
     args.out.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(args.out / "profiles.jsonl")

@@ -24,7 +24,7 @@ Answers = list[exam.Answer]
 
 def run_ours(model_path: str, steps: int | None, batch: int) -> Callable[[Sequence[str]], Answers]:
     from mlx_diffgemma import load
-    from mlx_diffgemma.generation import diffusion_config
+    from mlx_diffgemma.fitting import diffusion_config
 
     model, tokenizer = load(model_path)
     config = diffusion_config(model, max_denoising_steps=steps)

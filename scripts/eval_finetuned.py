@@ -11,7 +11,7 @@ import argparse
 from dataclasses import replace
 
 from mlx_diffgemma import load
-from mlx_diffgemma.generation import diffusion_config
+from mlx_diffgemma.fitting import diffusion_config
 from mlx_diffgemma.train.data import Limits, load_data
 from mlx_diffgemma.train.evaluate import exact_rate
 

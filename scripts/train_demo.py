@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from demo_recipe import Recipe, recipe_of, stream_of, training
 from mlx_diffgemma.bench.openblas import load_openblas
+from mlx_diffgemma.disk import write_atomically
 
 if TYPE_CHECKING:
     from exercises.exam import Marks
@@ -65,7 +66,7 @@ def examine(
 ) -> dict[str, Marks]:
     """How the model answers `count` inputs of each task, with the default settings but these."""
     from exercises import exam
-    from mlx_diffgemma.generation import diffusion_config
+    from mlx_diffgemma.fitting import diffusion_config
 
     config, marks = diffusion_config(model, **settings), {}
     for name, exercises in exam.make_tasks(count, EXAM_SEED, names).items():
@@ -125,8 +126,8 @@ def write_model(folder: Path) -> Path:
     from mlx_diffgemma.checkpoint.quantization import Recipe as Formats
     from mlx_diffgemma_convert.job import convert
     from mlx_diffgemma_convert.journal import Journal
-    from mlx_diffgemma_convert.overlay import OverlaidSource
     from mlx_diffgemma_convert.plan import make_plan
+    from mlx_diffgemma_convert.source import OverlaidSource
 
     target = folder / "model"
     shutil.rmtree(target, ignore_errors=True)
@@ -195,9 +196,7 @@ def steps_done(folder: Path) -> int:
 def prepare(folder: Path, given: Mapping[str, Any], model: Path | None) -> None:
     """Write what is given into the recipe, and the checkpoint that the run starts from."""
     recipe = replace(recipe_of(folder), **given)
-    partial = folder / "recipe.part"
-    partial.write_text(json.dumps(asdict(recipe), indent=2))
-    partial.replace(folder / "recipe.json")
+    write_atomically(folder / "recipe.json", json.dumps(asdict(recipe), indent=2).encode())
     if not (folder / "start").exists():
         begin(folder, recipe.seed, model)
 

@@ -16,7 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from text import release_like
 
 import mlx_diffgemma.generation as generation
-from mlx_diffgemma import batch_generate, generate, infill, load, stream_generate
+from mlx_diffgemma import batch, batch_generate, generate, infill, load, stream_generate
 from mlx_diffgemma.diffusion.events import CanvasCommitted, DenoisingStep, PrefillProgress
 from mlx_diffgemma.diffusion.generate import cut
 from mlx_diffgemma.errors import UsageError
@@ -73,7 +73,8 @@ def model() -> Any:
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Scripted:
     script = Scripted()
-    monkeypatch.setattr(generation, "generate_canvases", script)
+    for room in (generation, batch):
+        monkeypatch.setattr(room, "generate_canvases", script)
     return script
 
 
@@ -133,7 +134,7 @@ def test_the_text_alone_is_returned(model, script):
     script.canvases = [ids("<|channel>thought\nplan<channel|>Paris.<turn|>")]
     options: dict[str, Any] = {"eos_token_ids": release_like.ends(TOKENIZER), "seed": 0}
     assert generate(model, TOKENIZER, PROMPT, **options) == "Paris."
-    assert batch_generate(model, TOKENIZER, [PROMPT], **options) == ["Paris."]
+    assert batch_generate(model, TOKENIZER, [PROMPT], **options).texts == ["Paris."]
 
 
 def test_a_draft_tells_thought_from_text(model, script):
@@ -173,6 +174,7 @@ def test_the_beginning_that_was_given_is_part_of_the_answer(model, script, monke
     monkeypatch.setattr(
         generation, "fit_to_context", lambda model, prompts, config, **_: [config] * len(prompts)
     )
+    monkeypatch.setattr(batch, "fit_to_context", lambda model, prompts, configs, **_: configs)
     script.canvases = [ids("ris. END<turn|>")]
     options: dict[str, Any] = {
         "prefill_response": "It is Pa END ", "eos_token_ids": release_like.ends(TOKENIZER),
@@ -183,7 +185,7 @@ def test_the_beginning_that_was_given_is_part_of_the_answer(model, script, monke
     assert "".join(each.text for each in rest) == "ris. "
     assert list(rest[-1].tokens) == ids("ris. ")
     assert generate(model, TOKENIZER, "q", **options) == "It is Pa ENDris. "
-    assert batch_generate(model, TOKENIZER, ["q"], **options) == ["It is Pa ENDris. "]
+    assert batch_generate(model, TOKENIZER, ["q"], **options).texts == ["It is Pa ENDris. "]
 
 
 def test_an_end_that_the_tokenizer_learns_later_counts(model, script):
@@ -196,7 +198,7 @@ def test_an_end_that_the_tokenizer_learns_later_counts(model, script):
     assert {7, table} <= tokenizer.eos_token_ids
     *_, last = stream_generate(model, tokenizer, PROMPT, seed=0)
     assert (last.tokens, last.stop_token) == (tuple(ids("one")), table)
-    assert batch_generate(model, tokenizer, [PROMPT], seed=0) == ["one"]
+    assert batch_generate(model, tokenizer, [PROMPT], seed=0).texts == ["one"]
     # What is given with the call is what counts.
     turn = release_like.ends(own)[1]
     assert generate(model, tokenizer, PROMPT, seed=0, eos_token_ids=(turn,)) == "one<table>two"

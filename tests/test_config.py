@@ -75,6 +75,15 @@ def test_both_spellings_writes_both(tiny_config, spelling):
         assert ModelConfig.from_dict({**written, "text_config": text}).text == expected
 
 
+def test_a_config_that_ends_no_answer_is_refused(tiny_config):
+    raw = tiny_config(1)
+    for place in (raw, raw["text_config"]):
+        place.pop("eos_token_id", None)
+    with pytest.raises(ConfigError, match=r"so no answer would end; add it to config\.json\.$"):
+        ModelConfig.from_dict(raw).end_token_ids()
+    assert ModelConfig.from_dict(raw).end_token_ids([7]) == (7,)
+
+
 def test_both_spellings_of_full_layers_that_differ(tiny_config):
     """The release's spelling cannot say it, so it is not written."""
     raw = tiny_config(0, "per_layer", layer_types=[FULL, SLIDING, FULL], num_hidden_layers=3)

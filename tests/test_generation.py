@@ -14,7 +14,7 @@ import mlx_diffgemma
 from mlx_diffgemma import batch_generate, generate, load, stream_generate
 from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.errors import MemoryShortageError, NumericalError, PromptError, UsageError
-from mlx_diffgemma.generation import diffusion_config
+from mlx_diffgemma.fitting import diffusion_config
 from mlx_diffgemma.text.prompt import encode_prompt
 
 PUZZLE = "sudoku\n4..613\n61.42.\n.6...4\n134...\n3265.1\n5...6."
@@ -130,7 +130,7 @@ def test_a_stop_string_saves_the_canvases_behind_it(demo: tuple[Any, Any]) -> No
     assert (last.finish_reason, last.stop_string) == ("stop", "\n\n")
     assert last.tokens == whole[-1].tokens[: len(SOLVED)]
     assert last.denoising_steps == whole[-1].denoising_steps[:1] == (model.decoded,)
-    assert batch_generate(*demo, [two, PUZZLE], seed=3, stop="\n")[1] == SOLVED[:6]
+    assert batch_generate(*demo, [two, PUZZLE], seed=3, stop="\n").texts[1] == SOLVED[:6]
 
 
 def test_initial_canvas_replaces_the_noise(demo: tuple[Any, Any]) -> None:
@@ -144,11 +144,11 @@ def test_initial_canvas_replaces_the_noise(demo: tuple[Any, Any]) -> None:
 
 def test_a_batch_answers_each_prompt(demo: tuple[Any, Any]) -> None:
     prompts = ["sudoku", PUZZLE, f"{PUZZLE}\n\n{PUZZLE[7:]}"]
-    answers = batch_generate(*demo, prompts, seed=3, max_denoising_steps=8)
+    answers = batch_generate(*demo, prompts, seed=3, max_denoising_steps=8).texts
     assert answers[1] == SOLVED
     assert answers[2].startswith(SOLVED) and len(answers[2]) > len(SOLVED)
     assert len(answers[0]) >= 41
-    assert batch_generate(*demo, []) == []
+    assert batch_generate(*demo, []).texts == []
 
 
 def test_a_prefix_cache_is_continued_not_encoded_again(demo: tuple[Any, Any]) -> None:

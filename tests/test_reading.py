@@ -6,9 +6,13 @@ import copy
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
 import pytest
+from diffusion.mock_model import MockModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import make_config
@@ -17,8 +21,12 @@ from mlx_diffgemma.checkpoint.loading import read_config
 from mlx_diffgemma.checkpoint.shards import INDEX, stored_tensors
 from mlx_diffgemma.config import ModelConfig, check_generation_ids
 from mlx_diffgemma.diffusion.config import DiffusionConfig
-from mlx_diffgemma.errors import CheckpointError, ConfigError, DiffGemmaError
+from mlx_diffgemma.editing.calibration import Calibration, Fit, Marks
+from mlx_diffgemma.errors import CheckpointError, ConfigError, DiffGemmaError, UsageError
+from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.reading import read_object, read_text
+from mlx_diffgemma.train import state
+from mlx_diffgemma.train.config import TrainConfig
 
 EXAMPLES = int(os.environ.get("MLX_DIFFGEMMA_EXAMPLES", "300"))
 NUMBERS = st.one_of(
@@ -117,6 +125,61 @@ def test_any_index_is_refused_in_a_line(tmp_path_factory, content):
     )
 
 
+RUN = {"step": 3, "tokens": 40, "config": asdict(TrainConfig())}
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(content=anywhere(RUN))
+def test_any_state_of_a_run_is_read_or_refused(tmp_path_factory, content):
+    folder = tmp_path_factory.getbasetemp() / "run"
+    folder.mkdir(exist_ok=True)
+    arrays = {"parameters.a": mx.zeros(2)}
+    mx.save_safetensors(str(folder / state.STATE), arrays, {"run": json.dumps(content)})
+
+    def read():
+        found = state.load(folder, {"a": mx.zeros(2)}, TrainConfig())
+        assert found.step >= 0 and found.tokens >= 0
+
+    try:
+        read()
+    except UsageError as error:  # a run of other settings
+        assert "was begun with" in str(error) and str(error).isprintable()
+    except DiffGemmaError:
+        refused_or_sound(read)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(data=st.data())
+def test_any_saved_prefix_is_read_or_refused(tmp_path_factory, data):
+    file = tmp_path_factory.getbasetemp() / "prefix.safetensors"
+    prefix = {"format": "mlx-diffgemma prefix 2", "model": "mock", "ids": [3, 4]}
+    content = data.draw(anywhere(prefix))
+    states = mx.zeros((1, 1, 2, 1))
+    arrays = {"0.keys": states, "0.values": states}
+    mx.save_safetensors(str(file), arrays, {"prefix": json.dumps(content)})
+    refused_or_sound(lambda: PrefixCache.load(file, MockModel()))
+
+
+MARKS = Marks.of([np.log([0.25, 0.75])] * 4, [0, 1, 0, 1])
+CALIBRATION = {
+    "format": "mlx-diffgemma calibration 1", "model": "mock", "settings": {"steps": 1},
+    "types": {"choice": json.loads(json.dumps(asdict(Fit(1.5, {"a": 0.5}, MARKS, MARKS))))},
+}  # fmt: skip
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(content=anywhere(CALIBRATION))
+def test_any_calibration_is_refused_in_a_line(tmp_path_factory, content):
+    file = tmp_path_factory.getbasetemp() / "calibration.json"
+    file.write_text(json.dumps(content))
+
+    def read():
+        for fit in Calibration.load(file, MockModel()).fits.values():
+            assert 0 < fit.temperature < np.inf and np.isfinite(list(fit.bias.values())).all()
+
+    refused_or_sound(read)
+
+
 def as_a_folder(path: Path) -> None:
     path.mkdir()
 
@@ -181,7 +244,7 @@ def test_what_the_file_system_says_is_passed_on(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(
-        CheckpointError, match=rf"^/\S+/some cannot be read \({error.strerror}\)\.$"
+        CheckpointError, match=rf"^/\S+/some cannot be read \({error.strerror}\); check "
     ):
         read_text(tmp_path / "some")
 

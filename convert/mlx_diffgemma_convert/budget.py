@@ -137,7 +137,8 @@ def choose(
     smallest = fixed + sum(group.nbytes(group.formats[-1]) for group in groups)
     if budget < smallest:
         raise UsageError(
-            f"a budget of {budget:,} bytes is below the smallest possible, {int(smallest):,}."
+            f"a budget of {budget:,} bytes is below the smallest possible, {int(smallest):,}; "
+            "raise it."
         )
     while size > budget:
         best = None

@@ -10,7 +10,7 @@ from mlx_diffgemma import __version__
 from mlx_diffgemma.checkpoint.names import module_class, module_path
 from mlx_diffgemma.errors import CheckpointError
 from mlx_diffgemma_convert.plan import Plan
-from mlx_diffgemma_convert.table import fits_text, rows, size_text, summary
+from mlx_diffgemma_convert.plan_table import fits_text, rows, size_text, summary
 
 CARD = "README.md"
 

@@ -12,6 +12,7 @@ import typer
 
 from mlx_diffgemma.cli import errors, streams
 from mlx_diffgemma.cli.command import command
+from mlx_diffgemma.cli.help_page import PLAIN, PlainCommand
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
 from mlx_diffgemma_convert.settings import Conversion, Measurement
@@ -19,7 +20,7 @@ from mlx_diffgemma_convert.settings import Conversion, Measurement
 app = typer.Typer(
     name="mlx-diffgemma-convert",
     cls=errors.Program,
-    pretty_exceptions_enable=False,
+    **{**PLAIN, "add_completion": True},
 )
 
 Json = Annotated[bool, Setting("One JSON object on stdout at the end.", ("--json",))]
@@ -40,12 +41,12 @@ def convert(ctx: typer.Context, *, conversion: Conversion, as_json: Json = False
         return
     if conversion.model is None and conversion.recipe != "list":
         raise UsageError("say what to convert: --model with a folder or a repository.")
-    from mlx_diffgemma_convert.command import run_convert
+    from mlx_diffgemma_convert.converting import run_convert
 
     run_convert(conversion, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 @command(
     "mlx-diffgemma convert verify my-4bit",
     "mlx-diffgemma convert verify my-4bit --source google/diffusiongemma-26B-A4B-it",
@@ -61,12 +62,12 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check a converted folder: every file as it was written, every tensor sound."""
-    from mlx_diffgemma_convert.command import run_verify
+    from mlx_diffgemma_convert.converting import run_verify
 
     run_verify(folder, source, revision, as_json)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 @command(
     "mlx-diffgemma convert upload my-4bit --upload-repo me/my-4bit",
     "mlx-diffgemma convert upload my-4bit --upload-repo me/my-4bit --dry-run",
@@ -75,17 +76,19 @@ def verify(
 def upload(
     *,
     folder: Annotated[Path, typer.Argument(help="Folder that this converter wrote.")],
-    upload_repo: Annotated[str, Setting("Repository to upload to.", ("--upload-repo",))],
+    upload_repo: Annotated[
+        str, Setting("Hugging Face repository to upload the result to.", ("--upload-repo",))
+    ],
     dry_run: Annotated[bool, Setting("List of files, in place of the upload.")] = False,
     as_json: Json = False,
 ) -> None:
     """Upload a converted folder to the Hugging Face hub; the same command again goes on."""
-    from mlx_diffgemma_convert.command import run_upload
+    from mlx_diffgemma_convert.converting import run_upload
 
     run_upload(folder, upload_repo, dry_run, as_json)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 @command(
     "mlx-diffgemma convert measure my-weights my-4bit my-8bit",
     "mlx-diffgemma convert measure my-weights my-4bit --plot divergence.svg",

@@ -1,4 +1,4 @@
-"""A checkpoint on the Hugging Face hub: planned from its headers, fetched shard by shard."""
+"""The Hugging Face hub: a checkpoint fetched from it shard by shard, and a folder sent to it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlx_diffgemma.checkpoint.locate import DEMO, locate
+from mlx_diffgemma.checkpoint.locate import DEMO, hub_errors, locate
 from mlx_diffgemma.errors import CheckpointError, UsageError
 from mlx_diffgemma.reading import read_object
 from mlx_diffgemma_convert.source import (
@@ -21,6 +21,10 @@ from mlx_diffgemma_convert.source import (
 )
 
 RETRIES = 5  # after pauses of 1, 2, 4, ... seconds
+_NOT_WRITTEN = (
+    "cannot be written ({}); check name, login and network, then run "
+    "`mlx-diffgemma convert upload` on the folder"
+)
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _T = TypeVar("_T")
 
@@ -42,10 +46,11 @@ def open_source(
     if folder.is_dir():
         if downloads is not None:
             raise UsageError(
-                f"--delete-source-shards is for repositories; {folder} is yours and stays as it is."
+                f"--delete-source-shards is for repositories, and {folder} is a folder of yours; "
+                "drop it."
             )
         if revision is not None:
-            raise UsageError(f"--revision is for repositories; {folder} is a folder.")
+            raise UsageError(f"--revision is for repositories, and {folder} is a folder; drop it.")
         return FolderSource(folder)
     if folder.exists():
         raise CheckpointError(f"{folder} is a file; name the folder that holds config.json.")
@@ -62,14 +67,10 @@ def open_source(
 
 def _cached(repository: str, revision: str | None) -> Source:
     """A snapshot that is in the cache already, for work without a network."""
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    try:
+    with hub_errors(repository, "cannot be read ({}); unset HF_HUB_OFFLINE"):
         folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
-    except errors.LocalEntryNotFoundError:
-        raise CheckpointError(
-            f"{repository} is not in the local cache and HF_HUB_OFFLINE is set; unset it."
-        ) from None
     return FolderSource(folder, repository, folder.name)
 
 
@@ -88,7 +89,7 @@ class HubSource:
         utils.disable_progress_bars()  # there is one bar for the whole
         self.name = repository
         self.announce: Callable[[str], None] = lambda text: None
-        self._downloads, self._retries = downloads, retries
+        self._asked, self._downloads, self._retries = revision, downloads, retries
         self._ahead: dict[str, Future[Path]] = {}
         self._fetcher = ThreadPoolExecutor(1, "fetch")
         api = HfApi()
@@ -148,17 +149,10 @@ class HubSource:
         return {name: self._fetch(name) for name in sorted(self._sizes) if is_side_file(name)}
 
     def _headers(self, api: Any) -> dict[str, SourceTensor]:
-        from huggingface_hub import errors
-
-        try:
-            metadata = self._insist(
-                "the headers of its shards",
-                lambda: api.get_safetensors_metadata(self.name, revision=self.revision),
-            )
-        except errors.NotASafetensorsRepoError:
-            raise CheckpointError(
-                f"{self.name} holds no safetensors weights; name a repository that does."
-            ) from None
+        metadata = self._insist(
+            "the headers of its shards",
+            lambda: api.get_safetensors_metadata(self.name, revision=self.revision),
+        )
         tensors = {}
         for shard, file in metadata.files_metadata.items():
             for name, info in file.tensors.items():
@@ -200,36 +194,72 @@ class HubSource:
 
     def _insist(self, what: str, call: Callable[[], _T]) -> _T:
         """Try again where the network is at fault (a download goes on where it stopped)."""
-        from huggingface_hub import errors
-
-        lost = (
-            errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError, TimeoutError,
-            getattr(errors, "XetDownloadError", ConnectionError),
-        )  # fmt: skip
-        for attempt in range(self._retries + 1):
-            try:
-                return call()
-            except errors.GatedRepoError:
-                why = "is gated; accept its terms on its page, then log in with `hf auth login`"
-                raise CheckpointError(f"{self.name} {why}.") from None
-            except errors.RepositoryNotFoundError:
-                why = "does not exist or is private; check the name, or log in with `hf auth login`"
-                raise CheckpointError(f"{self.name} {why}.") from None
-            except errors.RevisionNotFoundError:
-                why = "has no such revision; see its branches and tags"
-                raise CheckpointError(f"{self.name} {why}.") from None
-            except lost as error:
-                if attempt == self._retries or _refused(error):
-                    reason = (str(error).splitlines() or [type(error).__name__])[0]
-                    raise CheckpointError(
-                        f"{self.name}: {what} cannot be fetched ({reason}); check the network, "
-                        "then run the same command again: it goes on where it stopped."
-                    ) from None
-                time.sleep(2.0**attempt)
+        otherwise = (
+            f"cannot be converted: {what} cannot be fetched ({{}}); check the network, then run "
+            "the same command again: it goes on where it stopped"
+        )
+        at = f"{self.name} at revision '{self._asked}'" if self._asked else self.name
+        with hub_errors(at, otherwise):
+            for attempt in range(self._retries + 1):
+                try:
+                    return call()
+                except Exception as error:
+                    if attempt == self._retries or not _is_lost(error):
+                        raise
+                    time.sleep(2.0**attempt)
         raise AssertionError("the last attempt returns or raises")
 
 
-def _refused(error: BaseException) -> bool:
-    """Whether the server answered, and will answer the same again."""
+def _is_lost(error: Exception) -> bool:
+    """Whether the network is at fault, or a server that may answer otherwise the next time."""
+    from huggingface_hub import errors
+
+    lost = (
+        errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError, TimeoutError,
+        getattr(errors, "XetDownloadError", ConnectionError),
+    )  # fmt: skip
     status = getattr(getattr(error, "response", None), "status_code", None)
-    return status is not None and 400 <= status < 500 and status not in (408, 429)
+    refused = status is not None and 400 <= status < 500 and status not in (408, 429)
+    return isinstance(error, lost) and not refused
+
+
+def prepare_upload(repository: str) -> None:
+    """Make the repository if it is not there, before hours are spent on what could not be uploaded.
+
+    Raises:
+        CheckpointError: there is no login, or no right to write there.
+    """
+    from huggingface_hub import HfApi
+
+    with hub_errors(repository, _NOT_WRITTEN):
+        HfApi().create_repo(repository, exist_ok=True)
+
+
+def upload(folder: Path, repository: str, *, dry_run: bool = False) -> dict[str, Any]:
+    """Upload a folder; the same call again sends what is missing.
+
+    Args:
+        dry_run: send nothing.
+
+    Returns:
+        The repository, the files with their sizes in bytes, and whether there is a login.
+
+    Raises:
+        CheckpointError: there is no login, no right to write there, or no network.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
+    found = {
+        "repository": repository,
+        "files": files,
+        "bytes": sum(files.values()),
+        "token": get_token() is not None,
+        "dry_run": dry_run,
+    }
+    if dry_run:
+        return found
+    prepare_upload(repository)
+    with hub_errors(repository, _NOT_WRITTEN):
+        HfApi().upload_folder(repo_id=repository, folder_path=folder)
+    return found

@@ -18,17 +18,18 @@ from mlx_diffgemma.checkpoint.locate import locate
 from mlx_diffgemma.checkpoint.names import expected_shapes, is_vision
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.generation import diffusion_config, load
+from mlx_diffgemma.fitting import diffusion_config
+from mlx_diffgemma.generation import load
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma_convert.probes import (
     LEVELS,
     Probe,
+    Task,
     generate_tasks,
     log_probabilities,
     make_probes,
 )
 from mlx_diffgemma_convert.source import FolderSource
-from mlx_diffgemma_convert.tasks import Task
 
 
 @dataclass(frozen=True)

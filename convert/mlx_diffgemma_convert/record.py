@@ -59,7 +59,9 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{folder} has no {RECORD}; only what this converter wrote can be verified."
         ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({os_reason(error)}).") from None
+        raise CheckpointError(
+            f"{path} cannot be read ({os_reason(error)}); check the path."
+        ) from None
     try:
         record = json.loads(content)
         checksum = record.pop("checksum", None)

@@ -31,15 +31,15 @@ class Conversion:
         Path("mlx_model")
     )
     max_shard_size: Annotated[
-        str, Setting("Most bytes of an output file, as 5GB.", panel=_RESULT)
+        str, Setting("Most bytes of an output file, such as 5GB.", panel=_RESULT)
     ] = "5GB"
     to_hf: Annotated[
-        bool, Setting("Layout of transformers, unquantized, for the result.", panel=_RESULT)
+        bool, Setting("Result in the layout of transformers, unquantized.", panel=_RESULT)
     ] = False
     quantize: Annotated[
         bool,
         Setting(
-            "Quantization; by the recipe 4bit if nothing else is said.",
+            "Quantization of the weights, by the recipe 4bit if nothing else is said.",
             ("--quantize", "-q"),
             _WEIGHTS,
         ),
@@ -80,13 +80,15 @@ class Conversion:
         bool, Setting("Deletion of each downloaded shard after its use.", panel=_NETWORK)
     ] = False
     retries: Annotated[int, Setting("New attempts when the network is lost.", panel=_NETWORK)] = 5
-    upload_repo: Annotated[str | None, Setting("Repository to upload to.", panel=_NETWORK)] = None
+    upload_repo: Annotated[
+        str | None, Setting("Hugging Face repository to upload the result to.", panel=_NETWORK)
+    ] = None
     dry_run: Annotated[
         bool, Setting("List of what would be uploaded, in place of the upload.", panel=_NETWORK)
     ] = False
     plan: Annotated[bool, Setting("Sizes and memory alone; nothing is fetched or written.")] = False
     restart: Annotated[bool, Setting("New start where an interrupted run has left files.")] = False
-    quiet: Annotated[bool, Setting("No progress bar.")] = False
+    quiet: Annotated[bool, Setting("Work without a progress bar.")] = False
 
     def __post_init__(self) -> None:
         if not _SIZE.fullmatch(self.max_shard_size):
@@ -110,14 +112,19 @@ class Measurement:
 
     prompts: Annotated[
         Path | None,
-        Setting("JSON lines with 'prompt', perhaps 'answer'; a built-in list if left out."),
+        Setting(
+            "File of JSON lines, each with a 'prompt' and, where it is known, its "
+            "'answer'; a built-in list if left out."
+        ),
     ] = None
-    count: Annotated[int, Setting("Prompts whose logits are compared.")] = 8
-    generate: Annotated[int, Setting("Prompts that are answered.")] = 8
+    count: Annotated[int, Setting("Number of prompts whose logits are compared.")] = 8
+    generate: Annotated[
+        int, Setting("Number of prompts that are answered, to compare denoising steps.")
+    ] = 8
     seed: Annotated[int, Setting("Number that every random draw follows from.")] = 0
-    budget: Annotated[str | None, Setting("Size of a mixed recipe to find, as 14GB or 1.4MB.")] = (
-        None
-    )
+    budget: Annotated[
+        str | None, Setting("Size of a mixed recipe to find, such as 14GB or 1.4MB.")
+    ] = None
     save: Annotated[Path | None, Setting("File to write the mixed recipe to, for --recipe.")] = None
     plot: Annotated[Path | None, Setting("SVG file for a chart of divergence over size.")] = None
 

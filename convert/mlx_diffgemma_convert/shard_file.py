@@ -73,8 +73,7 @@ class ShardFile:
         """Put the file in place; returns its sha256."""
         self.sync()
         self._file.close()
-        self._partial.replace(self._path)
-        disk.sync(self._path.parent)
+        disk.put_in_place(self._partial, self._path)
         return self._hash.hexdigest()
 
     def close(self) -> None:

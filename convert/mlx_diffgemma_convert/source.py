@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from math import prod
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mlx_diffgemma.checkpoint.names import canonical_name, module_path
 from mlx_diffgemma.checkpoint.shards import stored_tensors
 from mlx_diffgemma.errors import CheckpointError
 from mlx_diffgemma.reading import os_reason, read_object
@@ -151,7 +152,9 @@ def read_header(path: Path) -> dict[str, SourceTensor]:
         }
         ends = {name: entry["data_offsets"][1] for name, entry in header.items()}
     except OSError as error:
-        raise CheckpointError(f"shard {path} cannot be read ({os_reason(error)}).") from None
+        raise CheckpointError(
+            f"shard {path} cannot be read ({os_reason(error)}); check the path."
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(
             f"shard {path} has a damaged header ({error!r}); fetch the file again."
@@ -167,6 +170,34 @@ def read_header(path: Path) -> dict[str, SourceTensor]:
     if size < 0:
         raise CheckpointError(f"shard {path} is truncated; fetch the file again.")
     return tensors
+
+
+class OverlaidSource(FolderSource):
+    """`folder`, with the modules that `files` (safetensors, MLX names) hold in place of its own.
+
+    A module stays quantized only if its scales are in `files` too.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[Path], name: str) -> None:
+        super().__init__(folder, name)
+        self._files = {path.name: path for path in files}
+        added: dict[str, SourceTensor] = {}
+        for path in files:
+            added |= read_header(path)
+        replaced = {module_path(name) for name in added}
+        kept = {
+            name: tensor
+            for name, tensor in self.tensors.items()
+            if module_path(canonical_name(name) or name) not in replaced
+        }
+        self.tensors = kept | added
+        plain = {path: False for path in replaced if f"{path}.scales" not in added}
+        for key in ("quantization", "quantization_config"):
+            if self.config.get(key):
+                self.config = {**self.config, key: {**self.config[key], **plain}}
+
+    def shard_path(self, shard: str) -> Path:
+        return self._files.get(shard) or super().shard_path(shard)
 
 
 class ShardReader:

@@ -32,7 +32,7 @@ from mlx_diffgemma.bench.steps import measure_step, using_pass, vocabulary_pass_
 from mlx_diffgemma.checkpoint.memory import wired
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.diffusion.profiles import PROFILES, profile_settings
-from mlx_diffgemma.generation import diffusion_config
+from mlx_diffgemma.fitting import diffusion_config
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
 if TYPE_CHECKING:

@@ -209,7 +209,9 @@ def compare_twin(
         runs = {"ours": ours, **runs}
     alternate(runs, repeats)
     if not speeds:
-        raise CheckpointError(f"--against {TWIN}: {path_or_repo} answered nothing to the prompt.")
+        raise CheckpointError(
+            f"--against {TWIN}: {path_or_repo} answered nothing to the prompt; give another."
+        )
     speed = median(speeds[-repeats:])
     mine = None if ours is None else ours.tokens_per_second(repeats)
     return TwinReport(

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 import mlx.core as mx
+
+from mlx_diffgemma.bench.counted import replaced
 
 Clock = Callable[[], float]
 
@@ -47,6 +52,46 @@ def alternate(
             if turn >= warmup:
                 times[name].append(taken)
     return times
+
+
+@dataclass
+class Spent:
+    """What a stopwatch on a function has seen.
+
+    Attributes:
+        seconds: taken by all calls together.
+        calls: the positional arguments of each call.
+    """
+
+    seconds: float = 0.0
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+
+
+@contextmanager
+def spent_in(
+    owner: Any, name: str, *, waits_for: Callable[..., object] | None = None
+) -> Iterator[Spent]:
+    """Inside, every call of `owner.name` is timed, until the arrays that it returns are there.
+
+    Args:
+        waits_for: from the arguments of a call to the arrays that must be there before its time
+            begins; None where there are none.
+    """
+    spent, own = Spent(), getattr(owner, name)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        if waits_for is not None:
+            mx.eval(waits_for(*args, **kwargs))
+        start = time.perf_counter()
+        found = own(*args, **kwargs)
+        if isinstance(found, mx.array):
+            mx.eval(found)
+        spent.seconds += time.perf_counter() - start
+        spent.calls.append(args)
+        return found
+
+    with replaced(owner, name, timed):
+        yield spent
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

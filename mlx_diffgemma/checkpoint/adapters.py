@@ -53,6 +53,7 @@ def load_adapters(
         _add_layers(model, config, folder)
     weights = _read_weights(folder / WEIGHTS)
     _require_slots(model, weights, config, folder)
+    mx.eval(weights)  # what another thread finds unevaluated belongs to a stream that it lacks
     model.load_weights(list(weights.items()), strict=False)
     model.adapted = True
     model.adaptations += 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
+from weakref import proxy
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -70,10 +72,10 @@ def load_model(
     stored = _text_tensors(folder)
     dtype = _fast_dtype() if dtype is None else dtype
     if not lazy:
-        weights = sum(_loaded_bytes(tensor, dtype) for tensor in stored.values())
+        size = sum(_loaded_bytes(tensor, dtype) for tensor in stored.values())
         estimate = memory.estimate(
             config.text,
-            weights,
+            size,
             canvas_length=config.canvas_length,
             activation_bytes=2 if dtype is None else dtype.size,
         )
@@ -87,7 +89,14 @@ def load_model(
         cpu.use(model)
     else:
         model.compile()
-    model.load_weights(list(_read(stored, dtype).items()))
+    if lazy:
+        # What is read later may be read in any thread, and other streams are one thread's own.
+        with mx.stream(mx.new_thread_unsafe_stream(mx.cpu)):
+            weights = _read(stored, dtype)
+        model.read_weights = _Unread(model)
+    else:
+        weights = _read(stored, dtype)
+    model.load_weights(list(weights.items()))
     model.eval()
     if check:
         _check_finite(model)
@@ -227,6 +236,21 @@ def _read(stored: Mapping[str, StoredTensor], dtype: mx.Dtype | None) -> dict[st
             array = array.astype(dtype)
         weights[name] = array
     return weights
+
+
+class _Unread:
+    """Reads the weights of a model that are still on disk, for the first who uses them; whoever
+    comes meanwhile waits."""
+
+    def __init__(self, model: DiffusionGemma) -> None:
+        self._model: Any = proxy(model)
+        self._lock = Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            if self._model.read_weights is not None:
+                mx.eval(self._model.parameters())
+                self._model.read_weights = None
 
 
 def _check_finite(model: DiffusionGemma) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mlx_diffgemma.errors import CheckpointError, UsageError
@@ -38,13 +40,15 @@ def locate(path_or_repo: str | Path, revision: str | None = None) -> Path:
             return path
     except (RuntimeError, OSError, ValueError) as error:  # no such user's home, a null byte
         raise CheckpointError(
-            f"{shown(str(path_or_repo))} cannot be read ({os_reason(error)})."
+            f"{shown(str(path_or_repo))} cannot be read ({os_reason(error)}); check the path."
         ) from None
     if is_there(path):
         try:
             path.stat()
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{_spelt(path)} cannot be read ({os_reason(error)}).") from None
+            raise CheckpointError(
+                f"{_spelt(path)} cannot be read ({os_reason(error)}); check the path."
+            ) from None
         raise CheckpointError(f"{path} is a file; name the folder that holds config.json.")
     if not _REPOSITORY.fullmatch(str(path_or_repo)):
         raise CheckpointError(
@@ -59,21 +63,55 @@ def _spelt(name: str | Path) -> str:
 
 
 def _download(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    at = f" at revision '{revision}'" if revision else ""
-    try:
+    at = f"{repository} at revision '{revision}'" if revision else repository
+    with hub_errors(at, "cannot be downloaded ({}); check the network, and the room on the disk"):
         return Path(snapshot_download(repository, revision=revision, allow_patterns=_FILES))
-    except errors.GatedRepoError:
+
+
+@contextmanager
+def hub_errors(repository: str, otherwise: str) -> Iterator[None]:
+    """Turns what a call of `huggingface_hub` raises into one line.
+
+    Args:
+        repository: what was asked for, as the line names it.
+        otherwise: what failed, with `{}` for the reason, and what to do about it, for an error that
+            says nothing more definite.
+
+    Raises:
+        CheckpointError: the call failed by the hub, the network or the disk.
+    """
+    try:
+        yield
+    except Exception as error:
+        why = _hub_reason(error, otherwise)
+        if why is None:
+            raise
+        raise CheckpointError(f"{repository} {why}.") from None
+
+
+def _hub_reason(error: Exception, otherwise: str) -> str | None:
+    """What an error of a hub's call says; None where it is of something else."""
+    from huggingface_hub import constants, errors
+
+    at_fault = (OSError, ValueError, errors.HTTPError)
+    if not isinstance(error, at_fault) and type(error).__module__ != errors.__name__:
+        return None
+    if isinstance(error, errors.GatedRepoError):
         why = "is gated; accept its terms on its page, then log in with `hf auth login`"
-    except errors.RepositoryNotFoundError:
+    elif isinstance(error, errors.RepositoryNotFoundError):
         why = "does not exist, or is private; check the name, or log in with `hf auth login`"
-    except errors.RevisionNotFoundError:
-        why = "does not exist; see the repository's branches and tags"
-    except errors.LocalEntryNotFoundError:
-        why = "is not in the local cache and the hub cannot be reached; check the network"
-    except errors.HfHubHTTPError as error:
-        why = f"cannot be downloaded ({os_reason(error):.200})"
-    except (OSError, ValueError) as error:  # ValueError: the hub takes no such name
-        why = f"cannot be downloaded ({os_reason(error):.200})"
-    raise CheckpointError(f"{repository}{at} {why}.")
+    elif isinstance(error, errors.RevisionNotFoundError):
+        why = "does not exist; see the branches and tags of the repository"
+    elif isinstance(error, errors.NotASafetensorsRepoError):
+        why = "holds no safetensors weights; name a repository that does"
+    elif isinstance(error, errors.LocalTokenNotFoundError):
+        why = "needs a login; run `hf auth login`, or set HF_TOKEN"
+    elif isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no hub can be reached"
+        why = otherwise.replace("{}", f"it is not in the local cache, and {offline}")
+    else:
+        reason = (str(error).splitlines() or [os_reason(error)])[0]
+        why = otherwise.replace("{}", reason[:200])
+    return why

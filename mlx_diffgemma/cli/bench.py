@@ -33,24 +33,28 @@ class Shapes:
     """Random weights: whether to draw them, in whose shapes, and in which format."""
 
     random: Annotated[
-        bool, Setting("Random weights, drawn instead of loading any.", panel=_MODEL)
+        bool, Setting("Random weights in place of a model that is loaded.", panel=_MODEL)
     ] = False
     like: Annotated[
         str,
         Setting(
-            "Owner of the shapes: a built-in name (the default, or small-262k), or a folder with a "
-            "config.json.",
+            "Shapes of the random model: a built-in name, such as small-262k, or a "
+            "folder with a config.json.",
             panel=_MODEL,
         ),
     ] = RELEASE
     layers: Annotated[
-        int | None, Setting("Number of its layers to draw; all if left out.", panel=_MODEL)
+        int | None, Setting("Number of layers of the random model; all if left out.", panel=_MODEL)
     ] = None
-    bits: Annotated[int | None, Setting("Bits to which everything is quantized.", panel=_MODEL)] = (
+    bits: Annotated[int | None, Setting("Bits per weight of the random model.", panel=_MODEL)] = (
         None
     )
     recipe: Annotated[
-        str | None, Setting("Recipe of the converter to quantize by.", panel=_MODEL)
+        str | None,
+        Setting(
+            "Recipe by which the random model is quantized, as the converter names it.",
+            panel=_MODEL,
+        ),
     ] = None
     dtype: Annotated[
         str | None,
@@ -63,7 +67,10 @@ class Shapes:
     def __post_init__(self) -> None:
         shape = (self.like, self.layers, self.bits, self.recipe, self.dtype)
         if not self.random and shape != (RELEASE, None, None, None, None):
-            raise UsageError("--like, --layers, --bits, --recipe and --dtype go with --random.")
+            raise UsageError(
+                "--like, --layers, --bits, --recipe and --dtype go with --random: add it, or "
+                "drop them."
+            )
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,9 @@ class Measuring:
 
     prefill: Annotated[str, Setting("Lengths of prompts to encode.", panel=_WHAT)] = "512,2048"
     prefix: Annotated[int, Setting("Tokens before the canvas of a step.", panel=_WHAT)] = 512
-    batch: Annotated[int, Setting("Sequences at once.", panel=_WHAT)] = 1
+    batch: Annotated[
+        int, Setting("Number of sequences that are computed together.", panel=_WHAT)
+    ] = 1
     profile: Annotated[
         str, Setting("Profile under which the step is taken apart.", panel=_WHAT)
     ] = DEFAULT_PROFILE
@@ -85,7 +94,8 @@ class Measuring:
         ),
     ] = None
     constraints: Annotated[
-        bool, Setting("Steps with and without constraints besides, in turns.", panel=_WHAT)
+        bool,
+        Setting("Comparison of steps with and without constraints, run in turns.", panel=_WHAT),
     ] = False
     prompt: Annotated[str | None, Setting("Prompt to answer.", ("--prompt", "-p"), panel=_WHAT)] = (
         None

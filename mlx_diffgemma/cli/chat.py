@@ -11,6 +11,7 @@ from mlx_diffgemma.cli import errors
 from mlx_diffgemma.cli.command import Without, command
 from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Reaching, Showing
 from mlx_diffgemma.errors import DiffGemmaError, PromptError, UsageError
+from mlx_diffgemma.text.prompt_settings import PromptSettings
 
 if TYPE_CHECKING:
     from mlx_diffgemma.cli.opening import Opened
@@ -49,7 +50,7 @@ def chat(
     from mlx_diffgemma.cli.keys import Guard
     from mlx_diffgemma.cli.opening import Opened, end_at, open_model
 
-    tools, variables = asking.offered(), asking.variables()
+    prompt_settings = asking.prompt_settings()
     server = remote.find(reaching, loading, remote.only_here(asking))
     if server is not None:
         opened = Opened(server.name, None, None, 0.0)
@@ -57,7 +58,11 @@ def chat(
         with Guard():
             opened = open_model(loading)
             end_at(opened, asking)
-    Chat(opened, asking, denoising, showing, asking.system_prompt, tools, variables, server).run()
+    system_prompt, others = (
+        prompt_settings.system_prompt,
+        replace(prompt_settings, system_prompt=None),
+    )
+    Chat(opened, asking, denoising, showing, system_prompt, others, server).run()
 
 
 @dataclass
@@ -67,8 +72,7 @@ class Chat:
     Attributes:
         asking, denoising, showing: what the command line says of every question.
         system_prompt: what is put before the first turn.
-        tools: what the model may call.
-        variables: what the chat template gets besides.
+        prompt_settings: how every prompt is encoded; None stands for the defaults.
         server: what answers in the place of a model, or None.
         turns: the messages so far, questions and answers in turn.
     """
@@ -78,8 +82,7 @@ class Chat:
     denoising: Denoising = field(default_factory=Denoising)
     showing: Showing = field(default_factory=Showing)
     system_prompt: str | None = None
-    tools: list[dict[str, object]] | None = None
-    variables: dict[str, object] | None = None
+    prompt_settings: PromptSettings | None = None
     server: Remote | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
 
@@ -169,11 +172,11 @@ class Chat:
             _say(report.summary(outcome))
 
     def _answer(self, question: str, outcome: Outcome) -> None:
-        from mlx_diffgemma.cli import keys, output, remote
+        from mlx_diffgemma.cli import keys, output, remote_answers
         from mlx_diffgemma.cli.outcome import pieces_of
 
         model, tokenizer = self.opened.model, self.opened.tokenizer
-        pieces = remote.pieces if self.server is not None else pieces_of(tokenizer)
+        pieces = remote_answers.pieces if self.server is not None else pieces_of(tokenizer)
         # A run that is broken off gives the cache free when it is closed; what it encoded is kept.
         with ExitStack() as runs:
 
@@ -181,10 +184,9 @@ class Chat:
                 if self.server is not None:
                     answers = self.server.generate(
                         self.messages(question),
-                        replace(self.asking, system_prompt=None),
+                        self.prompt_settings or PromptSettings(),
+                        self.asking.stop,
                         self.denoising,
-                        self.tools,
-                        self.variables,
                     )
                     return runs.enter_context(closing(answers))
                 from mlx_diffgemma.generation import stream_generate
@@ -197,9 +199,7 @@ class Chat:
                     draft=False,
                     on_prefill=on_prefill,
                     seed=self.denoising.seed,
-                    thinking=self.asking.thinking,
-                    tools=self.tools,
-                    chat_template_kwargs=self.variables,
+                    prompt_settings=self.prompt_settings,
                     prefill_step_size=self.asking.prefill_step_size,
                     config=self._config,
                     stop=self.asking.stop,

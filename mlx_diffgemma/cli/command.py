@@ -14,7 +14,12 @@ from mlx_diffgemma.cli import errors
 from mlx_diffgemma.settings import Setting, settings_of
 
 Parameter = inspect.Parameter
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel="Output")]
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug", help="Traceback of an error, in place of its one line.", rich_help_panel="Output"
+    ),
+]
 
 
 class Changes(dict[str, object]):

@@ -7,8 +7,9 @@ import sys
 import typer
 
 from mlx_diffgemma.cli import errors
+from mlx_diffgemma.cli.help_page import PLAIN
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(**PLAIN)
 
 
 @app.command(  # the converter reads its own options

@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_diffgemma.checks import overridden
-from mlx_diffgemma.cli import editing
+from mlx_diffgemma.cli import editing, errors
 from mlx_diffgemma.cli.command import Changes, Of, Only, command
+from mlx_diffgemma.cli.help_page import PLAIN, PlainCommand
 from mlx_diffgemma.cli.settings import Denoising, Loading, Reaching, Showing
 from mlx_diffgemma.editing.questions import DecisionSettings
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
 
 if TYPE_CHECKING:
+    from mlx_diffgemma.editing.beliefs import Answer
     from mlx_diffgemma.editing.calibration import Calibration
-    from mlx_diffgemma.editing.decide import Answer
 
-app = typer.Typer(invoke_without_command=True, add_completion=False)
+app = typer.Typer(cls=errors.Program, invoke_without_command=True, **PLAIN)
 
 _PANEL = "Questions"
 Seed = Annotated[Denoising, Only("seed")]
@@ -59,10 +60,10 @@ def decide(
     *,
     state: Annotated[
         str | None,
-        Setting("Subject of the questions: a file, or text or JSON; - reads stdin.", panel=_PANEL),
+        Setting("Subject of the questions: a file, a text or JSON; '-' reads stdin.", panel=_PANEL),
     ] = None,
     questions: Annotated[
-        str | None, Setting("Questions by name: a file of JSON, or JSON.", panel=_PANEL)
+        str | None, Setting("Questions by name: JSON, or a file that holds it.", panel=_PANEL)
     ] = None,
     frame: Annotated[
         str | None,
@@ -83,7 +84,7 @@ def decide(
     denoising: Seed,
     showing: Json,
 ) -> None:
-    """Answer typed questions about a state with probabilities, all in one look.
+    """Answer typed questions about a state with probabilities, all by one forward pass.
 
     Types are noul (whether a statement holds), choice (criteria: names and descriptions or null)
     and score (criteria: a list of levels, lowest first). `decide calibrate` fits the probabilities
@@ -92,6 +93,7 @@ def decide(
     if ctx.invoked_subcommand is not None:
         return
     from mlx_diffgemma.cli import remote
+    from mlx_diffgemma.cli.remote_answers import answers_of
     from mlx_diffgemma.editing.questions import read_questions
 
     asked = _questions(questions)
@@ -104,7 +106,7 @@ def decide(
         if showing.json:
             editing.write_json(**told)
             return
-        answers = remote.answers_of(told, read)
+        answers = answers_of(told, read)
         _print_answers(answers, looking.settings().draws > 1)
         editing.note_effort(told["passes"], told["seed"])
         return
@@ -145,7 +147,7 @@ def decide(
     editing.note_effort(found.passes, found.seed)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 @command(
     "mlx-diffgemma decide calibrate --data labelled.jsonl --save calibration.json",
     "mlx-diffgemma decide calibrate --data labelled.jsonl --save calibration.json --draws 4",
@@ -208,7 +210,9 @@ def calibrate(
     try:
         reliability_chart(curves).write(beside)
     except OSError as error:
-        raise files.FileError(f"{beside} cannot be written: {error.strerror}.") from None
+        raise files.FileError(
+            f"{beside} cannot be written: {error.strerror}; name another with --plot."
+        ) from None
     if showing.json:
         editing.write_json(types={kind: asdict(fit) for kind, fit in found.fits.items()}, save=save)
         return
@@ -276,5 +280,5 @@ def _questions(given: str | None) -> object:
     if text is None:
         raise UsageError("no question: give a file of JSON, or JSON, with --questions.")
     if text.lstrip()[:1] not in ("{", "["):
-        raise UsageError(f"--questions {text[:60]!r} is neither a file nor JSON.")
+        raise UsageError(f"--questions {text[:60]!r} is neither a file nor JSON; check the path.")
     return parse_json(text, "--questions")

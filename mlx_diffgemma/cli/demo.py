@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mlx_diffgemma.cli.opening import Opened
-    from mlx_diffgemma.generation import GenerationResponse
+    from mlx_diffgemma.generation_response import GenerationResponse
 
 SECONDS_PER_STEP = 0.5  # for the eye: the model itself takes a few hundredths
 _TEMPLATE = "your {thing:/[a-z]{4}/} waits in {town:/[a-z]{4}/}."

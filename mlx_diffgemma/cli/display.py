@@ -17,7 +17,7 @@ from rich.text import Text
 from mlx_diffgemma.cli.keys import Guard
 
 if TYPE_CHECKING:
-    from mlx_diffgemma.generation import GenerationResponse
+    from mlx_diffgemma.generation_response import GenerationResponse
 
 Pieces = Callable[["GenerationResponse"], list[tuple[str, str]]]
 """A response's draft, each piece with what it is part of: "text", "thought" or "call". The first

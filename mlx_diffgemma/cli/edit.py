@@ -34,16 +34,16 @@ def edit(
         ),
     ],
     write: Annotated[
-        bool, Setting("Change of the file itself, at one stroke.", panel=editing.PANEL)
+        bool, Setting("Change of the file itself, besides the diff on stdout.", panel=editing.PANEL)
     ] = False,
     force: Annotated[
-        bool, Setting("Permission to write to a read-only file too.", panel=editing.PANEL)
+        bool, Setting("Permission to write to a read-only file.", panel=editing.PANEL)
     ] = False,
     strength: Annotated[
         float,
         Setting(
-            "Distance from the present lines at the start: 1 is noise, less is the lines partly "
-            "noised.",
+            "Distance from the present lines at the start: 1 begins with noise alone, a"
+            " smaller number with the lines partly noised.",
             panel=editing.PANEL,
         ),
     ] = 1.0,
@@ -105,14 +105,15 @@ def edit(
                 lengths=together,
                 prompt=prompt,
                 seed=denoising.seed,
-                system_prompt=prompting.system_prompt,
-                raw=prompting.raw,
+                prompt_settings=prompting.prompt_settings(),
                 config=denoising.config(opened.model),
                 on_step=on_step,
             )
     if write:
         if read_text(file) != text:
-            raise FileError(f"{file} changed meanwhile; it was left alone. Run again.")
+            raise FileError(
+                f"{file} changed meanwhile, so it was left alone; run the command again."
+            )
         for loss in replace_text(file, done.text, force=force):
             output.note(loss)
     diff = unified_diff(text, done.text, Path(file).name)
@@ -124,6 +125,7 @@ def edit(
             filled=editing.filled_as_json(done.filled),
             cut=done.cut,
             passes=done.passes,
+            converged=done.converged,
             seed=done.seed,
             model=name,
         )
@@ -133,7 +135,7 @@ def edit(
         output.note("nothing changed")
     elif not write:
         output.note("not written; --write changes the file")
-    editing.note_effort(done.passes, done.seed, done.cut)
+    editing.note_effort(done.passes, done.seed, converged=done.converged, cut=done.cut)
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -52,7 +52,7 @@ def drawn(opened: Opened, showing: Showing) -> Iterator[Callable[[DenoisingStep]
         return
     from mlx_diffgemma.cli.display import CanvasDisplay, CanvasView
     from mlx_diffgemma.cli.outcome import pieces_of
-    from mlx_diffgemma.generation import GenerationResponse
+    from mlx_diffgemma.generation_response import GenerationResponse
 
     with CanvasDisplay(output.terminal(), CanvasView(pieces_of(opened.tokenizer))) as display:
 
@@ -149,17 +149,21 @@ def filled_as_json(filled: Filled) -> dict[str, Any]:
         "tokens": list(filled.tokens),
         "entropy": list(filled.entropy),
         "denoising_steps": filled.steps,
+        "converged": filled.converged,
         "length_scores": {str(length): score for length, score in filled.scores.items()},
     }
 
 
-def note_effort(passes: int, seed: int, cut: int = 0) -> None:
+def note_effort(passes: int, seed: int, *, converged: bool = True, cut: int = 0) -> None:
     """Say on stderr what it took, and what the model did not see."""
     from mlx_diffgemma.cli import output
+    from mlx_diffgemma.cli.report import UNSETTLED
 
     if cut:
         output.note(
             f"the last {cut} {'token' if cut == 1 else 'tokens'} of the text behind did not fit in "
             "the canvas: the model did not see them."
         )
+    if not converged:
+        output.note(UNSETTLED)
     output.note(f"{passes} forward {'pass' if passes == 1 else 'passes'}, seed {seed}")

@@ -11,16 +11,38 @@ import typer
 from typer.core import TyperGroup
 
 from mlx_diffgemma.cli import streams
+from mlx_diffgemma.cli.help_page import write_options, write_section
 from mlx_diffgemma.errors import DiffGemmaError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 PIPE_CLOSED = 141  # 128 + SIGPIPE
+_OF_COMPLETION = ("install_completion", "show_completion")  # as typer names its options
 
 _Refused: Any = typer.BadParameter.__mro__[1]  # the parser's UsageError, which typer does not name
 
 
 class Program(TyperGroup):
     """The commands of a program. What is wrong with its arguments is one line on stderr."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the options before the name of a command. Where the name stands first, the options
+        for help and completion are not looked for: typer imports pydantic to read their values,
+        which takes a third of the time of a help page."""
+        if args and args[0] in self.list_commands(ctx):
+            self.params = [each for each in self.params if each.name not in _OF_COMPLETION]
+            self.add_help_option = False
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options of the program, then its commands with a sentence each."""
+        write_options(self, ctx, formatter)
+        rows = [(name, self.summary_of(ctx, name)) for name in self.list_commands(ctx)]
+        write_section(formatter, "Commands", rows)
+
+    def summary_of(self, ctx: Any, name: str) -> str:
+        """What a command is for, in a sentence."""
+        help = getattr(self.get_command(ctx, name), "help", None) or ""
+        return str(help).partition("\n\n")[0]
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run the command that the arguments name, and exit with its code."""

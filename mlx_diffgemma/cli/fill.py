@@ -19,7 +19,9 @@ from mlx_diffgemma.settings import Setting
 )
 def fill(
     *,
-    text: Annotated[str | None, typer.Argument(help="Template itself.")] = None,
+    text: Annotated[
+        str | None, typer.Argument(help="Template, in place of a file that holds it.")
+    ] = None,
     template: Annotated[str | None, Setting("File with the template.", panel=editing.PANEL)] = None,
     lengths: editing.Lengths = (),
     prompt: editing.Instead = None,
@@ -60,8 +62,7 @@ def fill(
                 lengths=together or room.LENGTHS,
                 prompt=prompt,
                 seed=denoising.seed,
-                system_prompt=prompting.system_prompt,
-                raw=prompting.raw,
+                prompt_settings=prompting.prompt_settings(),
                 config=denoising.config(opened.model),
                 on_step=on_step,
             )
@@ -72,9 +73,10 @@ def fill(
             details={name: editing.filled_as_json(each) for name, each in done.filled.items()},
             cut=done.cut,
             passes=done.passes,
+            converged=done.converged,
             seed=done.seed,
             model=name,
         )
         return
     editing.write_exactly(done.text)
-    editing.note_effort(done.passes, done.seed, done.cut)
+    editing.note_effort(done.passes, done.seed, converged=done.converged, cut=done.cut)

@@ -37,7 +37,9 @@ def fuse(
     ),
     dequantize: Annotated[bool, Setting("Plain weights in the layout of transformers.")] = False,
     dtype: Annotated[str | None, Setting(f"Type of plain weights: {', '.join(_DTYPES)}.")] = None,
-    upload_repo: Annotated[str | None, Setting("Repository to upload to.")] = None,
+    upload_repo: Annotated[
+        str | None, Setting("Hugging Face repository to upload the result to.")
+    ] = None,
 ) -> None:
     """Write base and adapters as one checkpoint.
 
@@ -50,12 +52,12 @@ def fuse(
     if target.exists():
         raise UsageError(f"{target} exists already; remove it or choose another --save-path.")
     if upload_repo is not None:
-        from mlx_diffgemma_convert.upload import prepare
+        from mlx_diffgemma_convert.hub import prepare_upload
 
-        prepare(upload_repo)
+        prepare_upload(upload_repo)
     _fuse(model, loading.revision, adapter_path.expanduser(), target, dequantize, dtype)
     if upload_repo is not None:
-        from mlx_diffgemma_convert.command import run_upload
+        from mlx_diffgemma_convert.converting import run_upload
 
         run_upload(target, upload_repo, dry_run=False, as_json=False)
 
@@ -148,12 +150,12 @@ def _convert(
 ) -> None:
     """Have the converter write, verify and publish the result."""
     from mlx_diffgemma.checkpoint.quantization import Recipe
-    from mlx_diffgemma_convert.command import progress_bar
+    from mlx_diffgemma_convert.converting import progress_bar
     from mlx_diffgemma_convert.job import convert
     from mlx_diffgemma_convert.journal import Journal
-    from mlx_diffgemma_convert.overlay import OverlaidSource
     from mlx_diffgemma_convert.plan import make_plan
-    from mlx_diffgemma_convert.table import size_text
+    from mlx_diffgemma_convert.plan_table import size_text
+    from mlx_diffgemma_convert.source import OverlaidSource
 
     source = OverlaidSource(folder, files, name)
     quantized = bool(source.config.get("quantization")) and not dequantize

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mlx_diffgemma.cli.output import OnPrefill
-    from mlx_diffgemma.generation import GenerationResponse
+    from mlx_diffgemma.generation_response import GenerationResponse
 
 GO_ON = "--max-tokens {} leaves room to go on."
 MAKE_ROOM = "a shorter prompt leaves more of it."
@@ -52,7 +52,8 @@ def generate(
 
     stdout carries the answer alone; statistics and progress go to stderr.
 
-    Always valid: --json-schema FILE, --regex 'v[0-9]+', or --choices yes no unsure.
+    The answer always has the form of --json-schema FILE, --regex 'v[0-9]+' or --choices yes no
+    unsure where one of these is given.
     """
     from mlx_diffgemma.cli.inputs import read_prompt
 
@@ -74,10 +75,10 @@ def _answer(
     denoising: Denoising,
     showing: Showing,
 ) -> None:
-    from mlx_diffgemma.cli import opening, output, remote, report
+    from mlx_diffgemma.cli import opening, output, remote, remote_answers, report
     from mlx_diffgemma.cli.outcome import Outcome, pieces_of
 
-    tools, variables = asking.offered(), asking.variables()
+    prompt_settings = asking.prompt_settings()
     server = remote.find(reaching, loading, remote.only_here(asking))
     if server is not None:
         opened = opening.Opened(server.name, None, None, 0.0)
@@ -87,7 +88,7 @@ def _answer(
     def start(on_prefill: OnPrefill) -> Iterator[GenerationResponse]:
         if server is not None:
             whole = prompt if asking.raw else [{"role": "user", "content": prompt}]
-            return server.generate(whole, asking, denoising, tools, variables)
+            return server.generate(whole, prompt_settings, asking.stop, denoising)
         from mlx_diffgemma.generation import stream_generate
 
         return stream_generate(
@@ -95,13 +96,7 @@ def _answer(
             opened.tokenizer,
             prompt,
             seed=denoising.seed,
-            system_prompt=asking.system_prompt,
-            raw=asking.raw,
-            markers=asking.markers,
-            thinking=asking.thinking,
-            tools=tools,
-            chat_template_kwargs=variables,
-            prefill_response=asking.prefill_response,
+            prompt_settings=prompt_settings,
             prefill_step_size=asking.prefill_step_size,
             config=denoising.config(opened.model),
             draft=False,
@@ -116,7 +111,7 @@ def _answer(
         return
     thoughts = output.thoughts(showing.show_thought, showing.hide_thought)
     if output.can_draw(showing.watch):
-        pieces = remote.pieces if server is not None else pieces_of(opened.tokenizer)
+        pieces = remote_answers.pieces if server is not None else pieces_of(opened.tokenizer)
         output.draw(start, pieces, outcome, thoughts)
     else:
         output.stream(start, outcome, thoughts)

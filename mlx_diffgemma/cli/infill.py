@@ -20,10 +20,15 @@ from mlx_diffgemma.settings import Setting
 def infill(
     *,
     file: Annotated[
-        str | None, typer.Argument(help="File with the text; stdin if neither is given.")
+        str | None,
+        typer.Argument(help="File with the text; stdin is read if neither it nor --text is given."),
     ] = None,
-    text: Annotated[str | None, Setting("Text itself.", panel=editing.PANEL)] = None,
-    hole: Annotated[str, Setting("Mark of a hole.", panel=editing.PANEL)] = "[[?]]",
+    text: Annotated[
+        str | None, Setting("Text with holes, in place of a file.", panel=editing.PANEL)
+    ] = None,
+    hole: Annotated[
+        str, Setting("Mark that stands for a hole in the text.", panel=editing.PANEL)
+    ] = "[[?]]",
     lengths: editing.Lengths = (),
     prompt: editing.Instead = None,
     prompting: editing.Prompting,
@@ -32,7 +37,7 @@ def infill(
     denoising: editing.Denoised,
     showing: editing.Shown,
 ) -> None:
-    """Fill the holes of a text; all around them stays byte for byte.
+    """Fill the holes of a text; everything around them stays byte for byte.
 
     --lengths once is for every hole; given as often as there are holes, it is for each in turn.
     """
@@ -64,8 +69,7 @@ def infill(
                 lengths=(candidates[0] if len(candidates) == 1 else candidates) or room.LENGTHS,
                 prompt=prompt,
                 seed=denoising.seed,
-                system_prompt=prompting.system_prompt,
-                raw=prompting.raw,
+                prompt_settings=prompting.prompt_settings(),
                 config=denoising.config(opened.model),
                 on_step=on_step,
             )
@@ -75,9 +79,10 @@ def infill(
             holes=[editing.filled_as_json(each) for each in done.holes],
             cut=done.cut,
             passes=done.passes,
+            converged=done.converged,
             seed=done.seed,
             model=name,
         )
         return
     editing.write_exactly(done.text)
-    editing.note_effort(done.passes, done.seed, done.cut)
+    editing.note_effort(done.passes, done.seed, converged=done.converged, cut=done.cut)

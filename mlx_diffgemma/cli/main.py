@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 import sys
 from importlib import import_module
@@ -12,6 +13,7 @@ import typer
 from mlx_diffgemma import __version__
 from mlx_diffgemma.cli import errors, streams
 from mlx_diffgemma.cli.command import Debug
+from mlx_diffgemma.cli.help_page import PLAIN, PlainCommand
 
 COMMANDS = (
     "generate", "chat", "infill", "edit", "fill", "decide", "serve", "demo", "train", "fuse",
@@ -26,6 +28,11 @@ class Program(errors.Program):
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
+    def summary_of(self, ctx: Any, name: str) -> str:
+        """The first sentence of a command, which is not made for that."""
+        module = import_module(f"mlx_diffgemma.cli.{name}")
+        return inspect.cleandoc(getattr(module, name).__doc__).partition("\n\n")[0]
+
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
@@ -33,8 +40,8 @@ class Program(errors.Program):
             module = import_module(f"mlx_diffgemma.cli.{cmd_name}")
             alone = getattr(module, "app", None)
             if alone is None:
-                alone = typer.Typer(add_completion=False)
-                alone.command(cmd_name)(getattr(module, cmd_name))
+                alone = typer.Typer(**PLAIN)
+                alone.command(cmd_name, cls=PlainCommand)(getattr(module, cmd_name))
             self.commands[cmd_name] = typer.main.get_command(alone)
         return self.commands[cmd_name]
 
@@ -45,7 +52,7 @@ app = typer.Typer(
     help="DiffusionGemma on Apple Silicon: whole blocks of text, drafted and refined in front of "
     "you.",
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
+    **{**PLAIN, "add_completion": True},
 )
 
 
@@ -60,7 +67,10 @@ def _program(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Version of the program, and nothing else.",
         ),
     ] = False,
     debug: Debug = False,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlx_diffgemma.generation import GenerationResponse
+    from mlx_diffgemma.generation_response import GenerationResponse
     from mlx_diffgemma.text.tool_calls import ToolCall
 
 _CONTEXT = 32  # committed tokens that decide how the draft behind them reads

@@ -23,7 +23,7 @@ from mlx_diffgemma.cli.keys import Guard
 from mlx_diffgemma.cli.outcome import Outcome
 
 if TYPE_CHECKING:
-    from mlx_diffgemma.generation import GenerationResponse
+    from mlx_diffgemma.generation_response import GenerationResponse
 
 OnPrefill = Callable[[int, int], None]
 Start = Callable[[OnPrefill], Iterable[Any]]

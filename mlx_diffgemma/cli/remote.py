@@ -8,25 +8,23 @@ import json
 import os
 import socket
 import sys
-import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
+from mlx_diffgemma.cli.remote_answers import Reading
 from mlx_diffgemma.cli.settings import DEFAULT_MODEL, Asking, Denoising, Loading, Reaching
 from mlx_diffgemma.errors import DiffGemmaError, UsageError
-from mlx_diffgemma.text.tool_calls import ToolCall
+from mlx_diffgemma.text.prompt_settings import PromptSettings
 
 PLACE, KEY = "MLX_DIFFGEMMA_SERVER", "MLX_DIFFGEMMA_API_KEY"
 DEFAULT_URL = "http://127.0.0.1:8080"
 _LOOK_SECONDS = 0.3  # for a server that nobody named
 _SILENCE = 60.0  # seconds; a stream that is alive says something more often
 _LONGEST = 24 * 3600.0  # seconds of an answer that comes as a whole
-
-_UNKNOWN = {"failed_calls": (), "parts": None, "peak_memory": 0.0}
 
 
 class RemoteError(DiffGemmaError):
@@ -203,17 +201,18 @@ class Remote:
 
     def generate(
         self,
-        messages: list[dict[str, Any]] | str,
-        asking: Asking,
+        messages: Sequence[Mapping[str, Any]] | str,
+        settings: PromptSettings,
+        stop: Sequence[str],
         denoising: Denoising,
-        tools: Any = None,
-        variables: Any = None,
     ) -> Generator[Any, None, None]:
         """An answer step by step, with the fields of a `GenerationResponse`; those that a server
         does not tell are empty."""
-        path, body = self._body(messages, asking, denoising, tools, variables)
+        path, body = self._body(messages, settings, denoising)
+        if stop:
+            body["stop"] = list(stop)
         body |= {"diffusion_frames": True, "stream_options": {"include_usage": True}}
-        reading = _Reading(self)
+        reading = Reading(self.about)
         with closing(self.events(path, body)) as events:
             for event in events:
                 yield from reading.add(event)
@@ -223,15 +222,11 @@ class Remote:
         self,
         prompt: str,
         form: Mapping[str, Any],
-        asking: Asking,
+        settings: PromptSettings,
         denoising: Denoising,
-        tools: Any = None,
-        variables: Any = None,
     ) -> Any:
         """A whole answer of a given form, with the fields of a `StructuredResponse`."""
-        path, body = self._body(
-            [{"role": "user", "content": prompt}], asking, denoising, tools, variables
-        )
+        path, body = self._body([{"role": "user", "content": prompt}], settings, denoising)
         found = self.ask(path, {**body, "response_format": form, "logprobs": True})
         (choice,) = found["choices"]
         told, message = choice["diffusion"], choice["message"]
@@ -245,6 +240,7 @@ class Remote:
             generation_tokens=found["usage"]["completion_tokens"],
             denoising_steps=tuple(told["denoising_steps"]),
             passes=sum(told["denoising_steps"]),
+            converged=told["converged"],
             seed=told["seed"],
         )
 
@@ -299,20 +295,18 @@ class Remote:
         return found
 
     def _body(
-        self, messages: Any, asking: Asking, denoising: Denoising, tools: Any, variables: Any
+        self, messages: Any, settings: PromptSettings, denoising: Denoising
     ) -> tuple[str, dict[str, Any]]:
         body = {"model": self.name, **knobs(denoising)}
         body.setdefault("max_tokens", self.about.get("max_tokens"))
-        if asking.stop:
-            body["stop"] = list(asking.stop)
         if isinstance(messages, str):
             return "/v1/completions", {**body, "prompt": messages}
-        if asking.system_prompt:
-            messages = [{"role": "system", "content": asking.system_prompt}, *messages]
+        if settings.system_prompt:
+            messages = [{"role": "system", "content": settings.system_prompt}, *messages]
         body["messages"] = messages
-        if asking.thinking is not None:
-            body["reasoning_effort"] = "medium" if asking.thinking else "none"
-        more = {"tools": tools, "chat_template_kwargs": variables}
+        if settings.thinking is not None:
+            body["reasoning_effort"] = "medium" if settings.thinking else "none"
+        more = {"tools": settings.tools, "chat_template_kwargs": settings.chat_template_kwargs}
         return "/v1/chat/completions", body | {key: each for key, each in more.items() if each}
 
 
@@ -338,129 +332,6 @@ def only_here(asking: Asking) -> dict[str, bool]:
         "--prefill-step-size": asking.prefill_step_size is not None,
         "--extra-eos-token": bool(asking.extra_eos_token),
     }
-
-
-def pieces(response: Any) -> list[tuple[str, str]]:
-    """A draft for the terminal; servers do not say how sure the model is of each token."""
-    if not response.canvas:
-        return [("text", "")]
-    return [("thought", response.draft_thought), ("text", response.draft)]
-
-
-def answers_of(told: Mapping[str, Any], questions: Sequence[Any]) -> dict[str, Any]:
-    """Answers as JSON with the fields of an `Answer`."""
-    found = {}
-    for question in questions:
-        answer = told["answers"][question.name]
-        if question.kind == "noul":
-            probabilities = (answer["noul"], 1 - answer["noul"])
-            spread = (answer["spread"],) * 2
-        else:
-            probabilities = tuple(answer["probabilities"][each] for each in question.options)
-            spread = tuple(answer["spread"][each] for each in question.options)
-        found[question.name] = SimpleNamespace(
-            question=question,
-            probabilities=probabilities,
-            spread=spread,
-            confidence=answer["confidence"],
-            score=answer.get("score"),
-        )
-    return found
-
-
-class _Reading:
-    """Makes responses out of the events of a stream."""
-
-    def __init__(self, remote: Remote) -> None:
-        self._canvas = int(remote.about.get("canvas_length") or 0)
-        self._start = time.perf_counter()
-        self._first = 0.0
-        self._block = 0
-        self._calls: list[ToolCall] = []
-        self._end: dict[str, Any] = {}
-        self._usage: dict[str, Any] = {}
-
-    def add(self, event: Mapping[str, Any]) -> Iterator[Any]:
-        """What an event says."""
-        self._first = self._first or time.perf_counter()
-        self._usage = event.get("usage") or self._usage
-        if event.get("type") == "diffusion_frame":
-            self._block = event["block"]
-            yield self._response(
-                draft=event["text"],
-                draft_thought=event.get("reasoning_content", ""),
-                canvas=[0],
-                entropy=[0.0],
-                step=event["step"],
-            )
-            return
-        for choice in event.get("choices", ()):
-            delta = choice.get("delta", choice)
-            text = delta.get("content") or delta.get("text") or ""
-            thought = delta.get("reasoning_content") or ""
-            for call in delta.get("tool_calls") or ():
-                function = call["function"]
-                arguments = json.loads(function["arguments"])
-                self._calls.append(ToolCall(function["name"], arguments, function["arguments"]))
-            if text or thought:
-                yield self._response(text=text, thought=thought)
-            if choice.get("finish_reason"):
-                self._end = {**choice.get("diffusion", {}), "reason": choice["finish_reason"]}
-
-    def last(self) -> Any:
-        """The response that ends the answer."""
-        end, tokens = self._end, self._usage.get("completion_tokens", 0)
-        prompt = self._usage.get("prompt_tokens", 0)
-        took = time.perf_counter() - self._first
-        return self._response(
-            finish_reason=end.get("reason"),
-            tool_calls=tuple(self._calls),
-            prompt_tokens=prompt,
-            prompt_tps=prompt / max(1e-9, self._first - self._start),
-            generation_tokens=tokens,
-            generation_tps=tokens / max(1e-9, took),
-            denoising_steps=tuple(end.get("denoising_steps", ())),
-            tokens_per_forward=end.get("tokens_per_forward") or 0.0,
-            stop_string=end.get("stop"),
-            tokens=tuple(end.get("tokens", ())),
-            stop_token=end.get("stop_token"),
-            converged=end.get("converged", True),
-            context_full=end.get("context_full", False),
-            seed=end.get("seed", 0),
-        )
-
-    def _response(self, **told: Any) -> Any:
-        return SimpleNamespace(**{**_EMPTY, "canvas_index": self._block, **self._committed, **told})
-
-    @property
-    def _committed(self) -> dict[str, int]:
-        return {"generation_tokens": self._block * self._canvas}
-
-
-_EMPTY: dict[str, Any] = {
-    **_UNKNOWN,
-    "text": "",
-    "thought": "",
-    "tool_calls": (),
-    "draft": "",
-    "draft_thought": "",
-    "canvas": [],
-    "entropy": [],
-    "step": 0,
-    "token": None,
-    "tokens": (),
-    "stop_token": None,
-    "finish_reason": None,
-    "prompt_tokens": 0,
-    "prompt_tps": 0.0,
-    "generation_tps": 0.0,
-    "denoising_steps": (),
-    "tokens_per_forward": 0.0,
-    "stop_string": None,
-    "converged": True,
-    "context_full": False,
-    "seed": 0,
-}
 
 
 def _read(response: Any) -> dict[str, Any]:

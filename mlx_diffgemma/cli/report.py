@@ -85,7 +85,6 @@ def effort(outcome: Outcome) -> str:
     return (
         f"{_count(sum(steps), 'step')}{each}, {_count(len(steps), 'canvas', 'canvases')}, "
         f"{last.tokens_per_forward:.1f} tokens per forward"
-        f"{'' if last.converged else ', not converged: more --steps may help'}"
     )
 
 

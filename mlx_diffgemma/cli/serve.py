@@ -71,7 +71,7 @@ def serve(*, loading: Loading, settings: ServerSettings) -> None:
 
 def _engine(loading: Loading, settings: ServerSettings, server: Server) -> Engine:
     from mlx_diffgemma.cli.opening import open_model
-    from mlx_diffgemma.generation import diffusion_config
+    from mlx_diffgemma.fitting import diffusion_config
     from mlx_diffgemma.server.engine import Engine, EngineSettings
 
     opened = open_model(loading)
@@ -120,6 +120,8 @@ class _Telling:
                 file=sys.stderr,
                 flush=True,
             )
+        if self._server.ready and self._server.engine.failure is not None:
+            self._server.failure = self._server.engine.failure
         return self._server.failure is not None
 
     def _progress(self) -> None:

@@ -15,6 +15,7 @@ from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.diffusion.profiles import PROFILES, profile_settings
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
+from mlx_diffgemma.text.prompt_settings import PromptSettings
 
 if TYPE_CHECKING:
     from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
@@ -105,11 +106,14 @@ class Asking:
         str | None,
         Setting("Text that the answer begins with; the model goes on from there.", panel=_PROMPT),
     ] = None
-    raw: Annotated[bool, Setting("No chat template around the prompt.", panel=_PROMPT)] = False
+    raw: Annotated[
+        bool, Setting("Prompt as it is, without a chat template around it.", panel=_PROMPT)
+    ] = False
     markers: Annotated[
         bool,
         Setting(
-            "Meaning for control tokens that a --raw prompt spells (<|turn>), which are text else.",
+            "Control tokens where a --raw prompt spells them (<|turn>), which are plain"
+            " text otherwise.",
             panel=_PROMPT,
         ),
     ] = False
@@ -153,7 +157,23 @@ class Asking:
         if not all(self.stop):
             raise UsageError("--stop must be a text of at least one character.")
 
-    def offered(self) -> list[dict[str, object]] | None:
+    def prompt_settings(self) -> PromptSettings:
+        """How the prompt becomes token ids.
+
+        Raises:
+            DiffGemmaError: a file of `--tools` or `--chat-template-config` is not what it must be.
+        """
+        return PromptSettings(
+            system_prompt=self.system_prompt,
+            raw=self.raw,
+            markers=self.markers,
+            thinking=self.thinking,
+            tools=self._offered(),
+            chat_template_kwargs=self._variables(),
+            prefill_response=self.prefill_response,
+        )
+
+    def _offered(self) -> list[dict[str, object]] | None:
         """The tools in the files of `--tools`, None where there are none.
 
         Raises:
@@ -172,7 +192,7 @@ class Asking:
                 raise UsageError(f"--tools {path}: {error}") from None
         return tools or None
 
-    def variables(self) -> dict[str, object] | None:
+    def _variables(self) -> dict[str, object] | None:
         """The variables of `--chat-template-config`, None where there are none.
 
         Raises:
@@ -241,7 +261,7 @@ class Denoising:
 
     def config(self, model: DiffusionGemma) -> DiffusionConfig:
         """The settings of the model's checkpoint with the user's put over them."""
-        from mlx_diffgemma.generation import diffusion_config
+        from mlx_diffgemma.fitting import diffusion_config
 
         return diffusion_config(model, self.profile or DEFAULT_PROFILE, **self.changes)
 
@@ -255,13 +275,18 @@ class Showing:
     """
 
     watch: Annotated[
-        bool, Setting("Drawing of the canvas while it forms, on a terminal.", panel=_OUTPUT)
+        bool,
+        Setting("Drawing of the canvas while it forms, if stdout is a terminal.", panel=_OUTPUT),
     ] = True
     show_thought: Annotated[
         bool,
-        Setting("Whole thoughts on a terminal, which shows one line of them else.", panel=_OUTPUT),
+        Setting(
+            "Whole thoughts on a terminal, which otherwise shows one line of each.", panel=_OUTPUT
+        ),
     ] = False
-    hide_thought: Annotated[bool, Setting("No thoughts on stderr.", panel=_OUTPUT)] = False
+    hide_thought: Annotated[
+        bool, Setting("Answer alone, without its thoughts on stderr.", panel=_OUTPUT)
+    ] = False
     json: Annotated[bool, Setting("One JSON object instead of the text.", panel=_OUTPUT)] = False
 
     def __post_init__(self) -> None:

@@ -20,23 +20,27 @@ class Validity:
 
     choices_follow: Annotated[
         bool,
-        Setting("One of the arguments that follow as the answer.", ("--choices",), panel=_PANEL),
+        Setting("Choice of the answer among the words that follow.", ("--choices",), panel=_PANEL),
     ] = False
     json_schema: Annotated[
         str | None,
-        Setting("File with a JSON schema, for an answer in JSON that validates.", panel=_PANEL),
+        Setting(
+            "File with a JSON schema; the answer is JSON that validates against it.", panel=_PANEL
+        ),
     ] = None
     validate: Annotated[
         int | None,
         Setting(
-            "Tries for an answer where --json-schema says more than can be enforced: each is "
-            "validated.",
+            "Number of answers to try where --json-schema says more than can be "
+            "enforced; each is validated, and the first valid one counts.",
             panel=_PANEL,
         ),
     ] = None
     regex: Annotated[
         str | None,
-        Setting("Expression that the whole answer matches (Rust's syntax).", panel=_PANEL),
+        Setting(
+            "Regular expression, in Rust's syntax, that the whole answer matches.", panel=_PANEL
+        ),
     ] = None
 
     def constraint(self, choices: Sequence[str]) -> Constraint | None:
@@ -104,7 +108,7 @@ def answer(
         raise UsageError("--stop does not go with a constraint: drop one.")
     if asking.prefill_response is not None:
         raise UsageError("--prefill-response does not go with a constraint: drop one.")
-    tools, variables = asking.offered(), asking.variables()
+    prompt_settings = asking.prompt_settings()
     form = constraint.form()
     only_here = {
         **remote.only_here(asking),
@@ -117,7 +121,7 @@ def answer(
     if server is not None:
         name = server.name
         assert form is not None
-        done = server.generate_valid(prompt, form, asking, denoising, tools, variables)
+        done = server.generate_valid(prompt, form, prompt_settings, denoising)
         tokens = done.generation_tokens
     else:
         name, done = _answer_here(prompt, constraint, asking, loading, denoising, showing)
@@ -132,6 +136,7 @@ def answer(
             generation_tokens=tokens,
             denoising_steps=list(done.denoising_steps),
             passes=done.passes,
+            converged=done.converged,
             seed=done.seed,
             model=name,
         )
@@ -139,7 +144,7 @@ def answer(
     thoughts = output.thoughts(showing.show_thought, showing.hide_thought)
     output.note_thought(done.thought, thoughts)
     output.write_line(done.text)
-    editing.note_effort(done.passes, done.seed)
+    editing.note_effort(done.passes, done.seed, converged=done.converged)
 
 
 def _answer_here(
@@ -166,12 +171,7 @@ def _answer_here(
                 regex=constraint.regex,
                 choices=constraint.choices,
                 seed=denoising.seed,
-                system_prompt=asking.system_prompt,
-                raw=asking.raw,
-                markers=asking.markers,
-                thinking=asking.thinking,
-                tools=asking.offered(),
-                chat_template_kwargs=asking.variables(),
+                prompt_settings=asking.prompt_settings(),
                 prefill_step_size=asking.prefill_step_size,
                 config=denoising.config(opened.model),
                 on_step=on_step,

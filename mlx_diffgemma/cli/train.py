@@ -21,7 +21,7 @@ def train(
     loading: Annotated[Loading, Only("model", "revision", "chat_template", "trust_remote_code")],
     run: training.Run,
     plan: Annotated[
-        bool, Setting("Memory that the run takes; nothing is loaded or trained.", panel="Run")
+        bool, Setting("Memory that the run would take; nothing is loaded or trained.", panel="Run")
     ] = False,
     json: Annotated[bool, Setting("Plan as one JSON object.", panel="Run")] = False,
 ) -> None:

@@ -42,7 +42,7 @@ class Run:
         ),
     ] = None
     adapter_path: Annotated[
-        Path | None, Setting("Folder to write.", panel=_RUN, default="adapters")
+        Path | None, Setting("Folder to write the adapters to.", panel=_RUN, default="adapters")
     ] = None
     config: Annotated[
         Path | None,
@@ -63,7 +63,8 @@ class Run:
     eval_generate: Annotated[
         int | None,
         Setting(
-            "Held-out prompts to answer at each evaluation, for the share that comes out exactly.",
+            "Number of held-out prompts to answer at each evaluation; the share of "
+            "exact answers is reported.",
             panel=_REPORTS,
             default="0",
         ),
@@ -103,7 +104,7 @@ def gather(loading: Loading, run: Run) -> TrainingJob:
     Raises:
         UsageError: one is unknown or out of range, or there is nothing to resume.
     """
-    from mlx_diffgemma.train.settings import normalized, read_yaml
+    from mlx_diffgemma.train.settings_file import normalized, read_yaml
 
     layers = [] if run.config is None else [read_yaml(run.config.expanduser())]
     written = next((layer["adapter_path"] for layer in layers if layer.get("adapter_path")), None)
@@ -216,17 +217,17 @@ def _read_data(job: TrainingJob, path: Path, shapes: ModelConfig) -> Splits:
 def _check_memory(job: TrainingJob, path: Path, shapes: ModelConfig, splits: Splits) -> None:
     """Raise MemoryShortageError where the run cannot end well."""
     from mlx_diffgemma.checkpoint.loading import weight_bytes
-    from mlx_diffgemma.train import plan
+    from mlx_diffgemma.train import training_memory
 
     longest = max(len(example.tokens) for example in (*splits.train, *splits.valid))
-    estimate = plan.estimate(
+    estimate = training_memory.estimate(
         shapes,
         weight_bytes(path),
         job.config,
         length=longest,
-        activation_bytes=plan.activation_bytes(),
+        activation_bytes=training_memory.activation_bytes(),
     )
-    plan.require(estimate, job.model, job.config)
+    training_memory.require(estimate, job.model, job.config)
 
 
 def _train(job: TrainingJob, model: DiffusionGemma, splits: Splits) -> None:
@@ -314,7 +315,7 @@ def _exact(
     count = job.run.eval_generate or 0
     if count < 1:
         return None
-    from mlx_diffgemma.generation import diffusion_config
+    from mlx_diffgemma.fitting import diffusion_config
     from mlx_diffgemma.train.evaluate import exact_rate
 
     examples = splits.valid[:count]

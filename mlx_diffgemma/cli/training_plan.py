@@ -13,7 +13,7 @@ from mlx_diffgemma.cli.settings import DEFAULT_MODEL
 if TYPE_CHECKING:
     from mlx_diffgemma.cli.training import TrainingJob
     from mlx_diffgemma.config import ModelConfig
-    from mlx_diffgemma.train.plan import TrainingMemory
+    from mlx_diffgemma.train.training_memory import TrainingMemory
 
 BATCHES, LENGTHS = (1, 2, 4, 8), (512, 1024, 2048, 4096)
 MACS = (32, 64, 128)
@@ -45,19 +45,19 @@ def _base(job: TrainingJob) -> Base:
     from mlx_diffgemma.checkpoint.loading import read_config, weight_bytes
     from mlx_diffgemma.checkpoint.quantization import RECIPES
     from mlx_diffgemma.config import ModelConfig
-    from mlx_diffgemma.train import plan
+    from mlx_diffgemma.train import training_memory
 
     recipe = {DEFAULT_MODEL: "4bit", RELEASE: "bf16"}.get(job.model)
     if recipe is not None:
         shapes = ModelConfig.from_dict(config_like(RELEASE))
-        weights = plan.recipe_weights(shapes, RECIPES[recipe])
+        weights = training_memory.recipe_weights(shapes, RECIPES[recipe])
         note = f"{recipe}, from the shapes of the release; activations in bf16, as on a GPU"
         return Base(shapes, weights, 2, note)
     if job.model == locate.DEMO or Path(job.model).expanduser().is_dir():
         folder = locate.locate(job.model)
         shapes = ModelConfig.from_dict(read_config(folder))
         note = "from the headers of its weights, as loaded on this machine"
-        return Base(shapes, weight_bytes(folder), plan.activation_bytes(), note)
+        return Base(shapes, weight_bytes(folder), training_memory.activation_bytes(), note)
     return _on_the_hub(job)
 
 
@@ -76,11 +76,11 @@ def _on_the_hub(job: TrainingJob) -> Base:
 
 
 def _estimate(job: TrainingJob, base: Base, **settings: Any) -> TrainingMemory:
-    from mlx_diffgemma.train import plan
+    from mlx_diffgemma.train import training_memory
 
     length = settings.pop("length", job.config.max_seq_length)
     config = replace(job.config, **settings)
-    return plan.estimate(
+    return training_memory.estimate(
         base.shapes, base.weights, config, length=length, activation_bytes=base.activation_bytes
     )
 
@@ -110,7 +110,7 @@ def _grid(job: TrainingJob, base: Base) -> list[dict[str, Any]]:
 
 
 def _as_dict(job: TrainingJob, base: Base) -> dict[str, Any]:
-    from mlx_diffgemma.train.plan import trained_numbers
+    from mlx_diffgemma.train.training_memory import trained_numbers
 
     config, needed = job.config, _estimate(job, base)
     return {
@@ -129,7 +129,7 @@ def _print(job: TrainingJob, base: Base) -> None:
     from rich.table import Table
 
     from mlx_diffgemma.checkpoint.memory import size_text
-    from mlx_diffgemma.train.plan import trained_numbers
+    from mlx_diffgemma.train.training_memory import trained_numbers
 
     console, config = Console(highlight=False), job.config
     count = trained_numbers(base.shapes, config)

@@ -230,7 +230,9 @@ class Canvas:
 
 def _checked(initial: Sequence[int], length: int, vocab: int) -> list[int]:
     if len(initial) != length:
-        raise UsageError(f"initial_canvas has {len(initial)} tokens; the canvas has {length}.")
+        raise UsageError(
+            f"initial_canvas has {len(initial)} tokens, and the canvas has {length}; give as many."
+        )
     for place, token in enumerate(initial):
         whole = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
         if not whole or not 0 <= token < vocab:

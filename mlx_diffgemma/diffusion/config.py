@@ -80,8 +80,8 @@ class DiffusionConfig:
     stop_at_eos: Annotated[
         bool,
         Setting(
-            "Judge whether a canvas is done by what stands before its first certain end-of-text "
-            "token.",
+            "End of a canvas judged by what stands before its first certain end-of-text"
+            " token alone.",
             panel=_SPEED,
         ),
     ] = False
@@ -94,17 +94,21 @@ class DiffusionConfig:
     ] = 0.1
     confident_after: Annotated[
         int | None,
-        Setting("Step from which confidence alone ends a canvas; never if left out.", panel=_SPEED),
+        Setting(
+            "Step from which confidence alone ends a canvas, without stability; no step"
+            " does so if left out.",
+            panel=_SPEED,
+        ),
     ] = None
     shrink_canvas: Annotated[
-        bool, Setting("Draft no more tokens than --max-tokens leaves.", panel=_SPEED)
+        bool, Setting("Canvas of no more tokens than --max-tokens leaves.", panel=_SPEED)
     ] = False
     forbid_empty: Annotated[
         bool,
         Setting(
-            "No end-of-text token as the first one, so that an answer which is right to be empty "
-            "is never given; all profiles but 'exact' forbid it, and it has no effect where a "
-            "constraint says what an answer may be.",
+            "Ban of end-of-text tokens at the first place of an answer, so that no "
+            "answer is empty, even one that should be. All profiles but 'exact' set it;"
+            " it has no effect where a constraint says what an answer may be.",
             ("--forbid-empty/--allow-empty",),
             _SPEED,
         ),
@@ -112,16 +116,17 @@ class DiffusionConfig:
     soft_cutoff: Annotated[
         float | None,
         Setting(
-            "Number N such that tokens e^-N times less likely than the likeliest are left out of "
-            "the self-conditioning; none are if left out.",
+            "Number N such that tokens e^-N times less likely than the likeliest are "
+            "left out of the self-conditioning; all tokens count if it is not given.",
             panel=_SPEED,
         ),
     ] = None
     settled_after: Annotated[
         int | None,
         Setting(
-            "Steps after which a position that stays certain is computed rarely (an experiment); "
-            "never if left out.",
+            "Number of steps after which a position that stays certain is computed "
+            "rarely (an experiment); every position is computed in every step if left "
+            "out.",
             panel=_SPEED,
         ),
     ] = None

@@ -112,11 +112,13 @@ class _Match:
         self.pinned: list[int] = []
         self.committed: list[CanvasCommitted] = []
         self.waits, self.unsure = 0, np.inf
+        self.hurried = False  # whether the present canvas was decided for want of steps
 
     def next_canvas(self, index: int) -> InFlight | None:
         """A canvas number `index`, or one of those behind it where the grammar leaves it no choice
         at all; None at the end of the sequence."""
         self.waits, self.unsure = self.config.max_denoising_steps // _STEPS_A_WAIT, np.inf
+        self.hurried = False
         length = canvas_length(self.model, self.config, self._room())
         vocab = self.model.config.text.vocab_size
         canvas = Canvas.start(self.config, self.noise, index, length, vocab, endless=True)
@@ -164,7 +166,7 @@ class _Match:
                 canvas.index,
                 tuple(self.pinned),
                 canvas.passes,
-                converged=True,
+                converged=not self.hurried,
                 finish_reason="stop" if ended else None,
             )
         )
@@ -198,7 +200,9 @@ class _Match:
         accepted = settled & (np.cumsum(entropy) - entropy <= self.config.entropy_bound)
         # What matches is to be written in the steps that a canvas without a grammar may take.
         due = -(-count // max(1, self.config.max_denoising_steps - canvas.passes))
-        return max(1, due, int(accepted.sum()))
+        most = max(1, int(accepted.sum()))
+        self.hurried |= due > most
+        return max(due, most)
 
 
 def generate_matching(

@@ -18,6 +18,7 @@ import numpy as np
 
 from mlx_diffgemma.editing import files
 from mlx_diffgemma.errors import CheckpointError, UsageError
+from mlx_diffgemma.reading import parse_object
 
 FOLDS = 5
 LEAST = 20
@@ -172,7 +173,9 @@ class Calibration:
         try:
             Path(path).write_text(text + "\n", encoding="utf-8")
         except OSError as error:
-            raise files.FileError(f"{path} cannot be written: {error.strerror}.") from None
+            raise files.FileError(
+                f"{path} cannot be written: {error.strerror}; name another."
+            ) from None
 
     @classmethod
     def load(cls, path: str | Path, model: Identified) -> Calibration:
@@ -183,7 +186,7 @@ class Calibration:
             CheckpointError: it holds no calibration, or one for another model.
         """
         try:
-            data = json.loads(files.read_text(path))
+            data = parse_object(files.read_text(path), Path(path), mend="calibrate again")
             if data["format"] != _FORMAT:
                 raise ValueError(f"its format is {data['format']!r:.60}")
             fits = {
@@ -195,11 +198,19 @@ class Calibration:
                 )
                 for kind, fit in data["types"].items()
             }
-            if not all(fit.temperature > 0 for fit in fits.values()):
-                raise ValueError("a temperature is not above 0")
+            for fit in fits.values():
+                if not 0 < fit.temperature < np.inf:
+                    raise ValueError("a temperature is not above 0")
+                if not np.isfinite(list(fit.bias.values())).all():
+                    raise ValueError("a bias is not finite")
             settings, fingerprint = dict(data["settings"]), data["model"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is no calibration ({error}).") from None
+        except (
+            CheckpointError, ValueError, KeyError, TypeError, AttributeError, OverflowError,
+        ) as error:  # fmt: skip
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"{path} is no calibration ({reason}); name a file that decide calibrate saved."
+            ) from None
         if fingerprint != model.identity():
             raise CheckpointError(
                 f"{path} was made for another model; make one for this with decide calibrate."

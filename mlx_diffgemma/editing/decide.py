@@ -7,8 +7,6 @@ one token, the label of the answer. Letters: R orders of the options, K options 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any, NoReturn
 
 import mlx.core as mx
@@ -21,7 +19,8 @@ from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.denoiser import Denoiser
 from mlx_diffgemma.diffusion.encode import encode
 from mlx_diffgemma.diffusion.noise import SeededNoise, checked_seed
-from mlx_diffgemma.editing.calibration import Calibration, Example, log_softmax
+from mlx_diffgemma.editing.beliefs import Decisions, answer_from, pooled
+from mlx_diffgemma.editing.calibration import Calibration, Example
 from mlx_diffgemma.editing.frames import Frame, from_template, labels_for, length_of, lines
 from mlx_diffgemma.editing.questions import (
     DecisionSettings,
@@ -32,87 +31,13 @@ from mlx_diffgemma.editing.questions import (
 )
 from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import PromptError, UsageError
-from mlx_diffgemma.generation import cache_of, denoiser_of, diffusion_config, fit_to_context
+from mlx_diffgemma.fitting import cache_of, denoiser_of, diffusion_config, fit_to_context
 from mlx_diffgemma.model.cache import Prefix, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.chat_template import template_text
-from mlx_diffgemma.text.prompt import encode_prompt
+from mlx_diffgemma.text.prompt import encode_prompt, in_common
 from mlx_diffgemma.text.tokenizer import check_tokenizer, hf_tokenizer
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model believes of a question.
-
-    Attributes:
-        question: what was asked.
-        labels: what stood for each option in the canvas, [K]; empty where the options took turns.
-        log_probs: [draws, K] the logarithms of each draw's probabilities, in nats, before any
-            calibration.
-        probabilities: [K] the mean over the draws, calibrated where that was asked for; they sum
-            to 1.
-        spread: [K] the standard deviation over the draws, calibrated alike; 0 for one draw.
-    """
-
-    question: Question
-    labels: tuple[str, ...]
-    log_probs: np.ndarray
-    probabilities: tuple[float, ...]
-    spread: tuple[float, ...]
-
-    @property
-    def best(self) -> str:
-        """The most probable option."""
-        return self.question.options[int(np.argmax(self.probabilities))]
-
-    @property
-    def confidence(self) -> float:
-        """1 − H / ln K: 1 where one option has all the mass, and 0 where it is flat."""
-        p = np.array(self.probabilities)
-        entropy = -(p * np.log(np.maximum(p, 1e-300))).sum()
-        return float(np.clip(1 - entropy / np.log(len(p)), 0.0, 1.0))
-
-    @property
-    def score(self) -> float:
-        """The expected number of the option, from 0: of a score its expected level."""
-        return float(np.dot(np.arange(len(self.probabilities)), self.probabilities))
-
-    def as_json(self) -> dict[str, Any]:
-        """The answer as the wire format has it, and the spread and the confidence beside it."""
-        names = self.question.options
-        probabilities = dict(zip(names, self.probabilities, strict=True))
-        spread = dict(zip(names, self.spread, strict=True))
-        kind = self.question.kind
-        found: dict[str, Any] = {"type": kind}
-        if kind == "noul":
-            found |= {"noul": self.probabilities[0], "spread": self.spread[0]}
-            return found | {"confidence": self.confidence}
-        found |= {"choice": self.best} if kind == "choice" else {"score": self.score}
-        found |= {"probabilities": probabilities, "confidence": self.confidence, "spread": spread}
-        return found | ({"legend": dict(self.question.legend)} if kind == "score" else {})
-
-
-@dataclass(frozen=True)
-class Decisions:
-    """The answers of one request.
-
-    Attributes:
-        answers: by the names of the questions, in their order.
-        canvases: tokens of each canvas that holds questions; every draw and every order of the
-            options has such canvases of its own.
-        passes: forward passes over a batch of canvases.
-        prompt_tokens: tokens of the prompt, in one order of the options.
-        cached_tokens: how many of them were known from an earlier request.
-        seed: the seed of every random draw.
-    """
-
-    answers: dict[str, Answer]
-    canvases: tuple[int, ...]
-    passes: int
-    prompt_tokens: int
-    cached_tokens: int
-    seed: int
 
 
 @memory.wired()
@@ -194,11 +119,11 @@ def decide(
     config = config.override(canvas_length=max(lengths), max_tokens=max(lengths))
     fit_to_context(model, prompts, config, step_size=prefill_step_size)
     with cache.in_use():
-        shared = _in_common([*prompts, prompt(0, [])])
+        shared = in_common(*prompts, prompt(0, []))
         prefixes, known = _encoded(model, cache, prompts, shared, prefill_step_size)
     found, passes = _looked_at(denoiser, config, vocabulary, frames, lengths, prefixes, seed, how)
     answers = {
-        question.name: _answer(question, own, logits, calibration)
+        question.name: answer_from(question, own, logits, calibration)
         for question, own, logits in zip(asked, labels, found, strict=True)
     }
     return Decisions(answers, tuple(lengths), passes, len(prompts[0]), known, seed)
@@ -241,9 +166,11 @@ def calibrate(
             )  # fmt: skip
             for name, right in answers.items():
                 if name not in found.answers:
-                    raise UsageError(f"the answer '{name}' belongs to no question.")
+                    raise UsageError(
+                        f"the answer '{name}' belongs to no question; ask it, or drop the answer."
+                    )
                 one = found.answers[name]
-                log_probs, best = _pooled(one.log_probs), one.question.index_of(right)
+                log_probs, best = pooled(one.log_probs), one.question.index_of(right)
                 seen.append(Example(number, one.question.kind, one.labels, log_probs, best))
         except UsageError as error:
             raise type(error)(f"{where}: {error}") from None
@@ -307,12 +234,6 @@ def _refuse_too_long(
     )
 
 
-def _in_common(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with: those of the state, whatever stands behind it."""
-    rows = zip(*prompts, strict=False)
-    return sum(1 for _ in takewhile(lambda row: len(set(row)) == 1, rows))
-
-
 def _encoded(
     model: DiffusionGemma,
     cache: PrefixCache,
@@ -373,30 +294,3 @@ def _looked_at(
             logits = np.stack([seen[place] for seen in seen_by_row]).astype(np.float64)
             by_question[question] = logits.reshape(len(prefixes), how.draws, -1)
     return [by_question[number] for number in range(len(by_question))], passes
-
-
-def _answer(
-    question: Question, labels: Sequence[str], logits: np.ndarray, calibration: Calibration | None
-) -> Answer:
-    """From the logits [R, draws, K] of a question's labels to the answer."""
-    count = logits.shape[-1]
-    orders = max(1, len(logits) // count * count)
-    log_probs = log_softmax(logits[:orders])
-    if question.kind == "choice":
-        # The option `o` stands at the place (o − shift) of the list, whose label it has.
-        shifts = [np.roll(each, shift, axis=-1) for shift, each in enumerate(log_probs)]
-        log_probs = np.stack(shifts)
-    by_draw = log_softmax(log_probs.mean(axis=0))
-    pooled, each = _pooled(by_draw), by_draw
-    own = tuple(labels) if len(logits) == 1 or question.kind != "choice" else ()
-    if calibration is not None:
-        pooled, each = (calibration.applied(question.kind, own, x) for x in (pooled, each))
-    probabilities, spread = np.exp(pooled), np.exp(each).std(axis=0)
-    return Answer(question, own, by_draw, tuple(probabilities.tolist()), tuple(spread.tolist()))
-
-
-def _pooled(log_probs: np.ndarray) -> np.ndarray:
-    """The logarithm [K] of the mean over the draws, from log-probabilities [draws, K]."""
-    most = log_probs.max(axis=0)
-    pooled = most + np.log(np.exp(log_probs - most).mean(axis=0))
-    return log_softmax(pooled)

@@ -55,6 +55,11 @@ class Edited:
     passes: int
     seed: int
 
+    @property
+    def converged(self) -> bool:
+        """Whether the canvas was done before its steps were used up."""
+        return self.filled.converged
+
     def diff(self, name: str) -> str:
         """What changed, as a unified diff of the file `name`."""
         return unified_diff(self.before, self.text, name)
@@ -72,8 +77,6 @@ def edit(
     lengths: Sequence[int] | None = None,
     prompt: Prompt | None = None,
     seed: int | None = None,
-    system_prompt: str | None = None,
-    raw: bool = False,
     config: DiffusionConfig | None = None,
     on_step: OnStep | None = None,
     **settings: Any,
@@ -88,7 +91,7 @@ def edit(
             lines have now are written.
         lengths: how many tokens the new lines may take; the model chooses among them.
         prompt: what to tell the model, in place of the instruction and the text.
-        seed, system_prompt, raw, config, settings: as for `stream_generate`.
+        seed, config, settings: as for `stream_generate`.
         on_step: called with the `DenoisingStep` after each step.
 
     Raises:
@@ -113,8 +116,6 @@ def edit(
         tokenizer,
         prompt,
         seed=seed,
-        system_prompt=system_prompt,
-        raw=raw,
         config=config,
         on_step=on_step,
         **settings,
@@ -135,7 +136,7 @@ def edit(
         initial=None if strength == 1.0 else _partly_noised(session, window, tokens, strength),
         first_step=session.config.max_denoising_steps - steps + 1,
     )
-    filled = read(session, window.spans[0], done.tokens, done.entropy, done.steps)
+    filled = read(session, window.spans[0], done)
     if "\r\n" in text and not re.search(r"(?<!\r)\n", text):
         filled = replace(filled, text=re.sub(r"(?<!\r)\n", "\r\n", filled.text))
     return Edited(

@@ -31,7 +31,7 @@ def read_text(path: str | Path) -> str:
             f"{path} is not UTF-8 text (byte {error.start}); re-encode it first."
         ) from None
     except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror}.") from None
+        raise FileError(f"{path} cannot be read: {error.strerror}; check the path.") from None
     except ValueError:
         raise FileError("a name of a file has no null byte; check the path.") from None
 
@@ -42,7 +42,7 @@ def check_writable(path: str | Path) -> None:
     try:
         mode = Path(path).stat().st_mode
     except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror}.") from None
+        raise FileError(f"{path} cannot be read: {error.strerror}; check the path.") from None
     except ValueError:
         raise FileError("a name of a file has no null byte; check the path.") from None
     if not mode & 0o222 or not os.access(path, os.W_OK):
@@ -74,9 +74,8 @@ def replace_text(path: str | Path, text: str, *, force: bool = False) -> list[st
             file.flush()
             lost = _take_over(target, file.fileno())
             os.fsync(file.fileno())
-        Path(temporary).replace(target)
+        disk.put_in_place(Path(temporary), target)
         temporary = None
-        disk.sync(target.parent)
     except OSError as error:
         raise FileError(f"{path} cannot be written: {error.strerror}; it is as it was.") from None
     finally:

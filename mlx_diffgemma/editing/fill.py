@@ -53,6 +53,11 @@ class FilledTemplate:
     passes: int
     seed: int
 
+    @property
+    def converged(self) -> bool:
+        """Whether every canvas was done before its steps were used up."""
+        return all(each.converged for each in self.filled.values())
+
 
 @memory.wired()
 def fill(
@@ -63,8 +68,6 @@ def fill(
     lengths: Sequence[int] = LENGTHS,
     prompt: Prompt | None = None,
     seed: int | None = None,
-    system_prompt: str | None = None,
-    raw: bool = False,
     config: DiffusionConfig | None = None,
     on_step: OnStep | None = None,
     **settings: Any,
@@ -75,7 +78,7 @@ def fill(
         template: as `parse_template` reads it.
         lengths: how many tokens a slot may take; the model chooses.
         prompt: what to tell the model; by default, to write the template filled in.
-        seed, system_prompt, raw, config, settings: as for `stream_generate`.
+        seed, config, settings: as for `stream_generate`.
         on_step: called with the `DenoisingStep` after each step.
 
     Raises:
@@ -90,8 +93,6 @@ def fill(
         tokenizer,
         _PROMPT.format(template=template) if prompt is None else prompt,
         seed=seed,
-        system_prompt=system_prompt,
-        raw=raw,
         config=config,
         on_step=on_step,
         **settings,
@@ -205,7 +206,7 @@ class _Filler:
         if len(lengths) > 1:
             scores = choose_lengths(session, literals, chosen)[0]
         length, given, entropy = chosen[0].lengths[0], list[int](), list[float]()
-        config, canvas, steps = session.config, None, 0
+        config, canvas, steps, converged = session.config, None, 0, True
         while True:
             forced = matcher.forced()[: length - len(given)]
             matcher.advance(forced)
@@ -231,9 +232,11 @@ class _Filler:
                 watched=window.spans[0].places,
                 first_step=1 if canvas is None else config.max_denoising_steps,
             )
+            if canvas is None:  # the canvases behind the first take up its draft, in one step each
+                converged = done.converged
             canvas, self.cut = done.tokens, max(self.cut, window.cut)
             steps += done.steps
-            seen = read(session, window.spans[0], done.tokens, done.entropy, done.steps)
+            seen = read(session, window.spans[0], done)
             draft = seen.tokens[len(given) :]
             kept = self.closer.affordable(
                 matcher, draft[: matcher.matching(draft)], length - len(given)
@@ -245,7 +248,8 @@ class _Filler:
             given += kept
             if matcher.may_end and len(kept) < len(draft):
                 break  # what the model would go on with does not match, and it is complete
-        return Filled(vocabulary.decode(given), tuple(given), tuple(entropy), steps, scores)
+        text = vocabulary.decode(given)
+        return Filled(text, tuple(given), tuple(entropy), steps, scores, converged)
 
     def _matcher(self, slot: Slot) -> GrammarMatcher:
         return regex_matcher(

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_diffgemma.diffusion.constraints import FREE, Layout
 from mlx_diffgemma.diffusion.denoiser import Look
-from mlx_diffgemma.editing.session import Session
+from mlx_diffgemma.editing.session import Denoised, Session
 from mlx_diffgemma.editing.window import Gap, Span, Window, lay_out
 from mlx_diffgemma.errors import UsageError
 
@@ -28,6 +28,7 @@ class Filled:
         entropy: nats of uncertainty of each of them.
         steps: denoising steps of the canvas in which it was filled.
         scores: by candidate length, the model's confidence in it; empty where there was no choice.
+        converged: whether its canvas was done before its steps were used up.
     """
 
     text: str
@@ -35,6 +36,7 @@ class Filled:
     entropy: tuple[float, ...] = ()
     steps: int = 0
     scores: dict[int, float] = field(default_factory=dict)
+    converged: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def fill_gaps(
         for span in window.spans:
             if len(waiting[0].lengths) > 1 or (first_only and filled):
                 break
-            gap = read(session, span, done.tokens, done.entropy, done.steps)
+            gap = read(session, span, done)
             filled.append(replace(gap, scores=scores[len(filled)]))
             left += gap.text + rest.pop(0)
             del waiting[0]
@@ -134,15 +136,14 @@ def choose_lengths(
     return scores
 
 
-def read(
-    session: Session, span: Span, tokens: Sequence[int], entropy: Sequence[float], steps: int
-) -> Filled:
+def read(session: Session, span: Span, done: Denoised) -> Filled:
     """What a canvas holds in a gap."""
     return Filled(
-        text=span.bytes_in(session.vocabulary, tokens).decode(errors="replace"),
-        tokens=tuple(tokens[span.start : span.stop]),
-        entropy=tuple(entropy[span.start : span.stop]),
-        steps=steps,
+        text=span.bytes_in(session.vocabulary, done.tokens).decode(errors="replace"),
+        tokens=tuple(done.tokens[span.start : span.stop]),
+        entropy=tuple(done.entropy[span.start : span.stop]),
+        steps=done.steps,
+        converged=done.converged,
     )
 
 

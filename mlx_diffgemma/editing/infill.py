@@ -46,6 +46,11 @@ class Infilled:
     passes: int
     seed: int
 
+    @property
+    def converged(self) -> bool:
+        """Whether every canvas was done before its steps were used up."""
+        return all(hole.converged for hole in self.holes)
+
 
 @memory.wired()
 def infill(
@@ -57,8 +62,6 @@ def infill(
     lengths: Sequence[int] | Sequence[Sequence[int]] = LENGTHS,
     prompt: Prompt | None = None,
     seed: int | None = None,
-    system_prompt: str | None = None,
-    raw: bool = False,
     config: DiffusionConfig | None = None,
     on_step: OnStep | None = None,
     **settings: Any,
@@ -70,7 +73,7 @@ def infill(
         lengths: how many tokens a hole may take, as candidates for every hole, or as one sequence
             of candidates for each hole. Where a hole has several, the model chooses.
         prompt: what to tell the model; by default, to write the text without its holes.
-        seed, system_prompt, raw, config, settings: as for `stream_generate`.
+        seed, config, settings: as for `stream_generate`.
         on_step: called with the `DenoisingStep` after each step.
 
     Raises:
@@ -88,8 +91,6 @@ def infill(
         tokenizer,
         prompt,
         seed=seed,
-        system_prompt=system_prompt,
-        raw=raw,
         config=config,
         on_step=on_step,
         **settings,
@@ -125,7 +126,9 @@ def lengths_of_holes(
     check_sequence("lengths", lengths)
     each = [item for item in lengths if not isinstance(item, int)]
     if each and len(each) != holes:
-        raise UsageError(f"lengths for {len(each)} holes were given, and the text has {holes}.")
+        raise UsageError(
+            f"lengths for {len(each)} holes were given, and the text has {holes}; give as many."
+        )
     same = tuple(item for item in lengths if isinstance(item, int))
     for item in each:
         check_sequence("lengths of a hole", item)

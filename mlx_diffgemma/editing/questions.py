@@ -46,7 +46,10 @@ class DecisionSettings:
     ] = 1
     separate: Annotated[
         bool,
-        Setting("Canvas for each question, so that no answer sees another's place.", panel=_PANEL),
+        Setting(
+            "Canvas of its own for each question, so that no answer sees another's place.",
+            panel=_PANEL,
+        ),
     ] = False
     rotate: Annotated[
         bool, Setting("Average over all cyclic shifts of the order of the options.", panel=_PANEL)

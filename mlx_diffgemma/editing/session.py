@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,31 +20,33 @@ from mlx_diffgemma.diffusion.noise import SeededNoise, checked_seed
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.generation import cache_of, configured, denoiser_of, fit_to_context
+from mlx_diffgemma.fitting import cache_of, configured, denoiser_of, fit_to_context
 from mlx_diffgemma.model.cache import Prefix, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
-from mlx_diffgemma.text.prompt import Prompt, Tools, encode_prompt
+from mlx_diffgemma.text.prompt import Prompt, encode_prompt
+from mlx_diffgemma.text.prompt_settings import PromptSettings, parted
 
 OnStep = Callable[[DenoisingStep], None]
-
-_OF_FREE_ANSWERS = ("stop", "prefill_response")
 
 
 @dataclass(frozen=True)
 class Denoised:
-    """A canvas after its last step: token ids [C], entropies [C] in nats, steps run."""
+    """A canvas after its last step: token ids [C], entropies [C] in nats, steps run, and whether
+    it was done before they were used up."""
 
     tokens: list[int]
     entropy: list[float]
     steps: int
+    converged: bool
 
 
 class Session:
     """One request's use of a model; counts its forward passes.
 
     Args:
-        profile, config, settings and what says how a prompt is encoded: as for
+        seed, prefill_step_size, profile, config, prompt_settings, settings: as for
             `stream_generate`.
+        on_step: called with the `DenoisingStep` after each step.
 
     Raises:
         UsageError: a setting is unknown, out of range, or means nothing for a canvas of which a
@@ -53,6 +55,7 @@ class Session:
     Attributes:
         passes: forward passes over a canvas so far, whatever the number of rows.
         seed: what every random draw follows from.
+        prompt_settings: how prompts are encoded.
         encode: the token ids of another prompt, by the same settings.
     """
 
@@ -63,22 +66,21 @@ class Session:
         prompt: Prompt,
         *,
         seed: int | None = None,
-        system_prompt: str | None = None,
-        raw: bool = False,
-        markers: bool = False,
-        thinking: bool | None = None,
-        tools: Tools | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
         prefix_cache: PrefixCache | None = None,
         prefill_step_size: int | None = None,
         denoiser: Denoiser | None = None,
         on_step: OnStep | None = None,
         profile: str = DEFAULT_PROFILE,
         config: DiffusionConfig | None = None,
+        prompt_settings: PromptSettings | None = None,
         **settings: Any,
     ) -> None:
-        for name in _OF_FREE_ANSWERS:
-            if settings.pop(name, None):
+        self.prompt_settings, settings = parted(prompt_settings, settings)
+        for name, given in (
+            ("stop", settings.pop("stop", None)),
+            ("prefill_response", self.prompt_settings.prefill_response),
+        ):
+            if given:
                 raise UsageError(
                     f"{name} goes with free answers only: here the text around the answer, or its "
                     "form, is given; leave it out."
@@ -96,14 +98,7 @@ class Session:
             tokenizer, model.config.text.vocab_size, self.config.eos_token_ids
         )
         self.encode: Callable[[Prompt], list[int]] = partial(
-            encode_prompt,
-            tokenizer,
-            raw=raw,
-            markers=markers,
-            system_prompt=system_prompt,
-            thinking=thinking,
-            tools=tools,
-            chat_template_kwargs=chat_template_kwargs,
+            encode_prompt, tokenizer, how=self.prompt_settings
         )
         self.prompt = self.encode(prompt)
         self._prefill_step_size = prefill_step_size
@@ -167,7 +162,9 @@ class Session:
             canvas = stepped[0]
             self.stepped(DenoisingStep(0, canvas))
         self.canvases += 1
-        return Denoised(canvas.draft.tolist(), canvas.entropy.tolist(), canvas.passes)
+        return Denoised(
+            canvas.draft.tolist(), canvas.entropy.tolist(), canvas.passes, canvas.converged
+        )
 
     def first_look(self, prefix: Prefix, layouts: Sequence[Layout]) -> list[Look]:
         """What the model believes at first sight of each layout, all filled up with the same

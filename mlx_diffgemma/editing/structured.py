@@ -27,7 +27,7 @@ from mlx_diffgemma.editing.session import OnStep, Session
 from mlx_diffgemma.editing.thinking import Thinking, think
 from mlx_diffgemma.editing.validated import Lenient, UnmetConstraintError, first_valid
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.generation import fit_to_context
+from mlx_diffgemma.fitting import fit_to_context
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.prompt import Prompt
@@ -47,6 +47,8 @@ class Structured:
         seed: the seed of every random draw.
         thought: what was thought before the answer; "" for nothing.
         thought_tokens: the tokens of the thought, its markers among them.
+        converged: whether no canvas had to be decided, for want of steps, before the model was
+            sure; one of a thought, before its steps were used up.
     """
 
     text: str
@@ -58,6 +60,7 @@ class Structured:
     seed: int
     thought: str = ""
     thought_tokens: tuple[int, ...] = ()
+    converged: bool = True
 
     @property
     def value(self) -> Any:
@@ -77,10 +80,7 @@ def generate_structured(
     choices: Sequence[str] | None = None,
     validate: int | None = None,
     seed: int | None = None,
-    system_prompt: str | None = None,
-    raw: bool = False,
     config: DiffusionConfig | None = None,
-    thinking: bool | None = None,
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> Structured:
@@ -93,9 +93,9 @@ def generate_structured(
         validate: how often to try for an answer under a schema that says more than is enforced: the
             rest is checked in the answer, and each further try takes the next seed. Without it such
             a schema is refused.
-        prompt, max_tokens, seed, system_prompt, raw, config, settings: as for `stream_generate`.
-        thinking: as for `stream_generate`. Where it is asked for and the model opens a thought,
-            that is written freely, and the constraint holds from its end on.
+        prompt, max_tokens, seed, config, settings: as for `stream_generate`. Where `thinking` is
+            asked for and the model opens a thought, the thought is written freely, and the
+            constraint holds from its end on.
         on_step: called with the `DenoisingStep` after each step.
 
     Raises:
@@ -115,9 +115,8 @@ def generate_structured(
         check_texts("choices", choices)
     if validate is not None:
         if json_schema is None or isinstance(json_schema, Lenient):
-            raise UsageError("validate is for a json_schema.")
+            raise UsageError("validate is for a json_schema: give both, or neither.")
         again = partial(generate_structured, model, tokenizer, prompt, max_tokens, on_step=on_step)
-        again = partial(again, system_prompt=system_prompt, raw=raw, thinking=thinking)
         again = partial(again, config=config, **settings)
         return first_valid(
             lambda schema, number: again(json_schema=schema, seed=number),
@@ -130,10 +129,7 @@ def generate_structured(
         tokenizer,
         prompt,
         seed=seed,
-        system_prompt=system_prompt,
-        raw=raw,
         config=config,
-        thinking=thinking,
         on_step=on_step,
         max_tokens=max_tokens,
         **settings,
@@ -147,7 +143,7 @@ def generate_structured(
         matcher = regex_matcher(vocabulary, regex)
     else:
         matcher = choices_matcher(vocabulary, choices or ())
-    return _run(session, matcher, tokenizer if thinking else None)
+    return _run(session, matcher, tokenizer if session.prompt_settings.thinking else None)
 
 
 def _run(session: Session, matcher: GrammarMatcher, thinks: Any) -> Structured:
@@ -183,7 +179,7 @@ def _run(session: Session, matcher: GrammarMatcher, thinks: Any) -> Structured:
     entropy: list[float] = []
     probability: list[float] = []
     steps = list(thought.steps)
-    latest = np.zeros(session.length)
+    latest, converged = np.zeros(session.length), thought.converged
     draft, likely = np.full(session.length, FREE), np.ones(session.length)
     try:
         for event in events:
@@ -193,6 +189,7 @@ def _run(session: Session, matcher: GrammarMatcher, thinks: Any) -> Structured:
                 chosen = draft[: len(event.tokens)] == event.tokens
                 probability += np.where(chosen, likely[: len(event.tokens)], 1.0).tolist()
                 steps.append(event.passes)
+                converged &= event.converged
                 latest = np.zeros(session.length)
                 draft, likely = np.full(session.length, FREE), np.ones(session.length)
             else:
@@ -215,4 +212,5 @@ def _run(session: Session, matcher: GrammarMatcher, thinks: Any) -> Structured:
         seed=session.seed,
         thought=thought.text,
         thought_tokens=thought.tokens,
+        converged=converged,
     )

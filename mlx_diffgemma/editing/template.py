@@ -59,7 +59,9 @@ def parse_template(template: str) -> tuple[list[str], list[Slot]]:
     for index, slot in enumerate(slots):
         known = described.setdefault(slot.name, slot)
         if slot not in (known, Slot(slot.name)):
-            raise UsageError(f"slot '{slot.name}' is described twice, and differently.")
+            raise UsageError(
+                f"slot '{slot.name}' is described twice, and differently; name one otherwise."
+            )
         slots[index] = known
     return literals, slots
 

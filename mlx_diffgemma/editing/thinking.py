@@ -9,7 +9,8 @@ from typing import Any
 from mlx_diffgemma.diffusion.constraints import FREE, Layout
 from mlx_diffgemma.diffusion.generate import cut
 from mlx_diffgemma.editing.session import Session
-from mlx_diffgemma.text.parts import Markers, Parts, Thought, markers_of
+from mlx_diffgemma.text.markers import Markers, markers_of
+from mlx_diffgemma.text.parts import Parts, Thought
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class Thinking:
     text: what was thought.
     steps: of each canvas that was denoised for it, also of one that opened no thought.
     cut: whether the thought took more tokens than it may.
+    converged: whether each of these canvases was done before its steps were used up.
     """
 
     tokens: tuple[int, ...] = ()
     text: str = ""
     steps: tuple[int, ...] = ()
     cut: bool = False
+    converged: bool = True
 
 
 def think(session: Session, tokenizer: Any, most: int) -> Thinking:
@@ -41,10 +44,11 @@ def think(session: Session, tokenizer: Any, most: int) -> Thinking:
     free = Layout((FREE,) * session.length)
     tokens: list[int] = []
     steps: list[int] = []
-    thinks, done = _within(session.prompt, markers, ends), False
+    thinks, done, converged = _within(session.prompt, markers, ends), False, True
     while not done:
         denoised = session.denoise(session.cache.prefix, free)
         steps.append(denoised.steps)
+        converged &= denoised.converged
         # One token more tells a thought that fits exactly from one that goes on.
         kept, reason = cut(denoised.tokens, ends, most - len(tokens) + 1)
         thinks = thinks or _begins(kept, tokenizer, markers)
@@ -59,7 +63,7 @@ def think(session: Session, tokenizer: Any, most: int) -> Thinking:
             return Thinking((), _text(tokenizer, session.prompt, tokens), tuple(steps), cut=True)
         session.encoded([*session.prompt, *tokens])
     text = _text(tokenizer, session.prompt, tokens)
-    return Thinking(tuple(tokens), text, tuple(steps))
+    return Thinking(tuple(tokens), text, tuple(steps), converged=converged)
 
 
 def _within(prompt: Sequence[int], markers: Markers, ends: Sequence[int]) -> bool:

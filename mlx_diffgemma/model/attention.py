@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_diffgemma.config import AttentionConfig, RopeConfig, TextConfig
+from mlx_diffgemma.config import FULL, SLIDING, AttentionConfig, RopeConfig, TextConfig
 from mlx_diffgemma.model.cache import KeysValues
 
 _SCORE_BYTES = 64 << 20  # most bytes of attention scores to hold at once
@@ -27,6 +27,23 @@ class Causal:
 
 Mask = mx.array | Causal | None
 """[B or 1, 1, S or 1, K] booleans, a rule, or None where every query sees every key."""
+
+
+def canvas_masks(
+    config: TextConfig, prefix: mx.array, length: int, canvas: int
+) -> dict[str, mx.array]:
+    """Who sees whom in training, where the keys of a whole sequence stand before those of a canvas:
+    masks [B, 1, 1, S + C] by kind of layer, for canvases of C behind sequences of S. Every canvas
+    token sees the whole canvas and the first `prefix` [B] positions of its sequence, in sliding
+    layers the last `window - 1` of them. It does not see what its own canvas says in the sequence,
+    nor what follows."""
+    place = mx.arange(length + canvas)[None]
+    end = prefix[:, None]
+    on_canvas = place >= length
+    seen = {FULL: place < end, SLIDING: place < end}
+    if length >= config.sliding_window:
+        seen[SLIDING] = seen[FULL] & (place >= end - (config.sliding_window - 1))
+    return {kind: (mask | on_canvas)[:, None, None, :] for kind, mask in seen.items()}
 
 
 class Rope:

@@ -17,13 +17,14 @@ import mlx.core as mx
 
 from mlx_diffgemma.config import TextConfig
 from mlx_diffgemma.errors import CheckpointError, UsageError
-from mlx_diffgemma.reading import shown
+from mlx_diffgemma.reading import Section, parse_object, shown
 
 KeysValues = tuple[mx.array, mx.array]
 
 MARK_BYTES = 1 << 30  # most bytes of the marks of one prefix
 _GROWTH = 256  # positions by which a buffer grows, so that few sizes occur
 _FORMAT = "mlx-diffgemma prefix 2"
+_ANEW = "encode the prompt again"
 
 
 @dataclass(frozen=True)
@@ -303,29 +304,39 @@ class PrefixCache:
                 arrays[f"{index}.keys"], arrays[f"{index}.values"] = layer.held()
         state = {"format": _FORMAT, "model": self._identity(), "ids": list(self.prefix.ids)}
         if not file.parent.is_dir():
-            raise CheckpointError(f"{file} cannot be written: there is no folder {file.parent}.")
+            raise CheckpointError(
+                f"{file} cannot be written: there is no folder {file.parent}; make it first."
+            )
         try:
             mx.save_safetensors(str(file), arrays, metadata={"prefix": json.dumps(state)})
         except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{file} cannot be written ({error}).") from None
+            raise CheckpointError(
+                f"{file} cannot be written ({error}); give another path."
+            ) from None
 
     @classmethod
     def load(cls, path: str | Path, model: MakesCaches) -> PrefixCache:
         """Read what `save` wrote with the same model.
 
         Raises:
-            CheckpointError: the file is missing, holds no prefix, or one of another model.
+            CheckpointError, ConfigError: the file is missing or damaged, holds no prefix, or one of
+            another model.
         """
         file, cache = _safetensors(path), model.make_cache()
         try:
             arrays, metadata = _load_safetensors(str(file))
-            state = json.loads(metadata["prefix"])
-            if state["format"] != _FORMAT:
-                raise ValueError(f"its format is {state['format']!r}")
-            ids = tuple(int(token) for token in state["ids"])
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{file} is not a saved prefix cache ({error}).") from None
-        if state["model"] != cache._identity():
+        if "prefix" not in metadata:
+            raise CheckpointError(f"{file} is not a saved prefix cache (it holds no prefix).")
+        content = parse_object(metadata["prefix"], file, mend=_ANEW)
+        state = Section(content, "prefix", str(file), _ANEW)
+        if state.get("format") != _FORMAT:
+            raise CheckpointError(
+                f"{file} is not a saved prefix cache (its format is {shown(state.get('format'))})."
+            )
+        ids = state.ids("ids")
+        if state.text("model") != cache._identity():
             raise CheckpointError(
                 f"{file} was saved with other weights; encode the prompt again with this model."
             )
@@ -351,7 +362,8 @@ def _loaded_layers(
     for index, layer in enumerate(empty.layers):
         held = length if layer.window is None else min(length, layer.window - 1)
         keys, values = arrays.get(f"{index}.keys"), arrays.get(f"{index}.values")
-        if keys is None or values is None or keys.shape[2] != held or values.shape[2] != held:
+        parts = [part for part in (keys, values) if part is not None and part.ndim == 4]
+        if len(parts) < 2 or any(part.shape[2] != held for part in parts):
             raise CheckpointError(
                 f"{file} does not hold {held} positions of layer {index}; encode the prompt again."
             )
@@ -370,4 +382,5 @@ def _safetensors(path: str | Path) -> Path:
 def _load_safetensors(path: str) -> tuple[dict[str, mx.array], dict[str, str]]:
     # MLX's own signature is a union over every file format and every flag.
     loaded: Any = mx.load(path, format="safetensors", return_metadata=True)
+    mx.eval(loaded[0])  # what another thread finds unevaluated belongs to a stream that it lacks
     return loaded

@@ -9,7 +9,7 @@ together, H KV heads, Dh head size, D hidden, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -105,11 +105,14 @@ class DiffusionGemma(nn.Module):
         adapted: whether an adapter is part of the weights.
         adaptations: how many times adapters were loaded; what was encoded before knows nothing of
             them.
+        read_weights: reads what is still on disk of the weights of a model that was loaded lazily,
+            before they are first used; None where nothing is.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.read_weights: Callable[[], None] | None = None
         self.model = _Backbone(config.text)
         self.prefill_step_size = _PREFILL_STEP_SIZE
         self.adapted = False
@@ -165,6 +168,8 @@ class DiffusionGemma(nn.Module):
             raise UsageError(
                 "there is nothing to encode in an empty row of token ids; leave it out."
             )
+        if self.read_weights is not None and not self.training:
+            self.read_weights()
         x = self.embed(mx.array([token for row in ids for token in row], mx.int32)[None])
         layers: list[list[LayerPrefix]] = [[] for _ in prefixes]
         scalars = self.model.encoder.language_model.layers

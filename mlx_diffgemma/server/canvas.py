@@ -191,7 +191,8 @@ def _filled(found: Filled) -> dict[str, Any]:
 
 
 def _figures(found: Any) -> dict[str, Any]:
-    return {"cut": found.cut, "passes": found.passes, "seed": found.seed}
+    told = {"cut": found.cut, "passes": found.passes}
+    return {**told, "converged": found.converged, "seed": found.seed}
 
 
 def _is_integer(value: Any) -> bool:

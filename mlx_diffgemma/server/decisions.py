@@ -11,7 +11,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from mlx_diffgemma.editing.decide import Answer, Decisions, decide
+from mlx_diffgemma.editing.beliefs import Answer, Decisions
+from mlx_diffgemma.editing.decide import decide
 from mlx_diffgemma.editing.questions import Question, listing, read_questions, state_text
 from mlx_diffgemma.server.fields import Fields
 from mlx_diffgemma.server.preparing import tokenizer_of

@@ -55,6 +55,7 @@ def start(level: int = logging.INFO) -> None:
     """Write the log to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(Lines())
-    log.handlers[:] = [handler]
     log.setLevel(level)
-    log.propagate = False
+    for each in (log, logging.getLogger("uvicorn.error")):
+        each.handlers[:] = [handler]
+        each.propagate = False

@@ -78,7 +78,7 @@ def _with_objects(calls: Any, number: int) -> list[dict[str, Any]]:
 def _with_object(function: dict[str, Any]) -> dict[str, Any]:
     try:
         arguments = json.loads(function["arguments"])
-    except (KeyError, TypeError, ValueError):  # an object already, none, or no JSON
+    except (KeyError, RecursionError, TypeError, ValueError):  # an object already, none, or no JSON
         return function
     return {**function, "arguments": arguments} if isinstance(arguments, dict) else function
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from numbers import Integral
 from typing import Any, TypeAlias
 
-from mlx_diffgemma.checks import check_flag, check_text
+from mlx_diffgemma.checks import overridden
 from mlx_diffgemma.errors import PromptError, UsageError
 from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.chat_template import render, template_text
@@ -17,6 +18,7 @@ from mlx_diffgemma.text.control_tokens import (
     control_tokens_of,
     unused_character,
 )
+from mlx_diffgemma.text.markers import CHANNEL, THINK
 from mlx_diffgemma.text.messages import (
     checked_messages,
     checked_tools,
@@ -24,18 +26,13 @@ from mlx_diffgemma.text.messages import (
     text_of,
     with_plain_content,
 )
+from mlx_diffgemma.text.prompt_settings import PromptSettings, Tools
 from mlx_diffgemma.text.tokenizer import check_tokenizer, hf_tokenizer
 
 Prompt: TypeAlias = "str | Sequence[Any] | Mapping[str, Any] | Any"
 """A text, messages, or token ids in a list, a tuple, an array or a `BatchEncoding`."""
-Tools: TypeAlias = "Sequence[Mapping[str, Any] | Callable[..., Any]]"
 
-THOUGHT_MARKERS = (  # around thoughts, by which templates find those that they leave out
-    ("<|channel>", "<channel|>"),
-    ("<think>", "</think>"),
-    ("<longcat_think>", "</longcat_think>"),
-    ("<|think:start|>", "<|think:end|>"),
-)
+THOUGHT_MARKERS = (CHANNEL, *THINK)  # by them templates find the thoughts that they leave out
 _EMPTY = "the prompt is empty; say what to write about."
 _READS_PARTS = re.compile(r"""['"]text['"]|\.text\b""")
 _OURS = (  # what the chat template gets from elsewhere than `chat_template_kwargs`
@@ -61,22 +58,15 @@ class Encoded:
     thinking: bool = False
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt, **settings: Any) -> list[int]:
+def encode_prompt(
+    tokenizer: Any, prompt: Prompt, how: PromptSettings | None = None, **settings: Any
+) -> list[int]:
     """Token ids of a prompt; arguments and errors as for `encode`."""
-    return encode(tokenizer, prompt, **settings).ids
+    return encode(tokenizer, prompt, how, **settings).ids
 
 
 def encode(
-    tokenizer: Any,
-    prompt: Prompt,
-    *,
-    raw: bool = False,
-    markers: bool = False,
-    system_prompt: str | None = None,
-    thinking: bool | None = None,
-    tools: Tools | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    prefill_response: str | None = None,
+    tokenizer: Any, prompt: Prompt, how: PromptSettings | None = None, **settings: Any
 ) -> Encoded:
     """A prompt as the model reads it; one that is encoded already is that.
 
@@ -87,14 +77,8 @@ def encode(
         tokenizer: mlx-lm's wrapper or a Hugging Face tokenizer.
         prompt: a text, which becomes a user's turn; messages, as `{"role": ..., "content": ...}`;
             or token ids in a list, a tuple, an array or a `BatchEncoding`.
-        raw: use no chat template; `prompt` is a text.
-        markers: control tokens that a raw prompt spells are control tokens.
-        system_prompt: a system message before the others.
-        thinking: whether the answer begins with a chain of thought; None leaves it to the template.
-        tools: what the model may call: functions with type hints and a docstring, or objects that
-            describe them.
-        chat_template_kwargs: variables for the chat template.
-        prefill_response: the text that the model's turn begins with.
+        how: the settings; None stands for the defaults.
+        settings: fields of `PromptSettings` to put over `how`.
 
     Raises:
         PromptError: the prompt is empty, malformed, of an unknown kind, or holds images.
@@ -104,58 +88,42 @@ def encode(
     check_tokenizer(tokenizer)
     if isinstance(prompt, Encoded):
         return prompt
-    if system_prompt is not None:
-        check_text("system_prompt", system_prompt)
-    for name, value in (("raw", raw), ("thinking", thinking)):
-        if value is not None:
-            check_flag(name, value)
-    if prefill_response is not None and not (
-        isinstance(prefill_response, str) and prefill_response.strip()
-    ):
-        raise UsageError("prefill_response must be a text that is not blank; leave it out.")
-    chat_settings = {
-        "system prompt": system_prompt,
-        "thinking mode": thinking,
-        "list of tools": tools or None,
-        "variable of the template": chat_template_kwargs or None,
-        "prefilled response": prefill_response,
-    }
-    if markers and not raw:
-        raise UsageError("markers count in a raw prompt only; add raw, or leave markers out.")
+    how = overridden(how or PromptSettings(), settings)
     if isinstance(prompt, str):
-        if not prompt or not (raw or prompt.strip()):
+        if not prompt or not (how.raw or prompt.strip()):
             raise PromptError(_EMPTY)
-        if raw:
-            _refuse(chat_settings, "a raw prompt")
+        if how.raw:
+            how.refuse_template("a raw prompt")
             _check_unicode(prompt)
-            return Encoded(_encode_raw(hf_tokenizer(tokenizer), prompt, markers))
+            return Encoded(_encode_raw(hf_tokenizer(tokenizer), prompt, how.markers))
         items: list[Any] = [{"role": "user", "content": prompt}]
     else:
         items = _items(prompt)
     if all(isinstance(item, Integral) and not isinstance(item, bool) for item in items):
-        _refuse(chat_settings, "a prompt of token ids")
+        how.refuse_template("a prompt of token ids")
         return Encoded([int(item) for item in items])
-    if raw:
+    if how.raw:
         raise UsageError("a raw prompt is a text; leave out raw to send messages.")
     own = hf_tokenizer(tokenizer)
     messages = checked_messages(items)
     last = messages[-1]
     if last["role"] == "user" and "content" in last and not text_of(last).strip():
         raise PromptError(_EMPTY)
-    if system_prompt is not None:
+    if how.system_prompt is not None:
         if messages[0]["role"] in ("system", "developer"):
             raise UsageError("the messages have a system prompt already; leave out the other.")
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    described = checked_tools(tools) if tools else []
+        messages.insert(0, {"role": "system", "content": how.system_prompt})
+    described = checked_tools(how.tools) if how.tools else []
     template = template_text(own, tools=bool(described))
-    variables = _variables(template, chat_template_kwargs, thinking)
+    variables = _variables(template, how.chat_template_kwargs, how.thinking)
     if described and not re.search(r"\btools\b", template):
         raise UsageError("this checkpoint's chat template knows no tools; leave them out.")
-    if prefill_response is not None:
-        messages.append({"role": "assistant", "content": prefill_response})
-    chat = _Chat(messages, described, variables, prefilled=prefill_response is not None)
+    begun = how.prefill_response
+    if begun is not None:
+        messages.append({"role": "assistant", "content": begun})
+    chat = _Chat(messages, described, variables, prefilled=begun is not None)
     ids, rendered = _encode_chat(own, chat, template)
-    prefill = "" if prefill_response is None else _as_rendered(prefill_response, rendered)
+    prefill = "" if begun is None else _as_rendered(begun, rendered)
     # What follows a beginning of the answer's text is no thought.
     return Encoded(ids, prefill, bool(variables.get("enable_thinking")) and not prefill)
 
@@ -174,6 +142,12 @@ def encode_conversation(
     variables = _variables(template, None, thinking)
     chat = _Chat(checked_messages(messages), described, variables, open_turn=False)
     return _encode_chat(own, chat, template)[0]
+
+
+def in_common(*rows: Sequence[int]) -> int:
+    """How many tokens all of these rows of ids begin with alike."""
+    columns = zip(*rows, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def rows_of(prompts: Any) -> list[Any]:
@@ -324,13 +298,6 @@ def _as_rendered(text: str, rendered: str) -> str:
     """The beginning of the answer as it ends the prompt: templates trim it."""
     forms = (text, text.rstrip(), text.lstrip(), text.strip())
     return next((form for form in forms if rendered.endswith(form)), forms[-1])
-
-
-def _refuse(settings: Mapping[str, Any], what: str) -> None:
-    """Settings of the chat template mean nothing where none is used."""
-    for name, value in settings.items():
-        if value is not None:
-            raise UsageError(f"a {name} needs the chat template; {what} uses none.")
 
 
 def _check_unicode(text: str) -> None:

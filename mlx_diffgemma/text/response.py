@@ -9,14 +9,16 @@ from typing import Any
 from mlx_diffgemma.errors import CheckpointError, UsageError
 from mlx_diffgemma.text.chat_template import render, template_text
 from mlx_diffgemma.text.control_tokens import ControlTokens, control_tokens_of, unused_character
+from mlx_diffgemma.text.markers import markers_of
 from mlx_diffgemma.text.messages import checked_messages, text_of
-from mlx_diffgemma.text.parts import Parts, Text, Thought, markers_of
+from mlx_diffgemma.text.parts import Parts, Text, Thought
 from mlx_diffgemma.text.prompt import (
     THOUGHT_MARKERS,
-    Tools,
     encode_conversation,
     encode_prompt,
+    in_common,
 )
+from mlx_diffgemma.text.prompt_settings import Tools
 from mlx_diffgemma.text.tokenizer import hf_tokenizer
 from mlx_diffgemma.text.tool_calls import ToolCall
 
@@ -81,8 +83,7 @@ def encode_answered(
 def _behind(prompt: list[int], whole: list[int], tokenizer: Any) -> list[int]:
     """What of a whole conversation follows its prompt. Some templates end the prompt with an empty
     thought, which the conversation lacks."""
-    pairs = zip(prompt, whole, strict=False)
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    same = in_common(prompt, whole)
     rest, markers = prompt[same:], markers_of(tokenizer)
     if rest and (markers.opened is None or (rest[0], rest[-1]) != (markers.opened, markers.closed)):
         raise UsageError(

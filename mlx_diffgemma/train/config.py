@@ -40,8 +40,8 @@ class LoraParameters:
     keys: Annotated[
         tuple[str, ...] | None,
         Setting(
-            "Modules to adapt (repeatable): attention, mlp, experts, self_conditioning, "
-            "attention.q_proj, layers[-4:].mlp, ...",
+            "Modules to adapt, such as attention, mlp, experts, self_conditioning, "
+            "attention.q_proj or layers[-4:].mlp; it may be given several times.",
             ("--target",),
             _ADAPTERS,
             "attention, mlp",
@@ -142,7 +142,7 @@ class TrainConfig:
     ] = -1
     lora_parameters: LoraParameters = field(default_factory=LoraParameters)
     mask_prompt: Annotated[
-        bool, Setting("No loss of the encoder on the prompt.", panel=_OBJECTIVE)
+        bool, Setting("Encoder's loss on the response alone, without the prompt.", panel=_OBJECTIVE)
     ] = True
     encoder_loss_weight: Annotated[
         float,

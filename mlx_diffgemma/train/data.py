@@ -178,7 +178,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}).") from None
+        raise UsageError(f"{path} cannot be read ({error.strerror}); check the path.") from None
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         where = f"{path}, line {number}"
         if not line.strip():

@@ -1,7 +1,7 @@
 """The two passes as training runs them: the prefix whole, then a canvas for each sequence.
 
-The layers are those of `model/`; in place of the prefix cache each keeps the keys and values of the
-whole sequence, through which gradients flow.
+The layers and masks are those of `model/`; in place of the prefix cache each layer keeps the keys
+and values of the whole sequence, through which gradients flow.
 Letters: B examples, S sequence positions, C canvas, D hidden, H KV heads, Dh head size.
 """
 
@@ -13,26 +13,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_diffgemma.config import FULL, SLIDING, TextConfig
-from mlx_diffgemma.model.attention import Attention, attend
+from mlx_diffgemma.model.attention import Attention, attend, canvas_masks
 from mlx_diffgemma.model.cache import KeysValues
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.train.recompute import recomputed
-
-
-def canvas_masks(
-    config: TextConfig, prefix: mx.array, length: int, canvas: int
-) -> dict[str, mx.array]:
-    """Who sees whom in the decoder, [B, 1, 1, S + C]: every canvas token sees the whole canvas and
-    the first `prefix` [B] positions of its sequence, in sliding layers the last `window - 1` of
-    them. It does not see what its own canvas says in the sequence, nor what follows."""
-    place = mx.arange(length + canvas)[None]
-    end = prefix[:, None]
-    on_canvas = place >= length
-    seen = {FULL: place < end, SLIDING: place < end}
-    if length >= config.sliding_window:
-        seen[SLIDING] = seen[FULL] & (place >= end - (config.sliding_window - 1))
-    return {kind: (mask | on_canvas)[:, None, None, :] for kind, mask in seen.items()}
 
 
 def encode(

@@ -108,9 +108,11 @@ def _log(loss: float) -> float:
 def _parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
-            yield json.loads(line)
-        except ValueError:  # cut off when the run was killed
+            record = json.loads(line)
+        except (RecursionError, ValueError):  # cut off when the run was killed
             continue
+        if isinstance(record, dict) and record.get("event") in ("report", "evaluation"):
+            yield record
 
 
 class Reporter:

@@ -19,10 +19,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_diffgemma import disk
 from mlx_diffgemma.errors import CheckpointError, UsageError
+from mlx_diffgemma.reading import Section, os_reason, parse_object, shown
 from mlx_diffgemma.train.config import TrainConfig
 
 ADAPTERS = "adapters.safetensors"
 STATE = "state.safetensors"
+_ANEW = "choose another folder to begin anew"
 
 # A run goes on with these as they were; the others may change.
 _FIXED = (
@@ -59,7 +61,7 @@ def load(folder: Path, parameters: Tree, config: TrainConfig) -> RunState | None
     ones, which those of the state must be like.
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError, ConfigError: the file is damaged.
         UsageError: it is of another run.
     """
     path = folder / STATE
@@ -67,13 +69,15 @@ def load(folder: Path, parameters: Tree, config: TrainConfig) -> RunState | None
         return None
     try:
         arrays, metadata = _read(path)
-        run = json.loads(metadata["run"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is not the state of a run ({error}).") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not the state of a run ({os_reason(error)}).") from None
+    run = Section(parse_object(metadata.get("run", "null"), path, mend=_ANEW), "", str(path), _ANEW)
+    step, tokens = run.count("step"), run.count("tokens")
+    begun = run.section("config").data
     for name in _FIXED:
-        if run["config"].get(name) != getattr(config, name):
+        if begun.get(name) != getattr(config, name):
             raise UsageError(
-                f"{path} was begun with {name} {run['config'].get(name)}, not "
+                f"{path} was begun with {name} {shown(begun.get(name))}, not "
                 f"{getattr(config, name)}; go on with that, or choose another folder."
             )
     saved = _within(arrays, "parameters.")
@@ -84,8 +88,8 @@ def load(folder: Path, parameters: Tree, config: TrainConfig) -> RunState | None
             "or choose another folder."
         )
     return RunState(
-        step=run["step"],
-        tokens=run["tokens"],
+        step=step,
+        tokens=tokens,
         # In the order of the model, in which the norm of the gradients is summed.
         parameters=tree_unflatten([(name, saved[name]) for name in expected]),
         optimizer=tree_unflatten(list(_within(arrays, "optimizer.").items())),
@@ -105,8 +109,7 @@ def _replace(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) 
     partial = path.with_name(f".{path.stem}.part.safetensors")
     mx.save_safetensors(str(partial), arrays, metadata)
     disk.sync(partial)
-    partial.replace(path)
-    disk.sync(path.parent)
+    disk.put_in_place(partial, path)
 
 
 def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:

@@ -21,7 +21,7 @@ from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.profiles import PROFILES
 from mlx_diffgemma.errors import CheckpointError
-from mlx_diffgemma.generation import diffusion_config
+from mlx_diffgemma.fitting import diffusion_config
 
 INSTALLED = find_spec("mlx_vlm") is not None
 

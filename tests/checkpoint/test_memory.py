@@ -18,7 +18,7 @@ from mlx_diffgemma.checkpoint.memory import MemoryEstimate
 from mlx_diffgemma.checkpoint.quantization import RECIPES
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import MemoryShortageError
-from mlx_diffgemma.train.plan import recipe_weights
+from mlx_diffgemma.train.training_memory import recipe_weights
 
 GB_24 = 17_179_890_000
 GB_24_LATER = 19_069_670_000

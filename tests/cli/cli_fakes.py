@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_diffgemma.text.prompt_settings import PromptSettings
+
 EOS = 0x10FFFF
 TERM = "xterm-256color"
 
@@ -90,7 +92,8 @@ class Script:
     def stream_generate(
         self, model: FakeModel, tokenizer: FakeTokenizer, prompt: Any, **options: Any
     ) -> Iterator[Any]:
-        self.calls.append({"prompt": prompt, **options})
+        settings = options.pop("prompt_settings", None) or PromptSettings()
+        self.calls.append({"prompt": prompt, **options, **vars(settings)})
         if self.echo:
             self.canvases = [json.dumps(prompt[-1]["content"])]
         on_prefill = options["on_prefill"]
@@ -99,7 +102,7 @@ class Script:
         return self._respond(options.get("seed") or 0)
 
     def _respond(self, seed: int) -> Iterator[Any]:
-        from mlx_diffgemma.generation import GenerationResponse
+        from mlx_diffgemma.generation_response import GenerationResponse
         from mlx_diffgemma.text.tool_calls import ToolCall
 
         tokens: list[int] = []
@@ -300,11 +303,15 @@ def main() -> None:
     script = Script(**json.loads(sys.argv[1]))
     generation = types.ModuleType("mlx_diffgemma.generation")
     generation.load, generation.stream_generate = script.load, script.stream_generate
-    generation.diffusion_config = script.diffusion_config
-    generation.GenerationResponse = types.SimpleNamespace
+    fitting = types.ModuleType("mlx_diffgemma.fitting")
+    fitting.diffusion_config = script.diffusion_config
+    response = types.ModuleType("mlx_diffgemma.generation_response")
+    response.GenerationResponse = types.SimpleNamespace
     detokenize = types.ModuleType("mlx_diffgemma.text.detokenize")
     detokenize.token_strings = characters
-    sys.modules |= {module.__name__: module for module in (generation, detokenize)}
+    sys.modules |= {
+        module.__name__: module for module in (generation, fitting, response, detokenize)
+    }
     from mlx_diffgemma.cli.main import main
 
     sys.argv = ["mlx-diffgemma", *sys.argv[2:]]

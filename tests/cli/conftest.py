@@ -9,7 +9,7 @@ import pytest
 from cli_fakes import Script, characters
 from typer.testing import CliRunner
 
-from mlx_diffgemma import generation
+from mlx_diffgemma import fitting, generation
 from mlx_diffgemma.cli.main import app
 from mlx_diffgemma.text import detokenize
 
@@ -33,7 +33,8 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Program:
     def late(name: str) -> Callable[..., Any]:
         return lambda *args, **kwargs: getattr(program.script, name)(*args, **kwargs)
 
-    for name in ("load", "stream_generate", "diffusion_config"):
+    for name in ("load", "stream_generate"):
         monkeypatch.setattr(generation, name, late(name))
+    monkeypatch.setattr(fitting, "diffusion_config", late("diffusion_config"))
     monkeypatch.setattr(detokenize, "token_strings", characters)
     return program

@@ -240,7 +240,7 @@ def test_generate_is_always_valid(tmp_path, constraint):
         ),
         (
             ["decide", "--state", "x", "--questions", "none.json"],
-            "--questions 'none.json' is neither a file nor JSON.",
+            "--questions 'none.json' is neither a file nor JSON; check the path.",
         ),
         (
             ["decide", "--state", "x", "--questions", "{"],
@@ -282,8 +282,34 @@ def test_usage_errors_are_one_line(arguments, message):
 def test_a_missing_file_and_a_damaged_schema(tmp_path):
     missing = tmp_path / "none"
     result = run("edit", str(missing), "--range", "1", "-i", "x", "--model", "demo", code=1)
-    assert result.stderr == f"error: {missing} cannot be read: No such file or directory.\n"
+    assert (
+        result.stderr
+        == f"error: {missing} cannot be read: No such file or directory; check the path.\n"
+    )
     schema = tmp_path / "schema.json"
     schema.write_text("{")
     result = run("generate", "-p", "x", "--json-schema", str(schema), code=2)
     assert result.stderr.startswith(f"error: {schema} is not JSON: line 1, column 2: ")
+
+
+HOLE = GRID.replace("461532", "[[?]]")
+SETTLING = {
+    "infill": ("infill", "--text", HOLE, "--lengths", "6"),
+    "edit": ("edit", "FILE", "-i", "c", "--range", "2", "--lengths", "6"),
+    "fill": ("fill", HOLE.replace("[[?]]", "{x:digits}"), "--lengths", "6"),
+    "a pattern": ("fill", HOLE.replace("[[?]]", "{x:/[1-6]{6}/}"), "--lengths", "6"),
+    "generate": ("generate",),
+    "structured": ("generate", "--regex", "[1-6]{6}"),
+}
+
+
+@pytest.mark.parametrize("name", SETTLING)
+def test_a_canvas_that_did_not_settle_is_said(name, tmp_path):
+    """It has one step, and at least two are needed to see that nothing changes any more."""
+    path = tmp_path / "grid"
+    path.write_text(GRID)
+    command = [str(path) if each == "FILE" else each for each in SETTLING[name]]
+    for steps, settled in (("1", False), ("48", True)):
+        arguments = [*command, *BARE, "--steps", steps]
+        assert ("not every canvas settled" in run(*arguments).stderr) == (not settled)
+        assert json.loads(run(*arguments, "--json").stdout)["converged"] is settled

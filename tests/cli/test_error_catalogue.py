@@ -7,7 +7,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mlx_diffgemma.editing.questions import DecisionSettings
 from mlx_diffgemma.errors import CheckpointError, DiffGemmaError
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.server import lifecycle
+from mlx_diffgemma.text.prompt_settings import PromptSettings
 from mlx_diffgemma_convert.cli import app as convert_app
 
 
@@ -43,7 +44,7 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 
 QUESTION = {"type": "choice", "instructions": "c", "criteria": {"a": None, "b": None}}
-SETTINGS = {field.name for field in fields(DiffusionConfig)}
+SETTINGS = {field.name for kind in (DiffusionConfig, PromptSettings) for field in fields(kind)}
 BASES: dict[str, dict[str, Any]] = {
     "load": {"path_or_repo": "nowhere/at-all/"},
     "load_model": {"path_or_repo": "nowhere/at-all/"},
@@ -57,8 +58,10 @@ BASES: dict[str, dict[str, Any]] = {
     "infill": {"text": "a [[?]]", "lengths": [1]},
     "generate_structured": {"prompt": "ab", "choices": ["a", "b"]},
     "DiffusionConfig": {},
+    "PromptSettings": {},
 }
-NO_FUNCTION = {"DiffGemmaError", "GenerationResponse"}
+NO_FUNCTION = {"BatchResponse", "DiffGemmaError", "GenerationResponse"}  # what calls return
+FUNCTIONS = sorted(set(mlx_diffgemma.__all__) - NO_FUNCTION)
 QUICK = {"seed": 0, "max_denoising_steps": 1, "max_tokens": 8}
 
 
@@ -72,8 +75,23 @@ def parameters(function: Callable[..., Any]) -> list[str]:
     return names + (["no_such_setting", *sorted(settings - set(names))] if open_ended else [])
 
 
-def test_every_public_name_is_in_the_catalogue():
-    assert set(mlx_diffgemma.__all__) == set(BASES) | NO_FUNCTION
+def base_of(name: str) -> dict[str, Any]:
+    """Arguments with which a function works; for one that is not in the table, a text for each that
+    it needs."""
+    function = getattr(mlx_diffgemma, name)
+    needed = {
+        each.name: "ab"
+        for each in inspect.signature(function).parameters.values()
+        if each.default is each.empty and each.kind is not each.VAR_KEYWORD
+    }
+    return {**needed, **BASES.get(name, {})}
+
+
+def test_what_is_left_out_of_the_catalogue_is_what_calls_return():
+    for name in NO_FUNCTION:
+        kind = getattr(mlx_diffgemma, name)
+        assert isinstance(kind, type) and (is_dataclass(kind) or issubclass(kind, Exception))
+    assert set(BASES) <= set(FUNCTIONS)
 
 
 def is_one_line(error: BaseException) -> None:
@@ -81,14 +99,14 @@ def is_one_line(error: BaseException) -> None:
     assert str(error).isprintable() and len(str(error)) < 600 and error.exit_code in (1, 2)
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_wrong_values_given_to_a_function(name, monkeypatch, tmp_path):
     """Either it works with the value, or it says in a line why it does not."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     function = getattr(mlx_diffgemma, name)
     model, tokenizer = tiny(12)
-    base = dict(BASES[name])
+    base = base_of(name)
     if "model" in parameters(function):
         base |= {"model": model, "tokenizer": tokenizer}
         base |= {each: value for each, value in QUICK.items() if each in parameters(function)}
@@ -140,7 +158,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "generate": ("-p", "ab"),
     "chat": (),
     "infill": ("--text", "a [[?]]"),
-    "edit": ("FILE", "--lines", "1:1", "-i", "c"),
+    "edit": ("FILE", "--range", "1:1", "-i", "c"),
     "fill": ("a {x}",),
     "decide": ("--state", "ab", "--questions", json.dumps({"q": QUESTION})),
     "serve": ("--port", "0"),
@@ -162,10 +180,10 @@ def command_of(program: typer.Typer, name: str) -> Any:
     return whole.get_command(None, name) if name else whole
 
 
-def test_every_command_is_in_the_catalogue():
-    for program, known in ((app, {*COMMANDS, "convert"}), (convert_app, {*CONVERT} - {""})):
-        whole: Any = typer.main.get_command(program)
-        assert set(whole.list_commands(None)) == known
+def commands_of(program: typer.Typer) -> list[str]:
+    """The names of the commands of a program; `convert` is a program of its own."""
+    whole: Any = typer.main.get_command(program)
+    return sorted(set(whole.list_commands(None)) - {"convert"})
 
 
 def tries(command: Any) -> Iterator[tuple[str, ...]]:
@@ -181,7 +199,10 @@ def tries(command: Any) -> Iterator[tuple[str, ...]]:
 
 @pytest.mark.parametrize(
     ("program", "name"),
-    [*((app, name) for name in COMMANDS), *((convert_app, name) for name in CONVERT)],
+    [
+        *((app, name) for name in commands_of(app)),
+        *((convert_app, name) for name in ["", *commands_of(convert_app)]),
+    ],
     ids=lambda value: value or "convert" if isinstance(value, str) else "",
 )
 def test_wrong_values_given_to_a_command(program, name, monkeypatch, tmp_path):
@@ -201,7 +222,7 @@ def test_wrong_values_given_to_a_command(program, name, monkeypatch, tmp_path):
     for folder in ("DATA", "FOLDER"):
         (tmp_path / folder).mkdir()
     (tmp_path / "DATA" / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    base = (COMMANDS if program is app else CONVERT)[name]
+    base = (COMMANDS if program is app else CONVERT).get(name, ())
     wrong = []
     for more in [(), *tries(command_of(program, name))]:
         arguments = [*([name] if name else []), *base, *more]
@@ -215,6 +236,8 @@ def test_wrong_values_given_to_a_command(program, name, monkeypatch, tmp_path):
         fine &= typers or "unexpected" not in text.lower()
         fine &= "Traceback" not in text
         fine &= result.exit_code == 0 or len(complaints) == 1 or typers
+        # The arguments of the table are right, or nothing behind them would be tried.
+        fine &= bool(more) or not base or "no such option" not in text
         if not fine:
             shown = [f"{each:.40}" for each in more]
             wrong.append(f"{shown}: {result.exit_code} {result.exception!r:.150} {text:.300}")

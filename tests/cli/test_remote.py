@@ -21,6 +21,7 @@ from mlx_diffgemma.cli import remote
 from mlx_diffgemma.cli.main import app
 from mlx_diffgemma.cli.settings import Loading, Reaching
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.fitting import diffusion_config
 from mlx_diffgemma.server.app import PROTOCOLS
 from mlx_diffgemma.server.engine import Engine
 
@@ -46,7 +47,7 @@ def running() -> Iterator[SimpleNamespace]:
     with serving(engine, protocols) as running:
         running.server.about = {
             "identity": remote.identity(Loading(model="demo")),
-            "max_tokens": generation.diffusion_config(model).max_tokens,
+            "max_tokens": diffusion_config(model).max_tokens,
             "canvas_length": model.config.canvas_length,
         }
         yield running

@@ -107,8 +107,8 @@ def test_upload_can_be_rehearsed(tiny_source, tmp_path):
         (["--dequantize", "-q"], 2, "error: --dequantize takes no recipe and no quantization"),
         (["--to-hf", "--recipe", "4bit"], 2, "error: --to-hf takes no recipe and no quantization"),
         (["--dry-run"], 2, "error: --dry-run is about uploading; name the repository"),
-        (["--revision", "main"], 2, "error: --revision is for repositories;"),
-        (["--delete-source-shards"], 2, "error: --delete-source-shards is for repositories;"),
+        (["--revision", "main"], 2, "error: --revision is for repositories, and"),
+        (["--delete-source-shards"], 2, "error: --delete-source-shards is for repositories, and"),
     ],
 )
 def test_wrong_use_is_one_line(tiny_source, tmp_path, arguments, code, message):

@@ -91,7 +91,9 @@ def test_a_lost_network_stops_it_and_it_goes_on(hub, shards, tmp_path, delete):
     stopped = convert(hub, tmp_path, *delete)
     assert stopped.returncode == 1
     line = stopped.stderr.splitlines()[-1]
-    assert line.startswith(f"error: {REPOSITORY}: {names[2]} cannot be fetched (")
+    assert line.startswith(
+        f"error: {REPOSITORY} cannot be converted: {names[2]} cannot be fetched ("
+    )
     assert line.endswith("then run the same command again: it goes on where it stopped.")
     hub.down, hub.served = set(), []
     assert convert(hub, tmp_path, *delete).returncode == 0
@@ -118,10 +120,14 @@ def test_another_revision_is_refused_with_the_way_out(hub, shards, tmp_path):
 @pytest.mark.parametrize(
     ("repository", "arguments", "message"),
     [
-        ("nobody/nothing", [], "nobody/nothing does not exist or is private; check the name"),
+        ("nobody/nothing", [], "nobody/nothing does not exist, or is private; check the name"),
         ("someone/gated/", [], "no such folder"),
         ("gated/model", [], "gated/model is gated; accept its terms on its page, then log in"),
-        (REPOSITORY, ["--revision", "v9"], f"{REPOSITORY} has no such revision; see its branches"),
+        (
+            REPOSITORY,
+            ["--revision", "v9"],
+            f"{REPOSITORY} at revision 'v9' does not exist; see the branches",
+        ),
     ],
 )
 def test_what_cannot_be_had_is_named(hub, tmp_path, repository, arguments, message):
@@ -135,7 +141,7 @@ def test_offline_it_takes_what_the_cache_has(hub, shards, tmp_path):
     arguments = ("--model", REPOSITORY, "--mlx-path", tmp_path / "again", "-q", "--quiet")
     missing = run(*arguments, env=offline)
     assert missing.returncode == 1
-    assert "is not in the local cache and HF_HUB_OFFLINE is set; unset it." in missing.stderr
+    assert "(it is not in the local cache, and HF_HUB_OFFLINE is set); unset" in missing.stderr
     assert convert(hub, tmp_path).returncode == 0
     assert run(*arguments, env=offline).returncode == 0
     online, offline = contents(tmp_path / "out"), contents(tmp_path / "again")

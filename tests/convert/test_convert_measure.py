@@ -18,14 +18,13 @@ from typer.testing import CliRunner
 
 from mlx_diffgemma.checkpoint.quantization import Format, Recipe
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.generation import diffusion_config, load
+from mlx_diffgemma.fitting import diffusion_config
+from mlx_diffgemma.generation import load
 from mlx_diffgemma_convert.budget import Group, choose, groups_of, rules_of, sensitivities
 from mlx_diffgemma_convert.cli import app
 from mlx_diffgemma_convert.measure import measure, reference_of
-from mlx_diffgemma_convert.measuring import parse_size, table
-from mlx_diffgemma_convert.plot import Point, write_plot
-from mlx_diffgemma_convert.probes import LEVELS, make_probes
-from mlx_diffgemma_convert.tasks import PROMPTS, Task, read_tasks
+from mlx_diffgemma_convert.measuring import Point, parse_size, table, write_plot
+from mlx_diffgemma_convert.probes import LEVELS, PROMPTS, Task, make_probes, read_tasks
 
 TASKS = [
     Task(

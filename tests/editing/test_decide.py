@@ -20,6 +20,7 @@ from mlx_diffgemma.demo import sudoku
 from mlx_diffgemma.diffusion.constraints import FREE, Layout
 from mlx_diffgemma.diffusion.noise import SeededNoise
 from mlx_diffgemma.editing import decide as decide_module
+from mlx_diffgemma.editing.beliefs import Answer
 from mlx_diffgemma.editing.decide import decide
 from mlx_diffgemma.editing.frames import labels_for, length_of, lines
 from mlx_diffgemma.editing.questions import listing, read_questions
@@ -260,7 +261,7 @@ def test_confidence_and_the_wire_format():
     assert list(tone) == list(TONES) and sum(tone.values()) == pytest.approx(1)
     assert answers["tone"]["choice"] == max(tone, key=tone.__getitem__)
     one = found.answers["tone"]
-    flat, sure = (decide_module.Answer(one.question, (), one.log_probs, p, p) for p in (
+    flat, sure = (Answer(one.question, (), one.log_probs, p, p) for p in (
         (1 / 3, 1 / 3, 1 / 3), (0.0, 1.0, 0.0)
     ))  # fmt: skip
     assert (flat.confidence, sure.confidence) == (pytest.approx(0), 1.0)

@@ -136,7 +136,10 @@ def test_reading_says_what_is_wrong(tmp_path):
     assert str(error.value) == f"{path} is not UTF-8 text (byte 3); re-encode it first."
     with pytest.raises(files.FileError) as missing:
         files.read_text(tmp_path / "none")
-    assert str(missing.value) == f"{tmp_path / 'none'} cannot be read: No such file or directory."
+    path = tmp_path / "none"
+    assert (
+        str(missing.value) == f"{path} cannot be read: No such file or directory; check the path."
+    )
 
 
 def test_a_diff_applies(tmp_path):

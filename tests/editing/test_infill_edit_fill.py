@@ -67,7 +67,7 @@ def test_infill_says_how_much_was_cut():
         (
             "[[?]][[?]]",
             {"lengths": [[1], [2], [3]]},
-            "lengths for 3 holes were given, and the text has 2.",
+            "lengths for 3 holes were given, and the text has 2; give as many.",
         ),
         (
             "[[?]]",
@@ -198,7 +198,7 @@ def test_templates_are_read():
             "one|other and /regex/.",
         ),
         ("{a:b||c}", "template, line 1, column 1: choices must be different, none empty."),
-        ("{a:word}{a:digits}", "slot 'a' is described twice, and differently."),
+        ("{a:word}{a:digits}", "slot 'a' is described twice, and differently; name one otherwise."),
     ],
 )
 def test_template_errors(template, message):

@@ -101,7 +101,10 @@ EXACT: list[tuple[Any, list[Any], list[Any]]] = [
         ["2024-02-29T00:00:00.5+01:00"],
         ["2023-02-29T00:00:00Z", "2024-01-01T00:00:60Z"],
     ),
-    ({"type": "string", "format": "password"}, ["any"], [1]),
+    *(
+        ({"type": "string", "format": name}, ["any"], [1])
+        for name in ("password", "binary", "byte", "uuid4", "path")
+    ),
     ({"type": "array", "uniqueItems": False, "maxItems": 2.0}, [["a", "a"]], [[1, 2, 3]]),
     ({"if": {"const": 1}, "then": True}, [1, 2], []),
     ({"then": {"const": 1}, "minContains": 2}, [2], []),

@@ -15,7 +15,8 @@ from release_like import cases, ends, ids
 from text_strategies import spelling_texts
 
 from mlx_diffgemma.text.detokenize import StreamingText, token_strings
-from mlx_diffgemma.text.parts import End, Part, Parts, Text, Thought, ToolCall, markers_of
+from mlx_diffgemma.text.markers import markers_of
+from mlx_diffgemma.text.parts import End, Part, Parts, Text, Thought, ToolCall
 from mlx_diffgemma.text.parts import _joined as joined
 
 TOKENIZER = release_like.build()

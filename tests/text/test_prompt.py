@@ -305,11 +305,12 @@ def test_an_empty_raw_prompt_is_refused_and_white_space_is_not():
     ("prompt", "settings", "message"),
     [
         ("a", {"raw": True, "system_prompt": "b"},
-         "a system prompt needs the chat template; a raw prompt uses none."),
+         "a system prompt needs the chat template, and a raw prompt uses none; leave it out."),
         ("a", {"raw": True, "thinking": True},
-         "a thinking mode needs the chat template; a raw prompt uses none."),
+         "a thinking mode needs the chat template, and a raw prompt uses none; leave it out."),
         ([1, 2], {"system_prompt": "b"},
-         "a system prompt needs the chat template; a prompt of token ids uses none."),
+         "a system prompt needs the chat template, and a prompt of token ids uses none; leave it "
+         "out."),
         ([user("a")], {"raw": True}, "a raw prompt is a text; leave out raw to send messages."),
         ([{"role": "system", "content": "a"}, user("b")], {"system_prompt": "c"},
          "the messages have a system prompt already; leave out the other."),

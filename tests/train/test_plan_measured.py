@@ -8,7 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_diffgemma import load_model
-from mlx_diffgemma.train import plan
+from mlx_diffgemma.train import training_memory
 from mlx_diffgemma.train.adapt import prepare
 from mlx_diffgemma.train.batches import Batches
 from mlx_diffgemma.train.config import TrainConfig
@@ -24,7 +24,9 @@ def test_a_step_takes_what_was_counted(checkpoint):
     model, _ = load_model("demo")
     config = TrainConfig(batch_size=2, grad_checkpoint=checkpoint)
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    counted = plan.estimate(model.config, weights, config, length=LENGTH, activation_bytes=4)
+    counted = training_memory.estimate(
+        model.config, weights, config, length=LENGTH, activation_bytes=4
+    )
     prepare(model, config)
     rng = np.random.default_rng(0)
     examples = [Example(tuple(rng.integers(7, 100, LENGTH).tolist()), 100) for _ in range(16)]

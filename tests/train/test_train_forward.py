@@ -9,7 +9,7 @@ from one_pass import decoded, encoded
 from training import furthest, gradients, random_batch
 
 from mlx_diffgemma import cpu
-from mlx_diffgemma.model.attention import attend
+from mlx_diffgemma.model.attention import attend, canvas_masks
 from mlx_diffgemma.train import forward
 
 
@@ -61,7 +61,7 @@ def test_checkpointing_changes_no_gradient(tiny_model, conditioned):
 def test_masks():
     """Two sequences whose canvases of 2 start at 1 and at 4, with a window of 3."""
     config = type("Sizes", (), {"sliding_window": 3})
-    masks = forward.canvas_masks(config, mx.array([1, 4]), length=5, canvas=2)
+    masks = canvas_masks(config, mx.array([1, 4]), length=5, canvas=2)
     assert np.array(masks["full_attention"])[:, 0, 0].astype(int).tolist() == [
         [1, 0, 0, 0, 0, 1, 1],
         [1, 1, 1, 1, 0, 1, 1],

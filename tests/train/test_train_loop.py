@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 from training import copies, random_batch, small_model
 
 from mlx_diffgemma.errors import NumericalError
-from mlx_diffgemma.generation import diffusion_config
+from mlx_diffgemma.fitting import diffusion_config
 from mlx_diffgemma.train.config import EVALUATED_NOISE, OPTIMIZERS, TrainConfig
 from mlx_diffgemma.train.evaluate import exact_rate
 from mlx_diffgemma.train.events import Evaluation, Finished, Report, Saved

@@ -1,4 +1,4 @@
-"""What the commands do, once their options are read."""
+"""Convert, verify and upload on the terminal, once their options are read."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from typing import Any
 
 from mlx_diffgemma.checkpoint.names import is_quantizable, module_path
 from mlx_diffgemma.checkpoint.quantization import FLOATS, RECIPES, Format, Recipe, Rule
-from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.reading import os_reason, shown
-from mlx_diffgemma_convert.hub import HubSource, open_source
+from mlx_diffgemma.errors import CheckpointError, UsageError
+from mlx_diffgemma.reading import os_reason, read_object, shown
+from mlx_diffgemma_convert.hub import HubSource, open_source, prepare_upload, upload
 from mlx_diffgemma_convert.job import Progress, check_target, convert
 from mlx_diffgemma_convert.journal import Journal
 from mlx_diffgemma_convert.plan import Plan, make_plan
+from mlx_diffgemma_convert.plan_table import print_plan, size_text, summary
 from mlx_diffgemma_convert.settings import Conversion
 from mlx_diffgemma_convert.source import FolderSource, Source
-from mlx_diffgemma_convert.table import print_plan, size_text, summary
-from mlx_diffgemma_convert.upload import prepare, upload
 
 
 def run_convert(conversion: Conversion, *, as_json: bool = False) -> None:
@@ -49,7 +48,7 @@ def run_convert(conversion: Conversion, *, as_json: bool = False) -> None:
         print(json.dumps(summary(plan), indent=2)) if as_json else print_plan(plan)
         return
     if repository and not conversion.dry_run:
-        prepare(repository)
+        prepare_upload(repository)
     with journal:
         if not journal.published(plan):
             check_target(target, source.folder if isinstance(source, FolderSource) else None)
@@ -110,11 +109,13 @@ def named_recipe(name: str) -> Recipe:
     try:
         path = Path(name).expanduser()
         if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_object(path, mend="measure --budget writes one")
             return Recipe.of(content["name"], content["rules"])
     except UsageError as error:
         raise UsageError(f"{shown(name)}: {error}") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+    except (
+        CheckpointError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
+    ) as error:  # fmt: skip
         raise UsageError(
             f"{shown(name)} is no recipe ({os_reason(error)}); measure --budget writes one."
         ) from None

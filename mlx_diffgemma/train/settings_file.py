@@ -32,7 +32,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise UsageError(f"--config {path} cannot be read ({reason}).") from None
+        raise UsageError(f"--config {path} cannot be read ({reason}); check the path.") from None
     except (RecursionError, ValueError):
         raise UsageError(
             f"--config {path} cannot be read (nested too deep, or a null byte)."
