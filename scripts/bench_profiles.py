@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_diffgemma.bench.openblas import load_openblas
+from mlx_diffgemma.chart import Axis, Chart, linear_axis
 
 CAPS = (48, 32, 16, 8, 4, 2)
 HEADS = (
@@ -70,48 +71,25 @@ def row(name: str, task: str, marks: Any) -> str:
     )
 
 
-def curve(points: Mapping[str, list[tuple[int, Any]]]) -> str:
-    """An SVG of the exact rate over the cap on steps, one line a task; bars are two standard
-    errors."""
-    width, height, left, right, top, bottom = 560, 330, 60, 20, 20, 50
-    places = {cap: left + i * (width - left - right) / (len(CAPS) - 1)
-              for i, cap in enumerate(sorted(CAPS))}  # fmt: skip
-
-    def y(rate: float) -> float:
-        return top + (1 - rate) * (height - top - bottom)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-    ]
-    for tenth in range(0, 11, 2):
-        line = y(tenth / 10)
-        parts.append(f'<path d="M{left} {line:.1f}H{width - right}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 8}" y="{line + 4:.1f}" text-anchor="end">'
-                     f"{tenth / 10:.1f}</text>")  # fmt: skip
-    for cap, x in places.items():
-        parts.append(f'<text x="{x:.1f}" y="{height - 30}" text-anchor="middle">{cap}</text>')
-    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 10}" '
-                 'text-anchor="middle">most steps a canvas</text>')  # fmt: skip
-    middle = (top + height - bottom) / 2
-    parts.append(f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">'
-                 "exact answers</text>")  # fmt: skip
-    colours = ("#1f6feb", "#d1242f")
-    for colour, (task, marks) in zip(colours, points.items(), strict=True):
-        if not marks:
+def curve(points: Mapping[str, list[tuple[int, Any]]]) -> Chart:
+    """The exact rate over the cap on steps, one line a task; bars are two standard errors."""
+    places = {cap: place for place, cap in enumerate(sorted(CAPS))}
+    across = Axis(
+        "most steps a canvas", 0, len(CAPS) - 1, tuple((n, str(cap)) for cap, n in places.items())
+    )
+    chart = Chart(across, linear_axis("exact answers", 0.0, 1.0))
+    shown = [("one", "one puzzle", "#1f6feb"), ("two", "two puzzles", "#d1242f")]
+    for task, _, colour in shown:
+        if not points[task]:
             continue
-        at = [(places[cap], y(m.rate), m) for cap, m in sorted(marks, key=lambda pair: pair[0])]
-        path = " ".join(f"{x:.1f},{rate:.1f}" for x, rate, _ in at)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for x, rate, m in at:
-            low, high = (y(min(1, max(0, m.rate + s * 2 * m.standard_error))) for s in (-1, 1))
-            parts.append(f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="{colour}"/>')
-            parts.append(f'<circle cx="{x:.1f}" cy="{rate:.1f}" r="3" fill="{colour}"/>')
-        label = {"one": "one puzzle", "two": "two puzzles"}[task]
-        parts.append(f'<text x="{at[-1][0]:.1f}" y="{at[-1][1] + 18:.1f}" text-anchor="end" '
-                     f'fill="{colour}">{label}</text>')  # fmt: skip
-    return "\n".join([*parts, "</svg>", ""])
+        marks = sorted(points[task], key=lambda pair: pair[0])
+        chart.line([(places[cap], m.rate) for cap, m in marks], colour)
+        for cap, m in marks:
+            ends = (min(1.0, max(0.0, m.rate + s * 2 * m.standard_error)) for s in (-1, 1))
+            chart.line([(places[cap], end) for end in ends], colour)
+            chart.dot(places[cap], m.rate, colour)
+    chart.legend([(label, colour) for task, label, colour in shown if points[task]])
+    return chart
 
 
 def report(out: Path, results: Mapping[tuple[str, str, str], Any], command: str) -> None:
@@ -127,7 +105,7 @@ def report(out: Path, results: Mapping[tuple[str, str, str], Any], command: str)
         if group == "cap":
             points[task].append((int(name), marks))
     if any(points.values()):
-        (out / "steps.svg").write_text(curve(points))
+        curve(points).write(out / "steps.svg")
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -183,6 +184,7 @@ def main() -> None:
     parser.add_argument("--rival-python", help="Python of an environment with mlx-vlm")
     args = parser.parse_args()
     clients = args.clients or [1, 4, 8]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers are ended then too
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as directory, ExitStack() as servers:
         folder = Path(directory) / "model"

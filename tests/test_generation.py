@@ -138,7 +138,7 @@ def test_initial_canvas_replaces_the_noise(demo: tuple[Any, Any]) -> None:
     canvas = solution + [5] * (64 - len(solution))
     first, *_ = stream_generate(*demo, "sudoku", initial_canvas=canvas, seed=0)
     assert first.draft == SOLVED
-    with pytest.raises(UsageError, match="initial_canvas has 3 tokens; the canvas has 64"):
+    with pytest.raises(UsageError, match="initial_canvas has 3 tokens, and the canvas has 64"):
         next(stream_generate(*demo, "sudoku", initial_canvas=[1, 2, 3]))
 
 

@@ -461,7 +461,9 @@ def test_a_prompt_with_an_id_from_outside(demo, token) -> None:
 
 
 def test_a_padding_id_from_outside_is_refused(demo) -> None:
-    with pytest.raises(UsageError, match=r"^pad_token_id has 1073741824; ids go to 127\.$"):
+    with pytest.raises(
+        UsageError, match=r"^pad_token_id has 1073741824, and ids go from 0 to 127; name one"
+    ):
         batch_generate(*demo, [PUZZLE, "copy\nabc"], seed=0, pad_token_id=2**30)
 
 

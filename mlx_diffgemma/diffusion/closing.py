@@ -49,6 +49,8 @@ class Closer:
     def ending(self, state: State, most: int) -> list[int]:
         """Tokens that complete `state`, at most `most`; there must be some."""
         found = state.way_out(most)
+        if found is None:
+            found = state.way_out(most, thorough=True)
         assert found is not None, "an ending was within reach before"
         return found
 

@@ -38,6 +38,7 @@ _REMEMBERED = 16  # endings
 _STAGES = 64  # strings that need a search of their own, in one ending
 _CUT = 64  # beginnings that a remembered ending may have lost
 _CANDIDATES = 96  # endings that are looked at, whether they fit
+_TOO_LONG = 12  # the same where the search is not thorough and none of them fits
 
 _LITERAL = re.compile(r"(?:\\[^\w\s]|[^\\^$.|?*+()\[\]{}])+")
 _CLASS = re.compile(r"\[\^?((?:\\.|[^\]\\])+)\]")
@@ -60,19 +61,33 @@ class Endings:
         self._work = 0  # steps that are left to a search
 
     def find(
-        self, matcher: Any, fits: Callable[[bytes], bool], *, thorough: bool = False
+        self,
+        matcher: Any,
+        length_of: Callable[[bytes], int | None],
+        most: int,
+        *,
+        thorough: bool = False,
     ) -> bytes | None:
-        """The first ending from the state of `matcher`, an `LLMatcher` of bytes, that `fits`; None
-        where none is found. A search is `thorough` once, before anything is written: what it found
-        is remembered."""
+        """The first ending from the state of `matcher`, an `LLMatcher` of bytes, that takes at most
+        `most` tokens; None where none is found. A search is `thorough` once, before anything is
+        written: what it found is remembered. `length_of` counts the tokens of an ending, and is
+        None for one that the tokens cannot write."""
         self._work = _THOROUGH if thorough else _WORK
+        too_long = 0
         for ending in islice(self._candidates(matcher), _CANDIDATES):
-            if fits(ending):
-                self._found[ending] = None
-                self._found.move_to_end(ending)
-                if len(self._found) > _REMEMBERED:
-                    self._found.popitem(last=False)
-                return ending
+            length = length_of(ending)
+            if length is None:
+                continue
+            if length > most:
+                too_long += 1
+                if too_long == _TOO_LONG and not thorough:
+                    return None  # the shortest come early
+                continue
+            self._found[ending] = None
+            self._found.move_to_end(ending)
+            if len(self._found) > _REMEMBERED:
+                self._found.popitem(last=False)
+            return ending
         return None
 
     def _candidates(self, matcher: Any) -> Iterator[bytes]:

@@ -140,17 +140,19 @@ class GrammarMatcher:
         even with more work where `thorough`."""
         if self.may_end:
             return []
+        if most < 1:
+            return None
         ways: list[list[int]] = []
 
-        def fits(ending: bytes) -> bool:
+        def length_of(ending: bytes) -> int | None:
             tokens = self._tokens_of(ending)
-            if tokens is None or len(tokens) > most:
-                return False
+            if tokens is None:
+                return None
             ways.append(tokens)
-            return True
+            return len(tokens)
 
-        self._endings.find(self._spelled, fits, thorough=thorough)
-        return ways[0] if ways else None
+        found = self._endings.find(self._spelled, length_of, most, thorough=thorough)
+        return None if found is None else ways[-1]
 
     def _tokens_of(self, ending: bytes) -> list[int] | None:
         """The tokens of an ending, in the tokenizer's own way where the grammar takes it so."""

@@ -404,7 +404,9 @@ def test_initial_canvas_is_used_once():
 def test_initial_canvas_of_a_wrong_length():
     with pytest.raises(UsageError) as error:
         run(PROMPTS, settings(), initial_canvas=[[0] * LENGTH, [0] * LENGTH, [0] * (LENGTH + 1)])
-    assert str(error.value) == (f"initial_canvas has {LENGTH + 1} tokens; the canvas has {LENGTH}.")
+    assert str(error.value) == (
+        f"initial_canvas has {LENGTH + 1} tokens, and the canvas has {LENGTH}; give as many."
+    )
 
 
 def test_initial_canvases_of_a_wrong_number():

@@ -320,7 +320,7 @@ def test_save_where_nothing_can_be_written(tiny_model, tmp_path):
     with pytest.raises(CheckpointError) as error:
         cache.save(folder / "b.safetensors")
     assert str(error.value) == (
-        f"{folder / 'b.safetensors'} cannot be written: there is no folder {folder}."
+        f"{folder / 'b.safetensors'} cannot be written: there is no folder {folder}; make it first."
     )
     (tmp_path / "c.safetensors").mkdir()
     with pytest.raises(CheckpointError, match=r"c\.safetensors cannot be written"):
