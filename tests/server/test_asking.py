@@ -227,7 +227,6 @@ def test_a_client_that_leaves_leaves_nothing(demo_engine):
     [
         (Asked(), "either messages or a prompt"),
         (Asked(messages=HELLO, n=0), "n must be"),
-        (Asked(messages=HELLO, chat_template_kwargs={"bos_token": 1}), "cannot be rendered"),
         (Asked(messages=HELLO, temperature=-1), "temperature must be"),
         (Asked(messages=HELLO, json_schema=True, regex="a"), "one form"),
         (Asked(messages=HELLO, json_schema=True, tools=[CLOCK]), "tools may be called"),
