@@ -24,7 +24,7 @@ from mlx_diffgemma.diffusion.noise import checked_seed
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.generation import configured, fit_to_context
+from mlx_diffgemma.fitting import configured, fit_to_context
 from mlx_diffgemma.server import writing
 from mlx_diffgemma.server.fields import Fields
 from mlx_diffgemma.server.live import Change, Live, LiveCanvases, Order, checked
