@@ -30,7 +30,7 @@ from mlx_diffgemma.server.streams import Lifeline, Streaming
 if TYPE_CHECKING:
     from mlx_diffgemma.server.engine import Engine
 
-PROTOCOLS = ("openai", "mercury", "canvas", "anthropic", "ollama", "decisions")
+PROTOCOLS = ("openai", "mercury", "canvas", "anthropic", "ollama", "decisions", "page")
 """Modules of this room, each with `routes(server) -> list[Route]` and `error`, a `Shape`."""
 
 _STOPPING_SECONDS = 1.0  # for the engine to cancel what still runs

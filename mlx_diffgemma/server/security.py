@@ -19,7 +19,8 @@ from mlx_diffgemma.reading import shown
 from mlx_diffgemma.server.config import ServerSettings
 from mlx_diffgemma.server.refusals import RefusedError, Shape, shaped
 
-_OPEN_TO_ALL = ("/health",)
+_OPEN_TO_ALL = ("/", "/health")
+_PAGE = "/page/"  # files of the page, which asks for the key itself
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 _HEADERS = re.compile(r"[A-Za-z0-9, _-]{0,2000}")
 _EXPOSED = "retry-after, x-request-id"
@@ -150,7 +151,7 @@ class Gate:
         }
 
     def _check_key(self, path: str, headers: Headers) -> None:
-        if self._key is None or path in _OPEN_TO_ALL:
+        if self._key is None or path in _OPEN_TO_ALL or path.startswith(_PAGE):
             return
         known = [hmac.compare_digest(_digest(key), self._key) for key in _keys(headers)]
         if not any(known):
