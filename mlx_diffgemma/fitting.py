@@ -33,7 +33,9 @@ def diffusion_config(
     if not isinstance(getattr(model, "config", None), ModelConfig):
         raise UsageError(f"model must be what `load` returns, not {shown(model)}.")
     settings: Mapping[str, Any] = model.config.raw.get("generation_config") or {}
-    config = DiffusionConfig.from_dict(settings).override(**profile_settings(profile))
+    config = DiffusionConfig.from_dict(settings).override(
+        **profile_settings(profile, model.identity)
+    )
     config = replace(config, eos_token_ids=model.config.stated_end_ids)
     return config.override(**overrides)
 

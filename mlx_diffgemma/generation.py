@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_diffgemma.checkpoint import adapters, loading, locate, memory
-from mlx_diffgemma.checks import check_callable, check_flag, check_integer
+from mlx_diffgemma.checks import check_callable, check_flag, check_integer, check_share
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.denoiser import Denoiser
 from mlx_diffgemma.diffusion.encode import ends_of_turns
@@ -126,6 +126,7 @@ def stream_generate(
     *,
     seed: int | None = None,
     initial_canvas: Sequence[int] | None = None,
+    initial_noise: float | None = None,
     prefix_cache: PrefixCache | None = None,
     prefill_step_size: int | None = None,
     denoiser: Denoiser | None = None,
@@ -145,12 +146,16 @@ def stream_generate(
             or a `BatchEncoding`; or what `mlx_diffgemma.text.prompt.encode` made of one.
         max_tokens: most tokens to generate; None takes the checkpoint's setting.
         seed: makes the run repeatable on one machine; None draws a fresh one (see the responses).
-        initial_canvas: token ids [C] that the first canvas starts from instead of noise.
+        initial_canvas: token ids [C] that the first canvas starts from instead of noise, such as
+            the `canvas` of an earlier response to a prompt that was changed a little.
+        initial_noise: the share of it that gives way to noise, from 0 to 1; the canvas then enters
+            the schedule at the matching step, which saves passes.
         prefix_cache: a cache from `model.make_cache()` to use from one call to the next: what a
             prompt has in common with the previous one is not encoded again. One call at a time.
         denoiser: what runs the passes, such as one that steps the canvases of several calls
             together; None takes the model's own.
-        profile: "exact" is the reference, token for token; others trade fidelity for speed.
+        profile: "exact" is the reference, token for token; others trade fidelity for speed. The
+            name of a file is that of a profile which `tune` wrote for this model.
         draft: also decode the draft of every step into text.
         stop: texts that end the answer; it is cut before the first that its text completes. What
             is thought, stands in a call or was given as the answer's beginning ends nothing.
@@ -174,6 +179,8 @@ def stream_generate(
     cache, denoiser = cache_of(model, prefix_cache), denoiser_of(model, denoiser)
     if initial_canvas is not None and not hasattr(initial_canvas, "__len__"):
         raise UsageError(f"initial_canvas must be token ids, not {shown(initial_canvas)}.")
+    if initial_noise is not None:
+        check_share("initial_noise", initial_noise)
     check_flag("draft", draft)
     check_callable("on_prefill", on_prefill)
     encoded = encode(tokenizer, prompt, prompt_settings, config=model.config)
@@ -186,6 +193,7 @@ def stream_generate(
         config,
         seed=seed,
         initial_canvas=None if initial_canvas is None else [list(initial_canvas)],
+        initial_noise=initial_noise,
         cache=cache,
         denoiser=denoiser,
         step_size=prefill_step_size,
@@ -203,6 +211,7 @@ def _stream(
     *,
     seed: int,
     initial_canvas: list[list[int]] | None,
+    initial_noise: float | None,
     cache: PrefixCache,
     denoiser: Denoiser,
     step_size: int | None,
@@ -224,6 +233,7 @@ def _stream(
             caches=[cache],
             denoiser=denoiser,
             initial_canvas=initial_canvas,
+            initial_noise=initial_noise,
             prefill_step_size=step_size,
             ends=lambda _, gained: answer.would_stop(gained),
             marks=[ends_of_turns(ids, config.eos_token_ids)],

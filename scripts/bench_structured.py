@@ -21,22 +21,24 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma import generate_structured, load
 from mlx_diffgemma.demo import sudoku
-from mlx_diffgemma.diffusion.canvas import Canvas, Passed, Prediction
+from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.constraints import FREE, Layout
-from mlx_diffgemma.diffusion.denoiser import Denoiser
+from mlx_diffgemma.diffusion.denoiser import Denoiser, Queued
 from mlx_diffgemma.diffusion.lookahead import few_tokens_in, tokens_in
+from mlx_diffgemma.diffusion.stopping import as_shown, has_converged
 from mlx_diffgemma.editing.grammar import GrammarMatcher, json_schema_matcher, regex_matcher
 from mlx_diffgemma.editing.session import Session
 from mlx_diffgemma.editing.vocabulary import Vocabulary
+from mlx_diffgemma.errors import NumericalError
 from mlx_diffgemma.model.cache import Prefix
 
 TEXT = {"type": "string", "maxLength": 12}
@@ -149,22 +151,36 @@ def sudokus(model: Any, tokenizer: Any, count: int) -> None:
         )
 
 
-class Guesses:
-    """Stands in for a model: what it predicts costs nothing, and grows surer with every pass.
+class Guesses(Denoiser):
+    """Stands in for a model: what it predicts takes no time of the device, and grows surer with
+    every pass.
 
     Each position has a token that it would take, by a hash of the position and what it may hold,
     and as much doubt of it as a random number says, half of which goes with every pass.
-
-    Attributes:
-        seconds: what its own work took, which is none of the grammar's.
     """
 
-    def __init__(self, vocabulary: Vocabulary, width: int, seed: int) -> None:
-        self.text = tokens_in(vocabulary.text)
-        self.width, self.seed, self.seconds = width, seed, 0.0
+    def __init__(self, model: Any, vocabulary: Vocabulary, seed: int) -> None:
+        super().__init__(model)
+        self.text, self.seed = tokens_in(vocabulary.text), seed
 
-    def __call__(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> list[Passed]:
-        return [self.passed(canvas) for canvas in canvases]
+    def queue(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> Queued:
+        return Guessed([self._guessed(canvas) for canvas in canvases])
+
+    def _guessed(self, canvas: Canvas) -> Canvas:
+        layout, length = canvas.layout, len(canvas)
+        few = None if layout is None else layout.few
+        masks = {} if layout is None or few else layout.masks(canvas.vocab)
+        tokens, entropy = np.zeros(length, np.int32), np.zeros(length, np.float32)
+        for place in range(length):
+            if layout is not None and layout.fixed[place] != FREE:
+                tokens[place] = layout.fixed[place]
+                continue
+            rng = random.Random(f"{self.seed} {canvas.index} {place}")
+            entropy[place] = rng.expovariate(1.0) * 0.5**canvas.passes
+            tokens[place] = self._choice(rng, masks.get(place))
+        order = np.sort(entropy)
+        bound = order[np.cumsum(order) - order <= canvas.settings.entropy_bound].max()
+        return denoised(canvas, tokens, entropy, entropy <= bound)
 
     def _choice(self, rng: random.Random, mask: np.ndarray | None) -> int:
         """The first of the tokens that the position would take which may stand there."""
@@ -176,33 +192,34 @@ class Guesses:
             if mask is None or mask[token // 32] >> (token % 32) & 1:
                 return token
 
-    def passed(self, canvas: Canvas) -> Passed:
-        # What a model's pass asks of the layout is the grammar's work.
-        layout, length = canvas.layout, len(canvas)
-        few = None if layout is None else layout.few
-        masks = {} if layout is None or few else layout.masks(canvas.vocab)
-        start = time.perf_counter()
-        tokens, entropy = np.zeros(length, np.int32), np.zeros(length, np.float32)
-        for place in range(length):
-            if layout is not None and layout.fixed[place] != FREE:
-                tokens[place] = layout.fixed[place]
-                continue
-            rng = random.Random(f"{self.seed} {canvas.index} {place}")
-            entropy[place] = rng.expovariate(1.0) * 0.5**canvas.passes
-            tokens[place] = self._choice(rng, masks.get(place))
-        found = mx.array(tokens)
-        prediction = Prediction(
-            argmax=found,
-            draw=found,
-            entropy=mx.array(entropy),
-            confidence=mx.exp(-mx.array(entropy)),
-            probability=mx.exp(-mx.array(entropy)),
-            soft_embeddings=None if canvas.is_last_step else mx.zeros((length, self.width)),
-            dropped_mass=mx.zeros(length),
-        )
-        mx.eval(prediction.argmax, prediction.confidence)
-        self.seconds += time.perf_counter() - start
-        return Passed(prediction)
+
+@dataclass(frozen=True)
+class Guessed(Queued):
+    """A step of guesses."""
+
+    canvases: list[Canvas]
+
+    def each(self) -> list[Canvas | NumericalError]:
+        return list(self.canvases)
+
+
+def denoised(
+    canvas: Canvas, tokens: np.ndarray, entropy: np.ndarray, accepted: np.ndarray
+) -> Canvas:
+    """A canvas after a pass that drafted `tokens` [C] with an `entropy` [C]."""
+    shown, _ = as_shown(canvas.settings, tokens, entropy)
+    after = replace(
+        canvas,
+        passes=canvas.passes + 1,
+        draft=tokens,
+        entropy=entropy,
+        accepted=accepted,
+        shown=shown,
+        unchanged=np.where(shown == canvas.shown, canvas.unchanged + 1, 0),
+    )
+    converged = has_converged(after)
+    used_up = after.step > canvas.settings.max_denoising_steps
+    return replace(after, converged=converged, done=not canvas.endless and (converged or used_up))
 
 
 def daily(size: int, seeds: int, max_tokens: int) -> None:
@@ -258,8 +275,7 @@ def daily(size: int, seeds: int, max_tokens: int) -> None:
             room = max(max_tokens, 8 + len(way or ()))
             made.clear()
             spent.clear()
-            guesses = Guesses(vocabulary, config.text.hidden_size, seed)
-            denoiser = Denoiser(model, guesses)
+            denoiser = Guesses(model, vocabulary, seed)
             first: list[float] = []
 
             def began(_: object, first: list[float] = first) -> None:
@@ -276,7 +292,7 @@ def daily(size: int, seeds: int, max_tokens: int) -> None:
             length, plain = max(1, len(found.tokens)), 0
             for response in stream_generate(
                 model, tokenizer, "x", length, seed=seed, stop_at_eos=False, draft=False,
-                denoiser=Denoiser(model, guesses), **shared,
+                denoiser=denoiser, **shared,
             ):  # fmt: skip
                 plain = sum(response.denoising_steps)
             row += [

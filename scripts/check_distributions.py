@@ -2,9 +2,9 @@
 
     python -m build && python scripts/check_distributions.py dist
 
-The wheel holds the modules of the program and of the converter, the demo's checkpoints, `py.typed`
-and the licence, all as in this repository, and nothing else. The source distribution holds what a
-wheel is built from.
+The wheel holds the modules of the program and of the converter, the demo's checkpoints, the page,
+`py.typed` and the licence, all as in this repository, and nothing else. The source distribution
+holds what a wheel is built from.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"mlx_diffgemma": ROOT, "mlx_diffgemma_convert": ROOT / "convert"}
+DATA = (
+    "mlx_diffgemma/demo/checkpoint",
+    "mlx_diffgemma/demo/reader",
+    "mlx_diffgemma/server/static",
+)
 BUILT_FROM = ("LICENSE", "README.md", "pyproject.toml")
 _BUILD = ("PKG-INFO", "setup.cfg", "mlx_diffgemma.egg-info/")  # what setuptools adds to a source
 
@@ -40,8 +45,8 @@ def shipped() -> dict[str, bytes]:
     found = {}
     for package, base in PACKAGES.items():
         for path in (base / package).rglob("*"):
-            shipped = path.parent.name in ("checkpoint", "reader")
-            data = shipped and path.parent.parent.name == "demo"
+            folder = path.parent.relative_to(base).as_posix()
+            data = folder in DATA
             if path.is_file() and (path.suffix == ".py" or path.name == "py.typed" or data):
                 found[path.relative_to(base).as_posix()] = path.read_bytes()
     return found

@@ -28,6 +28,7 @@ class Recipe:
         batch: examples of an optimizer step.
         rate: learning rate of the matrices (Muon); that of the rest is a tenth of it (Adam).
         decay: share of the examples over which the rates fall to nothing, at the end.
+        encoder: weight of the encoder's loss, which the shipped model was trained without.
         seed: of everything.
     """
 
@@ -42,6 +43,7 @@ class Recipe:
     batch: int = 32
     rate: float = 0.02
     decay: float = 0.3
+    encoder: float = 0.0
     seed: int = 0
 
 
@@ -62,7 +64,7 @@ def training(recipe: Recipe) -> TrainConfig:
         decay=recipe.decay,
         warmup=min(60, steps),
         fine_tune_type="full",
-        encoder_loss_weight=0.0,
+        encoder_loss_weight=recipe.encoder,
         min_noise=0.01,
         span_fraction=0.25,
         seed=recipe.seed,

@@ -43,7 +43,7 @@ def record(seed: int) -> str:
     puzzles = [sudoku.make_puzzle(rng) for _ in range(2)]
     frames = list(draw(puzzles, seed))
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
-    console.print(Text("Two sudokus in one prompt, as mlx-diffgemma demo draws them", "bold"))
+    console.print(Text("Two sudokus in one prompt, as mlx-diffgemma draws them", "bold"))
     console.print("The draft, by how sure the model is:", display.legend(), "\n")
     for start in range(0, len(frames), FRAMES_A_ROW):
         console.print(grid.beside(frames[start : start + FRAMES_A_ROW]))

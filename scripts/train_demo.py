@@ -221,7 +221,7 @@ def main() -> None:
         help="repeatable; replaces the shares of all tasks",
     )  # fmt: skip
     for name, kind in (("examples", int), ("batch", int), ("seed", int), ("ramp", float),
-                       ("rate", float), ("decay", float)):  # fmt: skip
+                       ("rate", float), ("decay", float), ("encoder", float)):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, help="of the recipe; kept for later sittings")
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)

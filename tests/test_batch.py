@@ -10,7 +10,7 @@ from editing.small_models import demo, tiny
 
 from mlx_diffgemma import batch_generate, stream_generate
 from mlx_diffgemma.errors import NumericalError, PromptError, UsageError
-from mlx_diffgemma.generation import diffusion_config
+from mlx_diffgemma.fitting import diffusion_config
 
 PUZZLE = "sudoku\n4..613\n61.42.\n.6...4\n134...\n3265.1\n5...6."
 PROMPTS = [PUZZLE, "sudoku", f"{PUZZLE}\n\n{PUZZLE[7:]}"]

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mlx_diffgemma.cli import errors
 from mlx_diffgemma.cli.command import Only, Without, command
-from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Pictures, Showing
+from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Pictures, Reaching, Showing
 from mlx_diffgemma.errors import DiffGemmaError, PromptError, UsageError
+from mlx_diffgemma.text.prompt_settings import PromptSettings
 
 if TYPE_CHECKING:
     from mlx_diffgemma.cli.opening import Opened
     from mlx_diffgemma.cli.outcome import Outcome
-    from mlx_diffgemma.text.prompt_settings import PromptSettings
+    from mlx_diffgemma.cli.remote import Remote
 
 GO_ON = "ask to go on, or start the chat with --max-tokens {}."
 MAKE_ROOM = "/reset forgets the conversation and makes room."
@@ -43,22 +44,32 @@ def chat(
     asking: Annotated[Asking, Without("raw", "markers", "prefill_response")],
     pictures: Annotated[Pictures, Only("image_tokens")],
     loading: Loading,
+    reaching: Reaching,
     denoising: Denoising,
     showing: Annotated[Showing, Without("json")],
 ) -> None:
     """Talk in turns; what was said is not encoded again. /help lists the commands."""
+    from mlx_diffgemma.cli import remote
     from mlx_diffgemma.cli.keys import Guard
-    from mlx_diffgemma.cli.opening import end_at, open_model
+    from mlx_diffgemma.cli.opening import Opened, end_at, open_model
 
     prompt_settings = asking.prompt_settings(image_tokens=pictures.image_tokens)
-    with Guard():
-        opened = open_model(loading)
-        end_at(opened, asking)
+    only_here = {
+        **remote.only_here(asking),
+        "--image-tokens": pictures.image_tokens is not None,
+    }
+    server = remote.find(reaching, loading, only_here)
+    if server is not None:
+        opened = Opened(server.name, None, None, 0.0)
+    else:
+        with Guard():
+            opened = open_model(loading)
+            end_at(opened, asking)
     system_prompt, others = (
         prompt_settings.system_prompt,
         replace(prompt_settings, system_prompt=None),
     )
-    Chat(opened, asking, denoising, showing, system_prompt, others).run()
+    Chat(opened, asking, denoising, showing, system_prompt, others, server).run()
 
 
 @dataclass
@@ -69,6 +80,7 @@ class Chat:
         asking, denoising, showing: what the command line says of every question.
         system_prompt: what is put before the first turn.
         prompt_settings: how every prompt is encoded; None stands for the defaults.
+        server: what answers in the place of a model, or None.
         turns: the messages so far, questions and answers in turn.
         images: pictures that go with the next question.
     """
@@ -79,12 +91,14 @@ class Chat:
     showing: Showing = field(default_factory=Showing)
     system_prompt: str | None = None
     prompt_settings: PromptSettings | None = None
+    server: Remote | None = None
     turns: list[dict[str, Any]] = field(default_factory=list)
     images: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._cache = self.opened.model.make_cache()
-        self._config = self.denoising.config(self.opened.model)
+        self._forget()
+        if self.server is None:
+            self._config = self.denoising.config(self.opened.model)
 
     def run(self) -> None:
         """Take turns until the input ends or the user quits.
@@ -151,6 +165,8 @@ class Chat:
         from mlx_diffgemma.text.picture_places import PictureReader, read_images
 
         try:
+            if self.server is not None:
+                raise UsageError("a server is not shown pictures; start the chat with --no-server.")
             model = self.opened.model
             path = str(Path(file).expanduser())
             how = self.prompt_settings
@@ -173,7 +189,8 @@ class Chat:
         try:
             if not is_text(question):
                 raise PromptError("the question is not UTF-8 text: re-encode it.")
-            note_markers(self.opened, question)
+            if self.server is None:
+                note_markers(self.opened, question)
             self._answer(question, outcome)
         except KeyboardInterrupt:
             if not interactive:
@@ -195,15 +212,25 @@ class Chat:
             _say(report.summary(outcome))
 
     def _answer(self, question: str, outcome: Outcome) -> None:
-        from mlx_diffgemma.cli import keys, output
+        from mlx_diffgemma.cli import keys, output, remote_answers
         from mlx_diffgemma.cli.outcome import pieces_of
-        from mlx_diffgemma.generation import stream_generate
 
         model, tokenizer = self.opened.model, self.opened.tokenizer
+        pieces = remote_answers.pieces if self.server is not None else pieces_of(tokenizer)
         # A run that is broken off gives the cache free when it is closed; what it encoded is kept.
         with ExitStack() as runs:
 
             def start(on_prefill: output.OnPrefill) -> Any:
+                if self.server is not None:
+                    answers = self.server.generate(
+                        self.messages(question),
+                        self.prompt_settings or PromptSettings(),
+                        self.asking.stop,
+                        self.denoising,
+                    )
+                    return runs.enter_context(closing(answers))
+                from mlx_diffgemma.generation import stream_generate
+
                 responses: Any = stream_generate(
                     model,
                     tokenizer,
@@ -222,7 +249,7 @@ class Chat:
             thoughts = output.thoughts(self.showing.show_thought, self.showing.hide_thought)
             try:
                 if output.can_draw(self.showing.watch):
-                    output.draw(start, pieces_of(tokenizer), outcome, thoughts)
+                    output.draw(start, pieces, outcome, thoughts)
                 else:
                     output.stream(start, outcome, thoughts)
             finally:
@@ -230,7 +257,7 @@ class Chat:
                     keys.drop()
 
     def _forget(self) -> None:
-        self._cache = self.opened.model.make_cache()
+        self._cache = None if self.server is not None else self.opened.model.make_cache()
 
 
 def _is_command(line: str, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,13 +13,13 @@ from mlx_diffgemma.checks import overridden
 from mlx_diffgemma.cli import editing, errors
 from mlx_diffgemma.cli.command import Changes, Of, Only, command
 from mlx_diffgemma.cli.help_page import PLAIN, PlainCommand
-from mlx_diffgemma.cli.settings import Denoising, Loading, Pictures, Showing
+from mlx_diffgemma.cli.settings import Denoising, Loading, Pictures, Reaching, Showing
 from mlx_diffgemma.editing.questions import DecisionSettings
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
 
 if TYPE_CHECKING:
-    from mlx_diffgemma.editing.beliefs import Decisions
+    from mlx_diffgemma.editing.beliefs import Answer
     from mlx_diffgemma.editing.calibration import Calibration
 
 app = typer.Typer(cls=errors.Program, invoke_without_command=True, **PLAIN)
@@ -80,6 +81,7 @@ def decide(
     pictures: Pictures,
     prompting: editing.Prompting,
     loading: Loading,
+    reaching: Reaching,
     denoising: Seed,
     showing: Json,
 ) -> None:
@@ -91,14 +93,31 @@ def decide(
     """
     if ctx.invoked_subcommand is not None:
         return
+    from mlx_diffgemma.cli import remote
+    from mlx_diffgemma.cli.remote_answers import answers_of
+    from mlx_diffgemma.editing.questions import read_questions
+
+    asked = _questions(questions)
+    images = pictures.read(state or "", raw=prompting.raw)
+    about = "" if state is None and images else _state(state)
+    read, whole = read_questions(asked), _text(frame)
+    only_here = {"--calibration": calibration is not None, "--image": bool(images)}
+    server = remote.find(reaching, loading, only_here)
+    if server is not None:
+        told = server.decide(
+            asked, about, whole, prompting, denoising.seed, asdict(looking.settings())
+        )
+        if showing.json:
+            editing.write_json(**told)
+            return
+        answers = answers_of(told, read)
+        _print_answers(answers, looking.settings().draws > 1)
+        editing.note_effort(told["passes"], told["seed"])
+        return
     from mlx_diffgemma.cli import opening, output
     from mlx_diffgemma.editing import decide as room
     from mlx_diffgemma.editing.calibration import Calibration
-    from mlx_diffgemma.editing.questions import read_questions
 
-    images = pictures.read(state or "", raw=prompting.raw)
-    about = "" if state is None and images else _state(state)
-    read, whole = read_questions(_questions(questions)), _text(frame)
     opened = opening.open_model(loading)
     fitted = None if calibration is None else Calibration.load(calibration, opened.model)
     how = looking.settings()
@@ -130,7 +149,7 @@ def decide(
             seed=found.seed,
         )
         return
-    _print_answers(found, how.draws > 1)
+    _print_answers(found.answers, how.draws > 1)
     editing.note_effort(found.passes, found.seed)
 
 
@@ -207,10 +226,10 @@ def calibrate(
     output.note(f"calibration in {save}, reliability in {beside}")
 
 
-def _print_answers(found: Decisions, spread: bool) -> None:
+def _print_answers(answers: Mapping[str, Answer], spread: bool) -> None:
     from mlx_diffgemma.cli.display import printable
 
-    for name, answer in found.answers.items():
+    for name, answer in answers.items():
         expected = f", expected level {answer.score:.2f}" if answer.question.kind == "score" else ""
         print(f"{printable(name)} (confidence {answer.confidence:.3f}{expected})")
         rows = list(zip(answer.question.options, answer.probabilities, answer.spread, strict=True))

@@ -1,4 +1,4 @@
-"""`mlx-diffgemma demo`: the small model that ships with the program solves fresh sudokus."""
+"""`mlx-diffgemma demo`: the small model that ships with the program, at what only its kind does."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from mlx_diffgemma.cli.command import Only, command
 from mlx_diffgemma.cli.settings import Denoising, Loading, Showing
+from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
+    import numpy as np
     from rich.console import Console
 
     from mlx_diffgemma.cli.opening import Opened
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from mlx_diffgemma.generation_response import GenerationResponse
 
 SECONDS_PER_STEP = 0.5  # for the eye: the model itself takes a few hundredths
+_TEMPLATE = "your {thing:/[a-z]{4}/} waits in {town:/[a-z]{4}/}."
+_CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
 
 @command(
@@ -27,9 +31,13 @@ SECONDS_PER_STEP = 0.5  # for the eye: the model itself takes a few hundredths
     "mlx-diffgemma demo --seed 7",
     "mlx-diffgemma demo --no-watch",
     "mlx-diffgemma demo --image",
+    "mlx-diffgemma demo --web",
 )
 def demo(
     *,
+    web: Annotated[
+        bool, Setting("Page in the browser, in place of the terminal.", panel="Output")
+    ] = False,
     loading: Annotated[Loading, Only("adapter_path")],
     denoising: Annotated[Denoising, Only("seed")],
     showing: Annotated[Showing, Only("watch")],
@@ -38,8 +46,11 @@ def demo(
         Setting("Reading of a puzzle from a fresh picture, by another tiny model.", panel="Prompt"),
     ] = False,
 ) -> None:
-    """Solve fresh sudokus with a tiny model that ships with the program; needs no network."""
-    if image:
+    """Solve a sudoku, mend a row of another in place and fill a template, with a tiny model that
+    ships with the program; needs no network."""
+    if web:
+        _open_page(replace(loading, model="demo"))
+    elif image:
         _read(denoising.seed, showing.watch, loading)
     else:
         _show(denoising.seed, showing.watch, replace(loading, model="demo"))
@@ -77,14 +88,13 @@ def _read(seed: int | None, watch: bool, loading: Loading) -> None:
         print(f"Wrong in {wrong} of 36 cells.")
         return
     print("Right: every cell is as it was drawn.\n\nSolved by the other small model:", flush=True)
-    _solve(opening.open_model(replace(loading, model="demo")), console, [puzzle], seed, watch)
+    _solve(opening.open_model(replace(loading, model="demo")), console, puzzle, seed, watch)
 
 
 def _show(seed: int | None, watch: bool, loading: Loading) -> None:
     import numpy as np
 
     from mlx_diffgemma.cli import display, opening, output
-    from mlx_diffgemma.demo import sudoku
 
     if seed is None:
         seed = secrets.randbelow(2**16)
@@ -92,27 +102,66 @@ def _show(seed: int | None, watch: bool, loading: Loading) -> None:
     watch = output.can_draw(watch)
     opened = opening.open_model(loading)
     console = output.terminal()
-    print(f"Fresh 6×6 sudokus for a DiffusionGemma of 2.2 million parameters (seed {seed}).")
+    print(
+        f"A DiffusionGemma of 2.2 million parameters, and tasks that are new to it (seed {seed})."
+    )
     if watch:
         console.print("The draft, by how sure the model is:", display.legend())
-    print("\nOne puzzle:", flush=True)
-    _solve(opened, console, [sudoku.make_puzzle(rng)], seed, watch)
-    print("\nTwo puzzles in one prompt; the answer is longer than a canvas:", flush=True)
-    _solve(opened, console, [sudoku.make_puzzle(rng) for _ in range(2)], seed, watch)
+    perform(opened, console, rng, seed, watch)
+    print("\nmlx-diffgemma demo --web shows more of this, in the browser.")
 
 
-def _solve(
-    opened: Opened, console: Console, made: Sequence[Puzzle], seed: int, watch: bool
-) -> None:
+def perform(
+    opened: Opened, console: Console, rng: np.random.Generator, seed: int, watch: bool
+) -> list[bool]:
+    """Show each of the tasks, and say how it came out; whether each is right."""
+    from mlx_diffgemma.demo import sudoku
+
+    print("\nA puzzle, solved:", flush=True)
+    solved = _solve(opened, console, sudoku.make_puzzle(rng), seed, watch)
+    print("\nA grid with a wrong row, mended in place; all else is pinned:", flush=True)
+    mended = _mend(opened, console, rng, seed)
+    print("\nA template, filled from a list; its text is pinned:", flush=True)
+    return [solved, mended, _fill(opened, console, rng, seed)]
+
+
+def _open_page(loading: Loading) -> None:
+    """Serve the model at a free port and open the page in the browser, until Ctrl-C."""
+    import threading
+    import webbrowser
+    from importlib.util import find_spec
+
+    missing = [name for name in ("greenlet", "starlette", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"--web needs {', '.join(missing)}: pip install 'mlx-diffgemma[server]' brings it."
+        )
+    from mlx_diffgemma.cli.opening import open_model
+    from mlx_diffgemma.server import lifecycle
+    from mlx_diffgemma.server.app import create_app
+    from mlx_diffgemma.server.config import ServerSettings
+    from mlx_diffgemma.server.engine import Engine
+
+    settings = ServerSettings(port=0)
+    opened = open_model(loading)
+    sockets = lifecycle.listen(settings)
+    address = lifecycle.url(sockets)
+    app = create_app(Engine(opened.model, opened.tokenizer, name="demo"), settings)
+    print(f"{address} is the page; Ctrl-C ends it.", flush=True)
+    # A browser of the terminal would hold up whoever opens it.
+    threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+    lifecycle.run(app, sockets)
+
+
+def _solve(opened: Opened, console: Console, made: Puzzle, seed: int, watch: bool) -> bool:
     from mlx_diffgemma.cli import display, grid, output, report
     from mlx_diffgemma.cli.outcome import Outcome, pieces_of
     from mlx_diffgemma.demo import sudoku
     from mlx_diffgemma.generation import stream_generate
 
-    count = len(made)
-    prompt = sudoku.prompt(made)
-    puzzles, solutions = grid.grids(prompt), grid.grids(sudoku.answer(made))
-    console.print(grid.beside([grid.puzzle(puzzle) for puzzle in puzzles]))
+    prompt = sudoku.prompt([made])
+    (puzzle,), solution = grid.grids(prompt), made.solution.split("\n")
+    console.print(grid.puzzle(puzzle))
 
     def start(on_prefill: output.OnPrefill) -> Iterable[GenerationResponse]:
         return stream_generate(
@@ -131,25 +180,90 @@ def _solve(
         output.animate(start, drawing, outcome)
     else:
         output.collect(start, outcome)
-    answers = grid.grids(outcome.text)
-    if len(answers) == count and all(map(grid.is_grid, answers)):
-        console.print(grid.beside(list(map(grid.solved, answers, puzzles, solutions))))
-    else:
-        print(display.printable(outcome.text))
-    print(_verdict(answers, solutions))
+    right = _judge(console, outcome.text, puzzle, solution)
     print(report.effort(outcome))
+    return right
 
 
-def _verdict(answers: list[list[str]], solutions: list[list[str]]) -> str:
-    """Whether the answer is right, and where not."""
+def _mend(opened: Opened, console: Console, rng: np.random.Generator, seed: int) -> bool:
+    """Spoil a row of a grid, and let the model write it anew between the others."""
     from mlx_diffgemma.cli import grid
+    from mlx_diffgemma.demo import sudoku
+    from mlx_diffgemma.editing.edit import edit
 
-    if answers == solutions:
-        return "Right: every cell is as in the solution."
-    if len(answers) != len(solutions) or not all(map(grid.is_grid, answers)):
-        return "Wrong: that is not the shape of the answer."
-    counts = [grid.mistakes(*pair) for pair in zip(answers, solutions, strict=True)]
-    if len(counts) == 1:
-        return f"Wrong in {counts[0]} of 36 cells."
-    each = ("right" if not count else f"wrong in {count} of 36 cells" for count in counts)
-    return f"Wrong: {', '.join(f'grid {n} is {how}' for n, how in enumerate(each, 1))}."
+    solution = sudoku.make_puzzle(rng).solution.split("\n")
+    number = int(rng.integers(sudoku.SIDE))
+    wrong = solution[number]
+    while wrong == solution[number]:
+        wrong = "".join(rng.permutation(list(wrong)))
+    spoilt = [*solution[:number], wrong, *solution[number + 1 :]]
+    givens = [*solution[:number], sudoku.BLANK * sudoku.SIDE, *solution[number + 1 :]]
+    console.print(grid.solved(spoilt, givens, solution))
+    mended = edit(
+        opened.model,
+        opened.tokenizer,
+        "\n".join(spoilt),
+        "make it valid",
+        (number + 1, number + 1),
+        lengths=[sudoku.SIDE],
+        prompt=f"{sudoku.BARE_PROMPT}\n" + "\n".join(givens),
+        seed=seed,
+    )
+    print(f"Row {number + 1} was {wrong}.")
+    right = _judge(console, mended.text, givens, solution)
+    print(_passes(mended.passes))
+    return right
+
+
+def _fill(opened: Opened, console: Console, rng: np.random.Generator, seed: int) -> bool:
+    """Have a template filled from a list of words that are made up."""
+    from rich.text import Text
+
+    from mlx_diffgemma.cli.display import printable
+    from mlx_diffgemma.editing.fill import fill
+
+    words = {name: _word(rng) for name in ("thing", "town")}
+    listed = "\n".join(f"{name}: {word}" for name, word in zip("ab", words.values(), strict=True))
+    print(f"{_TEMPLATE}\n{listed}")
+    filled = fill(
+        opened.model,
+        opened.tokenizer,
+        _TEMPLATE,
+        prompt=f"fill\nyour {{a}} waits in {{b}}.\n{listed}",
+        seed=seed,
+    )
+    console.print(Text(printable(filled.text), "bold"))
+    wrong = [name for name, word in words.items() if filled.slots[name] != word]
+    if wrong:
+        verb = "differs" if len(wrong) == 1 else "differ"
+        print(f"Wrong: {' and '.join(wrong)} {verb} from the list.")
+    else:
+        print("Right: each slot holds its word of the list.")
+    print(_passes(filled.passes))
+    return not wrong
+
+
+def _judge(console: Console, text: str, givens: list[str], solution: list[str]) -> bool:
+    """Show an answer and say whether it is right, and where not."""
+    from mlx_diffgemma.cli import display, grid
+
+    answer = text.split("\n")
+    if not grid.is_grid(answer):
+        print(f"{display.printable(text)}\nWrong: that is not the shape of the answer.")
+        return False
+    console.print(grid.solved(answer, givens, solution))
+    wrong = grid.mistakes(answer, solution)
+    print(f"Wrong in {wrong} of 36 cells." if wrong else "Right: every cell is as in the solution.")
+    return not wrong
+
+
+def _word(rng: np.random.Generator) -> str:
+    """Two syllables that mean nothing."""
+    return "".join(
+        _CONSONANTS[rng.integers(len(_CONSONANTS))] + _VOWELS[rng.integers(len(_VOWELS))]
+        for _ in range(2)
+    )
+
+
+def _passes(count: int) -> str:
+    return f"{count} forward pass{'' if count == 1 else 'es'}"

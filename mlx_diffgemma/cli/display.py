@@ -161,8 +161,10 @@ class CanvasView:
             return Text(f"reading the prompt{progress}", "dim")
         parts = [f"canvas {response.canvas_index + 1}"]
         if response.canvas:
-            mean = sum(response.entropy) / len(response.entropy)
-            parts += [f"step {response.step}", f"mean entropy {mean:.3f}"]
+            parts.append(f"step {response.step}")
+            if any(response.entropy):  # servers do not say it
+                mean = sum(response.entropy) / len(response.entropy)
+                parts.append(f"mean entropy {mean:.3f}")
         parts.append(f"{response.generation_tokens} tokens committed")
         return Text(" · ".join(parts), "dim")
 

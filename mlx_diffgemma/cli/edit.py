@@ -10,7 +10,7 @@ import typer
 
 from mlx_diffgemma.cli import editing
 from mlx_diffgemma.cli.command import command
-from mlx_diffgemma.cli.settings import Loading
+from mlx_diffgemma.cli.settings import Loading, Reaching
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
 
@@ -51,6 +51,7 @@ def edit(
     prompt: editing.Instead = None,
     prompting: editing.Prompting,
     loading: Loading,
+    reaching: Reaching,
     denoising: editing.Denoised,
     showing: editing.Shown,
 ) -> None:
@@ -59,30 +60,55 @@ def edit(
     if force and not write:
         raise UsageError("--force is for --write: give both, or neither.")
     candidates = editing.read_lengths(lengths)
-    from mlx_diffgemma.cli import opening, output
-    from mlx_diffgemma.editing import edit as room
-    from mlx_diffgemma.editing.files import FileError, check_writable, read_text, replace_text
+    from mlx_diffgemma.cli import output, remote
+    from mlx_diffgemma.editing.files import (
+        FileError,
+        check_writable,
+        read_text,
+        replace_text,
+        unified_diff,
+    )
 
     text = read_text(file)
-    room.around_lines(text, span)
     if write and not force:
         check_writable(file)
-    opened = opening.open_model(loading)
-    with editing.drawn(opened, showing) as on_step:
-        done = room.edit(
-            opened.model,
-            opened.tokenizer,
-            text,
-            instruction,
-            span,
+    together = sorted({n for each in candidates for n in each}) or None
+    server = remote.find(reaching, loading, {"--raw": prompting.raw})
+    if server is not None:
+        done = server.edit(
+            "/v1/edit",
+            denoising,
+            prompting,
+            prompt,
+            together,
+            text=text,
+            instruction=instruction,
+            lines=list(span),
             strength=strength,
-            lengths=sorted({n for each in candidates for n in each}) or None,
-            prompt=prompt,
-            seed=denoising.seed,
-            prompt_settings=prompting.prompt_settings(),
-            config=denoising.config(opened.model),
-            on_step=on_step,
         )
+        name = server.name
+    else:
+        from mlx_diffgemma.cli import opening
+        from mlx_diffgemma.editing import edit as room
+
+        room.around_lines(text, span)
+        opened = opening.open_model(loading)
+        name = opened.name
+        with editing.drawn(opened, showing) as on_step:
+            done = room.edit(
+                opened.model,
+                opened.tokenizer,
+                text,
+                instruction,
+                span,
+                strength=strength,
+                lengths=together,
+                prompt=prompt,
+                seed=denoising.seed,
+                prompt_settings=prompting.prompt_settings(),
+                config=denoising.config(opened.model),
+                on_step=on_step,
+            )
     if write:
         if read_text(file) != text:
             raise FileError(
@@ -90,7 +116,7 @@ def edit(
             )
         for loss in replace_text(file, done.text, force=force):
             output.note(loss)
-    diff = done.diff(Path(file).name)
+    diff = unified_diff(text, done.text, Path(file).name)
     if showing.json:
         editing.write_json(
             diff=diff,
@@ -101,7 +127,7 @@ def edit(
             passes=done.passes,
             converged=done.converged,
             seed=done.seed,
-            model=opened.name,
+            model=name,
         )
         return
     _print_diff(diff)

@@ -8,7 +8,7 @@ import typer
 
 from mlx_diffgemma.cli import editing
 from mlx_diffgemma.cli.command import command
-from mlx_diffgemma.cli.settings import Loading
+from mlx_diffgemma.cli.settings import Loading, Reaching
 from mlx_diffgemma.settings import Setting
 
 
@@ -27,6 +27,7 @@ def fill(
     prompt: editing.Instead = None,
     prompting: editing.Prompting,
     loading: Loading,
+    reaching: Reaching,
     denoising: editing.Denoised,
     showing: editing.Shown,
 ) -> None:
@@ -36,24 +37,35 @@ def fill(
     """
     whole = editing.read_input(text, template, "template")
     candidates = editing.read_lengths(lengths)
-    from mlx_diffgemma.cli import opening
-    from mlx_diffgemma.editing import fill as room
-    from mlx_diffgemma.editing.template import parse_template
+    from mlx_diffgemma.cli import remote
 
-    parse_template(whole)
-    opened = opening.open_model(loading)
-    with editing.drawn(opened, showing) as on_step:
-        done = room.fill(
-            opened.model,
-            opened.tokenizer,
-            whole,
-            lengths=sorted({n for each in candidates for n in each}) or room.LENGTHS,
-            prompt=prompt,
-            seed=denoising.seed,
-            prompt_settings=prompting.prompt_settings(),
-            config=denoising.config(opened.model),
-            on_step=on_step,
+    together = sorted({n for each in candidates for n in each})
+    server = remote.find(reaching, loading, {"--raw": prompting.raw})
+    if server is not None:
+        done = server.edit(
+            "/v1/fill", denoising, prompting, prompt, together or None, template=whole
         )
+        name = server.name
+    else:
+        from mlx_diffgemma.cli import opening
+        from mlx_diffgemma.editing import fill as room
+        from mlx_diffgemma.editing.template import parse_template
+
+        parse_template(whole)
+        opened = opening.open_model(loading)
+        name = opened.name
+        with editing.drawn(opened, showing) as on_step:
+            done = room.fill(
+                opened.model,
+                opened.tokenizer,
+                whole,
+                lengths=together or room.LENGTHS,
+                prompt=prompt,
+                seed=denoising.seed,
+                prompt_settings=prompting.prompt_settings(),
+                config=denoising.config(opened.model),
+                on_step=on_step,
+            )
     if showing.json:
         editing.write_json(
             text=done.text,
@@ -63,7 +75,7 @@ def fill(
             passes=done.passes,
             converged=done.converged,
             seed=done.seed,
-            model=opened.name,
+            model=name,
         )
         return
     editing.write_exactly(done.text)

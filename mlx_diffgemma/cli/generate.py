@@ -8,7 +8,14 @@ import typer
 
 from mlx_diffgemma.cli import structured
 from mlx_diffgemma.cli.command import command
-from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Pictures, Showing
+from mlx_diffgemma.cli.settings import (
+    Asking,
+    Denoising,
+    Loading,
+    Pictures,
+    Reaching,
+    Showing,
+)
 from mlx_diffgemma.settings import Setting
 
 if TYPE_CHECKING:
@@ -47,6 +54,7 @@ def generate(
     pictures: Pictures,
     asking: Asking,
     loading: Loading,
+    reaching: Reaching,
     denoising: Denoising,
     showing: Showing,
 ) -> None:
@@ -66,26 +74,37 @@ def generate(
         prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
     text = read_prompt(prompt, raw=asking.raw)
     if constraint is not None:
-        structured.answer(text, constraint, asking, loading, denoising, showing, prompt_settings)
+        structured.answer(
+            text, constraint, asking, loading, reaching, denoising, showing, prompt_settings
+        )
     else:
-        _answer(text, asking, loading, denoising, showing, prompt_settings)
+        _answer(text, asking, loading, reaching, denoising, showing, prompt_settings)
 
 
 def _answer(
     prompt: str,
     asking: Asking,
     loading: Loading,
+    reaching: Reaching,
     denoising: Denoising,
     showing: Showing,
     prompt_settings: PromptSettings,
 ) -> None:
-    from mlx_diffgemma.cli import opening, output, report
+    from mlx_diffgemma.cli import opening, output, remote, remote_answers, report
     from mlx_diffgemma.cli.outcome import Outcome, pieces_of
 
-    opened = opening.open_to_ask(loading, asking, prompt)
-    from mlx_diffgemma.generation import stream_generate
+    server = remote.find(reaching, loading, remote.only_here(asking, prompt_settings))
+    if server is not None:
+        opened = opening.Opened(server.name, None, None, 0.0)
+    else:
+        opened = opening.open_to_ask(loading, asking, prompt)
 
     def start(on_prefill: OnPrefill) -> Iterator[GenerationResponse]:
+        if server is not None:
+            whole = prompt if asking.raw else [{"role": "user", "content": prompt}]
+            return server.generate(whole, prompt_settings, asking.stop, denoising)
+        from mlx_diffgemma.generation import stream_generate
+
         return stream_generate(
             opened.model,
             opened.tokenizer,
@@ -106,7 +125,8 @@ def _answer(
         return
     thoughts = output.thoughts(showing.show_thought, showing.hide_thought)
     if output.can_draw(showing.watch):
-        output.draw(start, pieces_of(opened.tokenizer), outcome, thoughts)
+        pieces = remote_answers.pieces if server is not None else pieces_of(opened.tokenizer)
+        output.draw(start, pieces, outcome, thoughts)
     else:
         output.stream(start, outcome, thoughts)
     for remark in report.remarks(outcome, GO_ON, MAKE_ROOM):

@@ -8,7 +8,7 @@ import typer
 
 from mlx_diffgemma.cli import editing
 from mlx_diffgemma.cli.command import command
-from mlx_diffgemma.cli.settings import Loading
+from mlx_diffgemma.cli.settings import Loading, Reaching
 from mlx_diffgemma.settings import Setting
 
 
@@ -33,6 +33,7 @@ def infill(
     prompt: editing.Instead = None,
     prompting: editing.Prompting,
     loading: Loading,
+    reaching: Reaching,
     denoising: editing.Denoised,
     showing: editing.Shown,
 ) -> None:
@@ -42,24 +43,36 @@ def infill(
     """
     whole = editing.read_input(text, file, "text")
     candidates = editing.read_lengths(lengths)
-    from mlx_diffgemma.cli import opening
-    from mlx_diffgemma.editing import infill as room
+    from mlx_diffgemma.cli import remote
 
-    room.split_at_holes(whole, hole)
-    opened = opening.open_model(loading)
-    with editing.drawn(opened, showing) as on_step:
-        done = room.infill(
-            opened.model,
-            opened.tokenizer,
-            whole,
-            hole=hole,
-            lengths=(candidates[0] if len(candidates) == 1 else candidates) or room.LENGTHS,
-            prompt=prompt,
-            seed=denoising.seed,
-            prompt_settings=prompting.prompt_settings(),
-            config=denoising.config(opened.model),
-            on_step=on_step,
+    only_here = {"--raw": prompting.raw, "--lengths for each hole": len(candidates) > 1}
+    server = remote.find(reaching, loading, only_here)
+    if server is not None:
+        lengths_for_all = candidates[0] if candidates else None
+        done = server.edit(
+            "/v1/infill", denoising, prompting, prompt, lengths_for_all, text=whole, hole=hole
         )
+        name = server.name
+    else:
+        from mlx_diffgemma.cli import opening
+        from mlx_diffgemma.editing import infill as room
+
+        room.split_at_holes(whole, hole)
+        opened = opening.open_model(loading)
+        name = opened.name
+        with editing.drawn(opened, showing) as on_step:
+            done = room.infill(
+                opened.model,
+                opened.tokenizer,
+                whole,
+                hole=hole,
+                lengths=(candidates[0] if len(candidates) == 1 else candidates) or room.LENGTHS,
+                prompt=prompt,
+                seed=denoising.seed,
+                prompt_settings=prompting.prompt_settings(),
+                config=denoising.config(opened.model),
+                on_step=on_step,
+            )
     if showing.json:
         editing.write_json(
             text=done.text,
@@ -68,7 +81,7 @@ def infill(
             passes=done.passes,
             converged=done.converged,
             seed=done.seed,
-            model=opened.name,
+            model=name,
         )
         return
     editing.write_exactly(done.text)

@@ -17,7 +17,7 @@ from mlx_diffgemma.cli.help_page import PLAIN, PlainCommand
 
 COMMANDS = (
     "generate", "chat", "infill", "edit", "fill", "decide", "serve", "demo", "train", "fuse",
-    "bench", "convert",
+    "tune", "bench", "convert",
 )  # fmt: skip
 """Each is the program `app` in the module of this name, or the function of this name there."""
 

@@ -59,10 +59,10 @@ def statistics(outcome: Outcome) -> str:
             f"{_count(last.generation_tokens, 'token')}, {last.generation_tps:.1f} tokens/s",
         ),
         ("denoising", effort(outcome)),
-        ("memory", f"{last.peak_memory:.2f} GB at the peak"),
+        ("memory", f"{last.peak_memory:.2f} GB at the peak" if last.peak_memory else ""),
         ("seed", str(last.seed)),
     )
-    return "\n".join(f"{name + ':':<12}{value}" for name, value in rows)
+    return "\n".join(f"{name + ':':<12}{value}" for name, value in rows if value)
 
 
 def summary(outcome: Outcome) -> str:

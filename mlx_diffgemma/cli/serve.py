@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from mlx_diffgemma.cli.command import command
+from mlx_diffgemma.cli.errors import INTERRUPTED
+from mlx_diffgemma.cli.remote import KEY, identity
 from mlx_diffgemma.cli.settings import DEFAULT_MODEL, Loading
 from mlx_diffgemma.errors import DiffGemmaError, UsageError
 from mlx_diffgemma.server.config import ServerSettings
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from mlx_diffgemma.server.app import Server
     from mlx_diffgemma.server.engine import Engine
 
-KEY = "MLX_DIFFGEMMA_API_KEY"
 _NEEDED = ("greenlet", "starlette", "uvicorn")
 _GB = 1e9
 _TICK = 0.25  # seconds
@@ -52,24 +53,33 @@ def serve(*, loading: Loading, settings: ServerSettings) -> None:
     sockets = lifecycle.listen(settings)
     logs.start()
     name = loading.model or DEFAULT_MODEL
-    app = create_app(lambda: _engine(loading, settings), settings, name=name)
+    app = create_app(lambda: _engine(loading, settings, server), settings, name=name)
     server: Server = app.state.server
     telling = _Telling(server, lifecycle.url(sockets), loading)
+    code = 0
     try:
         lifecycle.run(app, sockets, on_tick=telling.is_over)
-    finally:
-        if not server.ready and server.failure is None:
-            sys.stderr.flush()
-            os._exit(130)  # loading cannot be broken off
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     if server.failure is not None:
         raise server.failure
+    # All is done, or loading, which cannot be broken off; Python would tidy up for seconds.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
-def _engine(loading: Loading, settings: ServerSettings) -> Engine:
+def _engine(loading: Loading, settings: ServerSettings, server: Server) -> Engine:
     from mlx_diffgemma.cli.opening import open_model
+    from mlx_diffgemma.fitting import diffusion_config
     from mlx_diffgemma.server.engine import Engine, EngineSettings
 
     opened = open_model(loading)
+    server.about = {
+        "identity": identity(loading),
+        "max_tokens": diffusion_config(opened.model).max_tokens,
+        "canvas_length": opened.model.config.canvas_length,
+    }
     kept = settings.prefix_cache
     return Engine(
         opened.model,
@@ -110,6 +120,8 @@ class _Telling:
                 file=sys.stderr,
                 flush=True,
             )
+        if self._server.ready and self._server.engine.failure is not None:
+            self._server.failure = self._server.engine.failure
         return self._server.failure is not None
 
     def _progress(self) -> None:

@@ -59,6 +59,23 @@ class Loading:
 
 
 @dataclass(frozen=True)
+class Reaching:
+    """Whether a running server answers in the place of a model that is loaded."""
+
+    server: Annotated[
+        str | None,
+        Setting(
+            "URL of a server that answers, so that no model is loaded; one on this machine that "
+            "has the same model is found by itself.",
+            panel=_MODEL,
+        ),
+    ] = None
+    no_server: Annotated[bool, Setting("No use of a server that runs already.", panel=_MODEL)] = (
+        False
+    )
+
+
+@dataclass(frozen=True)
 class Asking:
     """How a prompt becomes token ids.
 
@@ -298,7 +315,8 @@ class Denoising:
     profile: Annotated[
         str | None,
         Setting(
-            f"Trade of fidelity for speed: {', '.join(PROFILES)}. 'exact' is the reference.",
+            f"Trade of fidelity for speed: {', '.join(PROFILES)}, or a file that `tune` wrote. "
+            "'exact' is the reference.",
             panel=_DENOISING,
             default=DEFAULT_PROFILE,
         ),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from mlx_diffgemma.cli import editing
-from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Showing, parsed
+from mlx_diffgemma.cli.settings import Asking, Denoising, Loading, Reaching, Showing, parsed
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
 from mlx_diffgemma.text.prompt_settings import PromptSettings
@@ -83,8 +83,74 @@ class Constraint:
     regex: str | None
     choices: tuple[str, ...] | None
 
+    def form(self) -> dict[str, Any] | None:
+        """The same as a server reads it; None where it cannot be said so."""
+        if self.regex is not None:
+            return {"type": "regex", "pattern": self.regex}
+        if isinstance(self.json_schema, dict):
+            described = {"name": "answer", "schema": self.json_schema}
+            return {"type": "json_schema", "json_schema": described}
+        return None
+
 
 def answer(
+    prompt: str,
+    constraint: Constraint,
+    asking: Asking,
+    loading: Loading,
+    reaching: Reaching,
+    denoising: Denoising,
+    showing: Showing,
+    prompt_settings: PromptSettings,
+) -> None:
+    """Write an answer that satisfies the constraint."""
+    from mlx_diffgemma.cli import output, remote
+
+    if asking.stop:
+        raise UsageError("--stop does not go with a constraint: drop one.")
+    if asking.prefill_response is not None:
+        raise UsageError("--prefill-response does not go with a constraint: drop one.")
+    form = constraint.form()
+    only_here = {
+        **remote.only_here(asking, prompt_settings),
+        "--raw": asking.raw,
+        "--validate": constraint.validate is not None,
+        "--choices": constraint.choices is not None,
+        "--json-schema with true or false": form is None and constraint.choices is None,
+    }
+    server = remote.find(reaching, loading, only_here)
+    if server is not None:
+        name = server.name
+        assert form is not None
+        done = server.generate_valid(prompt, form, prompt_settings, denoising)
+        tokens = done.generation_tokens
+    else:
+        name, done = _answer_here(
+            prompt, constraint, asking, loading, denoising, showing, prompt_settings
+        )
+        tokens = len(done.thought_tokens) + len(done.tokens)
+    if showing.json:
+        editing.write_json(
+            text=done.text,
+            thought=done.thought,
+            tokens=list(done.tokens),
+            entropy=list(done.entropy),
+            finish_reason="stop",
+            generation_tokens=tokens,
+            denoising_steps=list(done.denoising_steps),
+            passes=done.passes,
+            converged=done.converged,
+            seed=done.seed,
+            model=name,
+        )
+        return
+    thoughts = output.thoughts(showing.show_thought, showing.hide_thought)
+    output.note_thought(done.thought, thoughts)
+    output.write_line(done.text)
+    editing.note_effort(done.passes, done.seed, converged=done.converged)
+
+
+def _answer_here(
     prompt: str,
     constraint: Constraint,
     asking: Asking,
@@ -92,19 +158,15 @@ def answer(
     denoising: Denoising,
     showing: Showing,
     prompt_settings: PromptSettings,
-) -> None:
-    """Write an answer that satisfies the constraint."""
+) -> tuple[str, Any]:
+    """The name of the model that is loaded, and its answer."""
     from mlx_diffgemma.cli import opening, output
     from mlx_diffgemma.editing.structured import UnmetConstraintError, generate_structured
 
-    if asking.stop:
-        raise UsageError("--stop does not go with a constraint: drop one.")
-    if asking.prefill_response is not None:
-        raise UsageError("--prefill-response does not go with a constraint: drop one.")
     opened = opening.open_to_ask(loading, asking, prompt)
     try:
         with editing.drawn(opened, showing) as on_step:
-            done = generate_structured(
+            return opened.name, generate_structured(
                 opened.model,
                 opened.tokenizer,
                 prompt,
@@ -121,25 +183,6 @@ def answer(
     except UnmetConstraintError as error:
         output.note(f"by then was written: {error.partial}")
         raise
-    if showing.json:
-        editing.write_json(
-            text=done.text,
-            thought=done.thought,
-            tokens=list(done.tokens),
-            entropy=list(done.entropy),
-            finish_reason="stop",
-            generation_tokens=len(done.thought_tokens) + len(done.tokens),
-            denoising_steps=list(done.denoising_steps),
-            passes=done.passes,
-            converged=done.converged,
-            seed=done.seed,
-            model=opened.name,
-        )
-        return
-    thoughts = output.thoughts(showing.show_thought, showing.hide_thought)
-    output.note_thought(done.thought, thoughts)
-    output.write_line(done.text)
-    editing.note_effort(done.passes, done.seed, converged=done.converged)
 
 
 def _read_schema(path: str) -> Any:

@@ -130,6 +130,8 @@ class Canvas:
         done: whether it needs no further pass.
         converged: whether it is done for another reason than that its steps are used up.
         settled: what `settled_after` needs.
+        checks: how many times the encoder was asked about its draft.
+        checked: [C] the draft that the encoder refused last; None before.
     """
 
     settings: DiffusionConfig
@@ -153,6 +155,8 @@ class Canvas:
     done: bool = False
     converged: bool = False
     settled: Settled | None = None
+    checks: int = 0
+    checked: np.ndarray | None = None
 
     @classmethod
     def start(
@@ -226,6 +230,20 @@ class Canvas:
         """[C] the positions that decide when the canvas is done."""
         counted = np.ones(len(self), bool) if self.counted is None else self.counted
         return counted if self.layout is None else counted & self.layout.open
+
+
+def warmed(canvas: Canvas, noise: float) -> Canvas:
+    """A canvas before its first pass with the share `noise` of its tokens, at random places, put
+    back to noise; it enters the schedule at the step that matches."""
+    length, source = len(canvas), canvas.noise
+    order = mx.argsort(source.uniform(canvas.index, 0, length))
+    some = mx.argsort(order) < round(noise * length)
+    tokens = mx.where(some, source.initial(canvas.index, length, canvas.vocab), canvas.tokens)
+    return replace(
+        canvas,
+        tokens=tokens if canvas.layout is None else canvas.layout.pin(tokens),
+        first_step=canvas.settings.step_at(noise),
+    )
 
 
 def _checked(initial: Sequence[int], length: int, vocab: int) -> list[int]:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Annotated, Any
 
-from mlx_diffgemma.checks import check_flag, check_integer, check_number, overridden
+from mlx_diffgemma.checks import (
+    check_flag,
+    check_integer,
+    check_number,
+    check_share,
+    overridden,
+)
 from mlx_diffgemma.errors import ConfigError, UsageError
 from mlx_diffgemma.reading import Section, shown
 from mlx_diffgemma.settings import Setting
@@ -100,6 +107,77 @@ class DiffusionConfig:
             panel=_SPEED,
         ),
     ] = None
+    certain_below: Annotated[
+        float | None,
+        Setting(
+            "Nats of entropy summed over a canvas below which it is done at once, whatever changed "
+            "in its last step; never if left out.",
+            panel=_SPEED,
+        ),
+    ] = None
+    stable_after: Annotated[
+        int | None,
+        Setting(
+            "Number of previous steps with the same likeliest tokens after which a canvas is done "
+            "however unsure it is; never if left out.",
+            panel=_SPEED,
+        ),
+    ] = None
+    cooling_steps: Annotated[
+        int | None,
+        Setting(
+            "Steps over which the temperature falls, to stay as it is at their end; as many as "
+            "--steps if left out.",
+            panel=_SPEED,
+        ),
+    ] = None
+    late_bound: Annotated[
+        float | None,
+        Setting(
+            "Entropy bound in nats at the last of the steps over which the temperature falls; it "
+            "goes there from --entropy-bound in equal parts, and stays the same if left out.",
+            panel=_SPEED,
+        ),
+    ] = None
+    settled_bound: Annotated[
+        float | None,
+        Setting(
+            "Entropy bound in nats where the step before accepted the whole canvas; it goes there "
+            "from --entropy-bound with the share accepted, and stays the same if left out.",
+            panel=_SPEED,
+        ),
+    ] = None
+    run_entropy: Annotated[
+        float | None,
+        Setting(
+            "Nats of entropy below which a draw is accepted beside an accepted one, and so on "
+            "along the run; none is if left out.",
+            panel=_SPEED,
+        ),
+    ] = None
+    free_behind_eos: Annotated[
+        bool,
+        Setting(
+            "Draws behind the first certain end-of-text token accepted without a part of the "
+            "entropy bound.",
+            panel=_SPEED,
+        ),
+    ] = False
+    encoder_check: Annotated[
+        float | None,
+        Setting(
+            "Least probability that the encoder must give every token of a draft, for a canvas to "
+            "be done before the other rules say so; the encoder is not asked if left out.",
+            panel=_SPEED,
+        ),
+    ] = None
+    check_below: Annotated[
+        float,
+        Setting(
+            "Nats of entropy summed over a canvas below which --encoder-check asks the encoder.",
+            panel=_SPEED,
+        ),
+    ] = 1.0
     shrink_canvas: Annotated[
         bool, Setting("Canvas of no more tokens than --max-tokens leaves.", panel=_SPEED)
     ] = False
@@ -137,16 +215,22 @@ class DiffusionConfig:
         check_integer("stability_threshold", self.stability_threshold, 0)
         if self.canvas_length is not None:
             check_integer("canvas_length", self.canvas_length, 1)
-        for name in ("confident_after", "settled_after"):
+        for name in ("confident_after", "settled_after", "stable_after", "cooling_steps"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
-        if self.soft_cutoff is not None:
-            check_number("soft_cutoff", self.soft_cutoff, 0.0)
+        for name in ("soft_cutoff", "certain_below", "late_bound", "settled_bound", "run_entropy"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0.0)
+        if self.encoder_check is not None:
+            check_share("encoder_check", self.encoder_check)
+        check_number("check_below", self.check_below, 0.0)
         if self.sampler not in SAMPLERS:
             raise UsageError(
                 f"unknown sampler {shown(self.sampler)}; known are {', '.join(SAMPLERS)}."
             )
-        for name in ("draw_likeliest", "stop_at_eos", "shrink_canvas", "forbid_empty"):
+        for name in (
+            "draw_likeliest", "stop_at_eos", "shrink_canvas", "forbid_empty", "free_behind_eos",
+        ):  # fmt: skip
             check_flag(name, getattr(self, name))
         check_number("accept_threshold", self.accept_threshold, 0.0)
         if not isinstance(self.eos_token_ids, tuple):
@@ -165,10 +249,22 @@ class DiffusionConfig:
 
     def temperature(self, step: int) -> float:
         """Temperature of denoising step `step`, from 1 on: from `t_max` at the first to just above
-        `t_min` at the last, as the reference's `LinearTemperatureScheduleLogitsProcessor`, which
-        counts its steps down. Steps beyond the last are as warm as it."""
-        remaining = max(1, self.max_denoising_steps - step + 1)
-        return self.t_min + (self.t_max - self.t_min) * (remaining / self.max_denoising_steps)
+        `t_min` at the last of the steps over which it falls, as the reference's
+        `LinearTemperatureScheduleLogitsProcessor`, which counts its steps down. Steps beyond the
+        last are as warm as it."""
+        return self.t_min + (self.t_max - self.t_min) * self.warmth(step)
+
+    def warmth(self, step: int) -> float:
+        """The share of the schedule that is left at step `step`, from 1 on: 1 at the first, above
+        0 at the last and beyond."""
+        steps = self.cooling_steps or self.max_denoising_steps
+        return max(1, steps - step + 1) / steps
+
+    def step_at(self, noise: float) -> int:
+        """The step of the schedule, from 1, that a canvas enters of which the share `noise` is
+        noise: the one at which that share of the schedule is left."""
+        steps = self.cooling_steps or self.max_denoising_steps
+        return min(steps - ceil(noise * steps) + 1, steps, self.max_denoising_steps)
 
     def override(self, **settings: Any) -> DiffusionConfig:
         """A copy with the settings that are not None replaced.

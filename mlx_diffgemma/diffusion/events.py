@@ -45,7 +45,7 @@ class CanvasCommitted:
         canvas_index: which canvas of the sequence, from 0.
         tokens: what the sequence gained, cut at the first eos and at max_tokens; the eos itself is
             left out.
-        passes: forward passes that it took.
+        passes: forward passes that it took, the encoder's checks left out.
         converged: whether the canvas was done before its steps were used up.
         finish_reason: why the sequence ended here; None if it goes on.
         stop_token: the eos that ended it, or None.
@@ -71,13 +71,15 @@ class SequenceFailed:
 
 @dataclass(frozen=True)
 class Finished:
-    """Every sequence has ended: its tokens (eos left out), why, by which eos, and the forward
-    passes over each of its canvases that became text."""
+    """Every sequence has ended: its tokens (eos left out), why, by which eos, the forward passes
+    over each of its canvases that became text, and how many times a canvas went through the
+    encoder, to go on behind it or to check it."""
 
     tokens: tuple[tuple[int, ...], ...]
     finish_reasons: tuple[FinishReason | Literal["error"], ...]
     stop_tokens: tuple[int | None, ...]
     steps: tuple[tuple[int, ...], ...]
+    encodings: tuple[int, ...] = ()
 
 
 Event = PrefillProgress | DenoisingStep | CanvasCommitted | SequenceFailed | Finished

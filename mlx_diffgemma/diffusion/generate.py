@@ -8,11 +8,12 @@ from typing import Literal
 
 import mlx.core as mx
 
-from mlx_diffgemma.diffusion.canvas import Canvas
+from mlx_diffgemma.diffusion.canvas import Canvas, warmed
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.constraints import Layout, not_at_first, without
 from mlx_diffgemma.diffusion.denoiser import Denoiser, InFlight, denoise
 from mlx_diffgemma.diffusion.encode import encode
+from mlx_diffgemma.diffusion.encoder_check import check, worth_checking
 from mlx_diffgemma.diffusion.events import (
     CanvasCommitted,
     DenoisingStep,
@@ -44,6 +45,7 @@ class _Sequence:
     cache: PrefixCache
     tokens: list[int] = field(default_factory=list)
     passes: list[int] = field(default_factory=list)
+    encodings: int = 0
     reason: FinishReason | Literal["error"] | None = None
     stop_token: int | None = None
 
@@ -81,6 +83,7 @@ def generate_canvases(
     caches: Sequence[PrefixCache] | None = None,
     denoiser: Denoiser | None = None,
     initial_canvas: Sequence[Sequence[int]] | None = None,
+    initial_noise: float | None = None,
     constrain: Constrain | None = None,
     ends: Ends | None = None,
     prefill_step_size: int | None = None,
@@ -96,6 +99,8 @@ def generate_canvases(
             encoded again. None starts from nothing.
         denoiser: what runs the passes; None takes the model's own.
         initial_canvas: [B][C] token ids that the first canvases start from instead of noise.
+        initial_noise: the share of them that gives way to noise; the canvases then enter the
+            schedule at the matching step. None changes nothing, and enters at the first.
         constrain: what each canvas must hold.
         ends: ends a sequence for other reasons than an eos; no further canvas is made of it.
         marks: for each prompt, where to mark its prefix (see `encode`).
@@ -143,6 +148,8 @@ def generate_canvases(
             layout=layout,
             initial=first,
         )
+        if first is not None and initial_noise is not None:
+            started = warmed(started, initial_noise)
         return InFlight(started, sequence.cache.prefix)
 
     # 1. Encode the prompts.
@@ -161,13 +168,20 @@ def generate_canvases(
     committed: dict[int, CanvasCommitted] = {}
 
     def following(row: int, stepped: Canvas) -> InFlight | None:
-        sequence = sequences[row]
+        sequence, encoded = sequences[row], None
+        if worth_checking(stepped):
+            stepped, encoded = check(model, stepped, sequence.cache.prefix)
+            sequence.encodings += 1
         if not stepped.done:
             return InFlight(stepped, sequence.cache.prefix)
         committed[row] = sequence.commit(stepped, ends)
         if sequence.reason is not None:
             return None  # a finished sequence needs its last canvas encoded no more
-        extend(model, sequence.cache, stepped.draft.tolist())
+        if encoded is not None:
+            sequence.cache.prefix = encoded
+        else:
+            extend(model, sequence.cache, stepped.draft.tolist())
+            sequence.encodings += 1
         return canvas(sequence, stepped.index + 1)
 
     failures: list[SequenceFailed] = []
@@ -185,7 +199,7 @@ def generate_canvases(
             yield failures.pop(0)
         for row, each in stepped.items():
             yield DenoisingStep(row, each)
-            if each.done:
+            if row in committed:
                 yield committed.pop(row)
 
     yield Finished(
@@ -193,6 +207,7 @@ def generate_canvases(
         finish_reasons=tuple(each.reason or "length" for each in sequences),
         stop_tokens=tuple(each.stop_token for each in sequences),
         steps=tuple(tuple(each.passes) for each in sequences),
+        encodings=tuple(each.encodings for each in sequences),
     )
 
 

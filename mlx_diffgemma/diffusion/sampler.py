@@ -6,7 +6,7 @@ A sampler is a function of a prediction and the canvas that it is of. Letters: C
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -60,14 +60,60 @@ def propose(prediction: Prediction, canvas: Canvas) -> Proposal:
 
 def entropy_bound(prediction: Prediction, canvas: Canvas) -> Proposal:
     """The reference's sampler: accept what is nearly independent, renoise the rest, decide anew at
-    every step. Nothing is ever frozen; the draft is the argmax."""
+    every step. Nothing is ever frozen; the draft is the argmax. Settings that the reference does
+    not have move its bound (`bound_of`), leave what is behind an eos out of it and lengthen runs of
+    what is accepted."""
+    settings, entropy, noise = canvas.settings, prediction.entropy, _fresh(canvas)
+    if settings.free_behind_eos:
+        behind = behind_end(
+            prediction.argmax, entropy, settings.eos_token_ids, settings.eos_certainty
+        )
+        entropy = mx.where(behind, 0.0, entropy)
     tokens, accepted = accept_renoise(
-        prediction.entropy[None],
-        prediction.draw[None],
-        _fresh(canvas)[None],
-        canvas.settings.entropy_bound,
+        entropy[None], prediction.draw[None], noise[None], bound_of(canvas)
     )
-    return Proposal(tokens[0], accepted[0], prediction.argmax)
+    if settings.run_entropy is None:
+        return Proposal(tokens[0], accepted[0], prediction.argmax)
+    lengthened = along_runs(accepted[0], entropy < settings.run_entropy)
+    return Proposal(mx.where(lengthened, prediction.draw, noise), lengthened, prediction.argmax)
+
+
+def bound_of(canvas: Canvas) -> float:
+    """Nats of entropy that the next pass may accept: between `entropy_bound` and `late_bound` by
+    how far the schedule is, or `settled_bound` by how much of the canvas the last pass accepted."""
+    settings = canvas.settings
+    bound = settings.entropy_bound
+    if settings.late_bound is not None:
+        bound += (settings.late_bound - bound) * (1.0 - settings.warmth(canvas.step))
+    if settings.settled_bound is not None:
+        bound += (settings.settled_bound - bound) * float(canvas.accepted.mean())
+    return bound
+
+
+def behind_end(
+    draft: mx.array, entropy: mx.array, eos_token_ids: Sequence[int], certainty: float
+) -> mx.array:
+    """[C] which positions of a draft [C] stand behind its first eos, where that is certain, which
+    is to say of less than `certainty` nats."""
+    is_eos = mx.zeros(draft.shape, mx.bool_)
+    for token in eos_token_ids:
+        is_eos = is_eos | (draft == token)
+    ends = is_eos & (mx.cumsum(is_eos.astype(mx.int32)) == 1) & (entropy < certainty)
+    return mx.cumsum(ends.astype(mx.int32)) - ends.astype(mx.int32) > 0
+
+
+def along_runs(accepted: mx.array, sure: mx.array) -> mx.array:
+    """[C] what is accepted and all positions that are `sure` [C] and joined to it by such."""
+    places = mx.arange(accepted.shape[0])
+    open_to_runs = sure | accepted
+
+    def reached(accepted: mx.array, passable: mx.array) -> mx.array:
+        """Positions whose last accepted one to the left lies behind their last barrier."""
+        return mx.cummax(mx.where(accepted, places, -1)) > mx.cummax(mx.where(passable, -1, places))
+
+    return open_to_runs & (
+        reached(accepted, open_to_runs) | reached(accepted[::-1], open_to_runs[::-1])[::-1]
+    )
 
 
 def confidence_threshold(prediction: Prediction, canvas: Canvas) -> Proposal:

@@ -29,17 +29,31 @@ def as_shown(
     )
 
 
+def unsure(canvas: Canvas) -> float:
+    """Nats of entropy of the draft, summed over the positions that decide when the canvas is
+    done."""
+    _, entropy = as_shown(canvas.settings, canvas.draft, canvas.entropy)
+    return float(np.where(canvas.counts(), entropy, 0.0).sum(dtype=entropy.dtype))
+
+
 def has_converged(canvas: Canvas) -> bool:
     """Whether the draft equals that of the previous `stability_threshold` passes and its mean
-    entropy is below `confidence_threshold` (the reference's `StableAndConfidentStoppingCriteria`);
-    from pass `confident_after` on, the second alone is enough."""
-    settings, counted = canvas.settings, canvas.counts()
-    _, entropy = as_shown(settings, canvas.draft, canvas.entropy)
-    mean = float(np.where(counted, entropy, 0.0).sum(dtype=entropy.dtype))
-    if not mean / max(1, int(counted.sum())) < settings.confidence_threshold:
+    entropy is below `confidence_threshold` (the reference's `StableAndConfidentStoppingCriteria`).
+    One of them is enough in three cases: entropy that sums to less than `certain_below`, a draft
+    that equals that of the previous `stable_after` passes, and a mean entropy below the threshold
+    from pass `confident_after` on."""
+    settings, counted, total = canvas.settings, canvas.counts(), unsure(canvas)
+
+    def same_for(threshold: int) -> bool:
+        stable = canvas.unchanged >= threshold
+        return canvas.passes > threshold and bool((stable | ~counted).all())
+
+    if settings.certain_below is not None and total < settings.certain_below:
+        return True
+    if settings.stable_after is not None and same_for(settings.stable_after):
+        return True
+    if not total / max(1, int(counted.sum())) < settings.confidence_threshold:
         return False
     if settings.confident_after is not None and canvas.passes >= settings.confident_after:
         return True
-    enough = canvas.passes > settings.stability_threshold
-    stable = canvas.unchanged >= settings.stability_threshold
-    return enough and bool((stable | ~counted).all())
+    return same_for(settings.stability_threshold)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from secrets import token_hex
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mlx_diffgemma.server import asking
-from mlx_diffgemma.server.asking import Asked, Call, Ended, Piece, Started, Text, Thought
+from mlx_diffgemma.server.anthropic_replies import Reply
+from mlx_diffgemma.server.asking import Asked, Piece
 from mlx_diffgemma.server.fields import Fields
+from mlx_diffgemma.server.images import from_base64
+from mlx_diffgemma.server.knobs import ELSEWHERE, knobs
 from mlx_diffgemma.server.refusals import RefusedError
 from mlx_diffgemma.server.streams import named, read_json, sse
 
@@ -28,6 +30,7 @@ HARMLESS = (
 """Fields of a request that change nothing here: where it runs, what it costs, and what is cached,
 which the server decides by itself."""
 REFUSED = {
+    **ELSEWHERE,
     "container": "names a container, and this server runs none; leave it out.",
     "mcp_servers": "names servers of tools, and this server calls none; leave it out.",
 }
@@ -41,16 +44,21 @@ _KINDS = {
     404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
     503: "overloaded_error",
 }  # fmt: skip
+See: TypeAlias = "Callable[[str, str], dict[str, Any]]"
+"""From a picture in base64, and what an error calls it, to a part of a message."""
 _PING = named("ping", {"type": "ping"})
-_SIGNATURE = "unsigned"  # clients drop thoughts without a signature
 
 
 def routes(server: Server) -> list[Route]:
     """The routes of this protocol."""
 
+    def read(fields: Fields) -> tuple[Asked, Reply]:
+        see = partial(from_base64, server.engine, server.settings.max_image)
+        return _request(fields, server.engine.name, see)
+
     async def messages(request: Request) -> Response:
         fields = Fields(await read_json(request))
-        asked, reply = _request(fields, server.engine.name)
+        asked, reply = read(fields)
         headers = {"request-id": request.scope.get("request_id", ""), **fields.headers()}
         if fields.flag("stream"):
             events = _events(asking.answer(server.engine, asked), reply)
@@ -62,7 +70,7 @@ def routes(server: Server) -> list[Route]:
 
     async def count_tokens(request: Request) -> Response:
         fields = Fields({"max_tokens": 1, **await read_json(request)})
-        asked, _ = _request(fields, server.engine.name)
+        asked, _ = read(fields)
         count = await asking.count_tokens(server.engine, asked)
         return JSONResponse({"input_tokens": count}, headers=fields.headers())
 
@@ -89,12 +97,12 @@ def _failed(error: RefusedError) -> bytes:
 # From a request to what is asked.
 
 
-def _request(fields: Fields, model: str) -> tuple[Asked, Reply]:
+def _request(fields: Fields, model: str, see: See) -> tuple[Asked, Reply]:
     fields.text("model", required=True)
     fields.flag("stream")
     thinking, shown = _thinking(fields)
     choice, single = _tool_choice(fields)
-    messages, prefill = _messages(fields)
+    messages, prefill = _messages(fields, see)
     asked = Asked(
         messages=messages,
         prefill=prefill,
@@ -104,8 +112,10 @@ def _request(fields: Fields, model: str) -> tuple[Asked, Reply]:
         json_schema=_schema(fields),
         max_tokens=fields.integer("max_tokens", 1, required=True),
         temperature=fields.number("temperature", 0.0),
+        seed=fields.integer("seed", 0),
         stop=fields.texts("stop_sequences"),
         thinking=thinking,
+        **knobs(fields),
     )
     fields.settle(REFUSED, HARMLESS)
     return asked, Reply(model, shows_thoughts=shown, single=single)
@@ -177,14 +187,14 @@ def _system(fields: Fields) -> str | None:
     return "\n".join(map(_text, blocks)) or None
 
 
-def _messages(fields: Fields) -> tuple[list[dict[str, Any]], str | None]:
+def _messages(fields: Fields, see: See) -> tuple[list[dict[str, Any]], str | None]:
     """The conversation in the library's form, and how the answer begins."""
     messages: list[dict[str, Any]] = []
     names: dict[str, str] = {}
     given = fields.objects("messages", required=True)
     for message in given:
         role = message.choice("role", ("user", "assistant", "system"), required=True)
-        read = _turn(message, str(role), names)
+        read = _turn(message, str(role), names, see)
         message.settle({})
         if read and messages and _joins(messages[-1], read[0]):
             messages[-1] = _joined(messages[-1], read.pop(0))
@@ -196,7 +206,7 @@ def _messages(fields: Fields) -> tuple[list[dict[str, Any]], str | None]:
     last, own = messages.pop(), given[-1]
     if last.get("tool_calls"):
         raise own.refused("content", "ends with a call of a tool; give the tool's result.")
-    prefill = last.get("content") or ""
+    prefill = str(last.get("content") or "")
     if not prefill.strip():
         raise own.refused("content", "is the beginning of the answer, and blank; leave it out.")
     if not messages:
@@ -210,21 +220,35 @@ def _joins(before: Mapping[str, Any], message: Mapping[str, Any]) -> bool:
 
 
 def _joined(before: dict[str, Any], message: dict[str, Any]) -> dict[str, Any]:
-    both = {**before, **message}
-    for key in ("content", "reasoning_content"):
-        texts = [each[key] for each in (before, message) if each.get(key)]
-        if texts:
-            both[key] = "\n".join(texts)
+    parts = [part for each in (before, message) for part in _parts(each.get("content", ""))]
+    both = {**before, **message, "content": _content(parts)}
+    thoughts = [
+        each["reasoning_content"] for each in (before, message) if each.get("reasoning_content")
+    ]
     calls = [*before.get("tool_calls", ()), *message.get("tool_calls", ())]
-    return {**both, "tool_calls": calls} if calls else both
+    both |= {"reasoning_content": "\n".join(thoughts)} if thoughts else {}
+    return both | ({"tool_calls": calls} if calls else {})
 
 
-def _turn(message: Fields, role: str, names: dict[str, str]) -> list[dict[str, Any]]:
+def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if isinstance(content, list):
+        return content
+    return [{"type": "text", "text": content}] if content else []
+
+
+def _content(parts: Sequence[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """The parts of a message, as one text where they are texts."""
+    if all(part["type"] == "text" for part in parts):
+        return "\n".join(part["text"] for part in parts)
+    return list(parts)
+
+
+def _turn(message: Fields, role: str, names: dict[str, str], see: See) -> list[dict[str, Any]]:
     """One message in the library's form, the results of tools before what else it says. `names`
     keeps the names of calls by their ids."""
     if isinstance(message.data.get("content"), str):
         return [{"role": role, "content": message.text("content")}]
-    texts: list[str] = []
+    parts: list[dict[str, Any]] = []
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
@@ -248,18 +272,30 @@ def _turn(message: Fields, role: str, names: dict[str, str]) -> list[dict[str, A
             block.get("signature")
         elif kind == "redacted_thinking" and role == "assistant":
             block.get("data")
+        elif kind == "image" and role == "user":
+            parts.append(_image(block, see))
         else:
-            texts.append(_text(block))
+            parts += _parts(_text(block))
             continue
         block.settle({}, _HARMLESS_IN_BLOCKS)
-    if not texts and not calls and (results or not thoughts):
+    if not parts and not calls and (results or not thoughts):
         return results
-    turn: dict[str, Any] = {"role": role, "content": "\n".join(texts)}
+    turn: dict[str, Any] = {"role": role, "content": _content(parts)}
     if thoughts:
         turn["reasoning_content"] = "\n".join(thoughts)
     if calls:
         turn["tool_calls"] = calls
     return [*results, turn]
+
+
+def _image(block: Fields, see: See) -> dict[str, Any]:
+    source = block.within("source", required=True)
+    assert source is not None
+    kind = source.text("type", required=True)
+    if kind != "base64":
+        raise source.refused("type", f"'{kind:.40}' is not opened; send the picture in base64.")
+    source.get("media_type")
+    return see(str(source.text("data", required=True)), source.name("data"))
 
 
 def _result(block: Fields) -> str:
@@ -301,148 +337,8 @@ def _document(block: Fields) -> str:
     raise source.refused("type", f"'{kind:.40}' cannot be read here; give the document's text.")
 
 
-# From pieces to a message.
-
-
-class Reply:
-    """A message while it is written.
-
-    Args:
-        model: the name of the model that answers.
-        shows_thoughts: whether thoughts are told, or only that there were some.
-        single: whether only the first call of a tool is told.
-
-    Attributes:
-        message: what there is of it so far.
-    """
-
-    def __init__(self, model: str, *, shows_thoughts: bool = True, single: bool = False) -> None:
-        self._shows_thoughts, self._single = shows_thoughts, single
-        self._open = False  # whether the last block goes on
-        self._called = False
-        self.message: dict[str, Any] = {
-            "id": f"msg_{token_hex(12)}",
-            "type": "message",
-            "role": "assistant",
-            "model": model,
-            "content": [],
-            "stop_reason": None,
-            "stop_sequence": None,
-            "stop_details": None,
-            "container": None,
-            "diagnostics": None,
-            "usage": {
-                "input_tokens": 0,
-                "output_tokens": 0,
-                "cache_read_input_tokens": 0,
-                "cache_creation_input_tokens": 0,
-                "cache_creation": None,
-                "output_tokens_details": None,
-                "server_tool_use": None,
-                "inference_geo": None,
-                "service_tier": "standard",
-                "speed": None,
-            },
-        }
-
-    def add(self, piece: Piece) -> list[dict[str, Any]]:
-        """Take in a piece of the answer; the events that tell it."""
-        if self._single and self._called and not isinstance(piece, Ended):
-            return []
-        if isinstance(piece, Started):
-            self._count(piece)
-            return [{"type": "message_start", "message": _copied(self.message)}]
-        if isinstance(piece, Text) and piece.text:
-            return self._grow("text", "text", piece.text)
-        if isinstance(piece, Thought):
-            return self._grow("thinking", "thinking", piece.text if self._shows_thoughts else "")
-        if isinstance(piece, Call):
-            return self._call(piece)
-        if isinstance(piece, Ended):
-            return self._end(piece)
-        return []
-
-    def _grow(self, kind: str, key: str, text: str) -> list[dict[str, Any]]:
-        content, events = self.message["content"], []
-        if not self._open or content[-1]["type"] != kind:
-            more = {"signature": ""} if kind == "thinking" else {"citations": None}
-            events = [*self._close(), self._begin({"type": kind, key: "", **more})]
-        content[-1][key] += text
-        return [*events, self._delta({"type": f"{kind}_delta", key: text})] if text else events
-
-    def _call(self, piece: Call) -> list[dict[str, Any]]:
-        self._called = True
-        block = {"type": "tool_use", "id": piece.id, "name": piece.name, "input": {}}
-        events = [*self._close(), self._begin({**block, "caller": {"type": "direct"}})]
-        self.message["content"][-1]["input"] = piece.arguments
-        said = json.dumps(piece.arguments, ensure_ascii=False)
-        delta = self._delta({"type": "input_json_delta", "partial_json": said})
-        return [*events, delta, *self._close()]
-
-    def _end(self, piece: Ended) -> list[dict[str, Any]]:
-        events = self._close()
-        self._count(piece)
-        usage = self.message["usage"]
-        usage["output_tokens"] = piece.completion_tokens
-        usage["output_tokens_details"] = {"thinking_tokens": piece.thought_tokens}
-        end = {"stop_reason": _stop_reason(piece), "stop_sequence": piece.stop_string}
-        self.message |= end
-        delta = {**end, "stop_details": None, "container": None}
-        told = (
-            "input_tokens", "output_tokens", "cache_read_input_tokens",
-            "cache_creation_input_tokens", "output_tokens_details", "server_tool_use",
-        )  # fmt: skip
-        counts = {key: usage[key] for key in told}
-        return [
-            *events,
-            {"type": "message_delta", "delta": delta, "usage": counts},
-            {"type": "message_stop"},
-        ]
-
-    def _count(self, piece: Started | Ended) -> None:
-        """Input tokens are those that had to be read; those known from before stand beside them."""
-        usage = self.message["usage"]
-        usage["cache_read_input_tokens"] = piece.cached_tokens
-        usage["input_tokens"] = piece.prompt_tokens - piece.cached_tokens
-
-    def _begin(self, block: dict[str, Any]) -> dict[str, Any]:
-        self.message["content"].append(block)
-        self._open = True
-        return {"type": "content_block_start", "index": self._index, "content_block": dict(block)}
-
-    def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
-        return {"type": "content_block_delta", "index": self._index, "delta": delta}
-
-    def _close(self) -> list[dict[str, Any]]:
-        if not self._open:
-            return []
-        self._open = False
-        events = []
-        last = self.message["content"][-1]
-        if last["type"] == "thinking":
-            last["signature"] = _SIGNATURE
-            events = [self._delta({"type": "signature_delta", "signature": _SIGNATURE})]
-        return [*events, {"type": "content_block_stop", "index": self._index}]
-
-    @property
-    def _index(self) -> int:
-        return len(self.message["content"]) - 1
-
-
-def _stop_reason(piece: Ended) -> str:
-    if piece.reason == "tool_calls":
-        return "tool_use"
-    if piece.reason == "length":
-        return "model_context_window_exceeded" if piece.context_full else "max_tokens"
-    return "end_turn" if piece.stop_string is None else "stop_sequence"
-
-
-def _copied(message: Mapping[str, Any]) -> dict[str, Any]:
-    return {**message, "content": [], "usage": dict(message["usage"])}
-
-
-async def _events(pieces: AsyncIterator[Piece], reply: Reply) -> AsyncIterator[bytes]:
-    async with aclosing(pieces) as open_pieces:  # type: ignore[type-var]
+async def _events(pieces: AsyncGenerator[Piece, None], reply: Reply) -> AsyncIterator[bytes]:
+    async with aclosing(pieces) as open_pieces:
         async for piece in open_pieces:
             for event in reply.add(piece):
                 yield named(event["type"], event)

@@ -10,7 +10,6 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -31,7 +30,7 @@ from mlx_diffgemma.server.streams import Lifeline, Streaming
 if TYPE_CHECKING:
     from mlx_diffgemma.server.engine import Engine
 
-PROTOCOLS = ("openai", "mercury", "canvas", "anthropic", "ollama", "decisions")
+PROTOCOLS = ("openai", "mercury", "canvas", "anthropic", "ollama", "decisions", "page")
 """Modules of this room, each with `routes(server) -> list[Route]` and `error`, a `Shape`."""
 
 _STOPPING_SECONDS = 1.0  # for the engine to cancel what still runs
@@ -49,6 +48,7 @@ class Server:
         settings: the server's.
         metrics: counts of what was asked.
         name: what the model is called while it is not there yet.
+        about: what `/health` says besides, set by what loads the model.
         failure: why the model could not be loaded, or None.
     """
 
@@ -57,11 +57,12 @@ class Server:
     ) -> None:
         self.settings, self.name = settings, name
         self.metrics = metrics.Metrics()
+        self.about: dict[str, Any] = {}
         self.failure: BaseException | None = None
         self._load = load
         self._engine: Engine | None = None
         self._started = time.monotonic()
-        self._loading = threading.Thread(target=self._open, name="loading", daemon=True)
+        self._loading = threading.Thread(target=self.open, name="loading", daemon=True)
         self._shapes: list[tuple[Route, Shape]] = []
 
     @property
@@ -107,7 +108,8 @@ class Server:
             self._shapes.append((made[-1], shape))
         return made
 
-    def _open(self) -> None:
+    def open(self) -> None:
+        """Load the model, in the thread that calls this; `failure` says why that did not work."""
         try:
             self._engine = self._load()
             self.name = self._engine.name
@@ -122,6 +124,7 @@ class Server:
         told: dict[str, Any] = {"status": state, "model": self.name, "version": __version__}
         if engine is not None:
             told |= {
+                **self.about,
                 "context": engine.context,
                 "running": engine.counters.running,
                 "waiting": engine.counters.waiting,
@@ -156,10 +159,10 @@ def create_app(
     settings = settings or ServerSettings()
     server = Server(engine if callable(engine) else lambda: engine, settings, name=name)
     if not callable(engine):
-        server._open()
+        server.open()
     if protocols is None:
         names = [f"mlx_diffgemma.server.{each}" for each in PROTOCOLS]
-        protocols = [import_module(name) for name in names if find_spec(name)]
+        protocols = [import_module(name) for name in names]
     routes = [
         *server.guarded([Route("/health", server.health)], _plain),
         *server.guarded([Route("/metrics", server.show_metrics)], _plain),

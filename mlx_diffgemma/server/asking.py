@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from mlx_diffgemma.diffusion.generate import reserved
+from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.server.engine import Engine
 from mlx_diffgemma.server.jobs import Ticket
 from mlx_diffgemma.server.pieces import (
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 
-async def answer(engine: Engine, *asked: Asked) -> AsyncIterator[Piece]:
+async def answer(engine: Engine, *asked: Asked) -> AsyncGenerator[Piece, None]:
     """The pieces of all answers as they come. Those of the first request have the indices from 0
     to n − 1, and those of each further one go on from there. Close the iterator (`aclosing`) to
     cancel what still runs.
@@ -46,11 +47,17 @@ async def answer(engine: Engine, *asked: Asked) -> AsyncIterator[Piece]:
     Each answer is what its seed gives alone: of free text, what `stream_generate` gives.
 
     Raises:
-        UsageError, PromptError, RefusedError: a request is malformed or contradicts itself.
+        UsageError, PromptError, RefusedError: a request is malformed or contradicts itself, or the
+            form that was asked for could not be kept (422).
         MemoryShortageError, QueueFullError: it does not fit, or not now.
-        UnmetConstraintError: the form that was asked for could not be kept.
         NumericalError: the model returned values that are not finite.
     """
+    answers = sum(each.n for each in asked)
+    if answers > engine.settings.queue:
+        raise UsageError(
+            f"{answers} answers are asked for, and {engine.settings.queue} requests may wait; ask "
+            "for fewer at a time."
+        )
     prepared = [await asyncio.to_thread(prepare, engine, each) for each in asked]
     tickets: list[Ticket] = []
     try:

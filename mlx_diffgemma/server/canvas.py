@@ -12,19 +12,21 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.editing.edit import edit
 from mlx_diffgemma.editing.fill import fill
 from mlx_diffgemma.editing.gaps import Filled
 from mlx_diffgemma.editing.infill import HOLE, LENGTHS, infill
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.generation import configured
 from mlx_diffgemma.server.canvases import CanvasAsked, Change, canvas_work
 from mlx_diffgemma.server.engine import Engine
 from mlx_diffgemma.server.fields import Fields
 from mlx_diffgemma.server.jobs import Seat
 from mlx_diffgemma.server.knobs import knobs
-from mlx_diffgemma.server.openai import HARMLESS, error
+from mlx_diffgemma.server.openai import HARMLESS, error, messages_of
 from mlx_diffgemma.server.pieces import Asked
-from mlx_diffgemma.server.preparing import Prepared, at_temperature, prepare
+from mlx_diffgemma.server.preparing import Prepared, at_temperature, count, prepare
 from mlx_diffgemma.server.streams import read_json, sse
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ __all__ = ["error", "routes"]
 
 _MOST_CHANGES = 256
 _MOST_TOP = 64
+_MOST_WANTED = 1024
 
 
 def routes(server: Server) -> list[Route]:
@@ -88,20 +91,20 @@ def routes(server: Server) -> list[Route]:
 
     async def canvas(request: Request) -> Response:
         fields = Fields(await read_json(request))
-        asked = await _canvas(server.engine, fields)
+        asked = await _canvas(server.engine, fields, server.settings.max_image)
         reads, streamed = fields.flag("diffusion_read_only"), fields.flag("stream")
         if fields.flag("diffusion_frames", streamed) and not streamed:
             raise fields.refused("diffusion_frames", "goes with stream; set that to true.")
         asked = replace(asked, reads=reads, frames=streamed and not reads)
         fields.settle({}, HARMLESS)
-        ticket = _submit(server.engine, asked)
         if streamed:
-            return sse(_events(ticket), headers=fields.headers())
-        return JSONResponse(await _last(ticket), headers=fields.headers())
+            return sse(_events(server.engine, asked), headers=fields.headers())
+        found = await _last(_submit(server.engine, asked))
+        return JSONResponse(found, headers=fields.headers())
 
     async def alternatives(request: Request) -> Response:
         fields = Fields(await read_json(request))
-        asked = await _canvas(server.engine, fields)
+        asked = await _canvas(server.engine, fields, server.settings.max_image)
         at = fields.integer("step", 1, required=True) or 1
         place = fields.integer("position", 0)
         places = range(asked.length) if place is None else [place]
@@ -153,18 +156,15 @@ async def _run(
         usage = {"prompt_tokens": seat.prompt_tokens, "prompt_tokens_details": known}
         yield {"object": kind, "model": engine.name, **found, "usage": usage}
 
-    text = sum(len(value) for value in fields.data.values() if isinstance(value, str))
-    ticket = engine.submit(work, prompt_tokens=min(text, engine.context), answer_tokens=1)
+    texts = [value for value in fields.data.values() if isinstance(value, str)]
+    tokens = await asyncio.to_thread(count, engine, Asked(prompt="\n".join(texts)))
+    ticket = engine.submit(work, prompt_tokens=2 * tokens, answer_tokens=1)
     return JSONResponse(await _last(ticket), headers=fields.headers())
 
 
 def _config(engine: Engine, how: dict[str, Any], temperature: float | None) -> DiffusionConfig:
-    from mlx_diffgemma.diffusion.profiles import DEFAULT
-    from mlx_diffgemma.generation import configured
-
-    config = configured(
-        engine.model, engine.tokenizer, how["profile"] or DEFAULT, **how["settings"]
-    )
+    profile, settings = how["profile"] or DEFAULT_PROFILE, how["settings"]
+    config = configured(engine.model, engine.tokenizer, profile, **settings)
     return at_temperature(config, temperature)
 
 
@@ -191,7 +191,8 @@ def _filled(found: Filled) -> dict[str, Any]:
 
 
 def _figures(found: Any) -> dict[str, Any]:
-    return {"cut": found.cut, "passes": found.passes, "seed": found.seed}
+    told = {"cut": found.cut, "passes": found.passes}
+    return {**told, "converged": found.converged, "seed": found.seed}
 
 
 def _is_integer(value: Any) -> bool:
@@ -201,12 +202,13 @@ def _is_integer(value: Any) -> bool:
 # One canvas.
 
 
-async def _canvas(engine: Engine, fields: Fields) -> CanvasAsked:
+async def _canvas(engine: Engine, fields: Fields, most: int) -> CanvasAsked:
     """A canvas as both of its routes ask for it."""
     fields.text("model")
-    messages, prompt = fields.get("messages"), fields.get("prompt")
-    if messages is not None and not isinstance(messages, list):
-        raise fields.refused("messages", "must be a list.")
+    prompt = fields.get("prompt")
+    if prompt is not None and fields.get("messages") is not None:
+        raise fields.refused("messages", "and a prompt are given; leave one of them out.")
+    messages = None if prompt is not None else messages_of(fields, engine, most)
     if prompt is not None and not isinstance(prompt, (str, list)):
         raise fields.refused("prompt", "must be a text, or token ids.")
     asked = Asked(
@@ -230,7 +232,9 @@ async def _canvas(engine: Engine, fields: Fields) -> CanvasAsked:
         if initial is None:
             raise fields.refused("diffusion_pinned", "needs diffusion_seed_canvas.")
         pins.setdefault(place, initial[place])
-    wanted = _ids(fields, "logprob_token_ids", vocab) or ()
+    wanted = tuple(dict.fromkeys(_ids(fields, "logprob_token_ids", vocab) or ()))
+    if len(wanted) > _MOST_WANTED:
+        raise fields.refused("logprob_token_ids", f"are more than {_MOST_WANTED}.")
     constrained = fields.flag("diffusion_constrained")
     if constrained and not wanted:
         raise fields.refused("diffusion_constrained", "needs logprob_token_ids.")
@@ -321,8 +325,8 @@ async def _last(ticket: Any) -> dict[str, Any]:
     return found
 
 
-async def _events(ticket: Any) -> AsyncIterator[dict[str, Any] | str]:
-    async with ticket:
+async def _events(engine: Engine, asked: CanvasAsked) -> AsyncIterator[dict[str, Any] | str]:
+    async with _submit(engine, asked) as ticket:
         async for value in ticket:
             yield value
     yield "[DONE]"

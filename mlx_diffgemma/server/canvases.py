@@ -109,7 +109,8 @@ class _Run:
         elif asked.reads:
             most = asked.config.max_denoising_steps - 1
         if most is None or most > 0:
-            for canvas in self._stepped(canvas, prefix, most):
+            for stepped in self._stepped(canvas, prefix, most):
+                canvas = stepped
                 if asked.frames and self.seat.backlog < _BEHIND:
                     yield {"type": "diffusion_frame", **self._frame(canvas)}
         if asked.look:
@@ -187,13 +188,13 @@ class _Run:
         return replace(canvas.under(self._layout(tokens)), done=False, converged=False)
 
     def _frame(self, canvas: Canvas) -> dict[str, Any]:
-        ids = canvas.draft.tolist()
         known = canvas.passes > 0
+        ids = np.array(canvas.draft if known else canvas.tokens).tolist()
         return {
             "step": canvas.passes,
             "total": canvas.settings.max_denoising_steps,
-            "ids": ids if known else canvas.tokens.tolist(),
-            **self._texts(ids if known else canvas.tokens.tolist()),
+            "ids": ids,
+            **self._texts(ids),
             "entropy": canvas.entropy.tolist() if known else None,
             "probability": canvas.probability.tolist() if known else None,
             "accepted": canvas.accepted.tolist(),

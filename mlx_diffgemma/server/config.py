@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.reading import shown
 from mlx_diffgemma.settings import Setting
 
 DEFAULT_PORT = 8080
@@ -79,10 +80,11 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
-            raise UsageError(f"--port must be between 0 and 65535, not {self.port}.")
+            raise UsageError(f"--port must be between 0 and 65535, not {shown(self.port)}.")
         if self.prefix_cache is not None and not 0 <= self.prefix_cache < 1e6:
             raise UsageError(f"--prefix-cache must be a size in GB, not {self.prefix_cache:g}.")
         for name in _FROM_ONE:
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} must be at least 1, not {getattr(self, name)}.")
+                found = shown(getattr(self, name))
+                raise UsageError(f"--{flag} must be at least 1, not {found}.")

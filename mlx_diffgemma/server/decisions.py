@@ -15,6 +15,7 @@ from mlx_diffgemma.editing.beliefs import Answer, Decisions
 from mlx_diffgemma.editing.decide import decide
 from mlx_diffgemma.editing.questions import Question, listing, read_questions, state_text
 from mlx_diffgemma.server.fields import Fields
+from mlx_diffgemma.server.preparing import tokenizer_of
 from mlx_diffgemma.server.refusals import RefusedError
 from mlx_diffgemma.server.streams import read_json
 from mlx_diffgemma.text.tokenizer import hf_tokenizer
@@ -115,7 +116,7 @@ def _length(engine: Engine, state: Any, questions: Sequence[Question]) -> int:
     labels = [list(question.options) for question in questions]
     text = f"{state_text(state)}\n\n{listing(questions, labels)}"
     with engine.tokenizing:
-        return len(hf_tokenizer(engine.tokenizer).encode(text, add_special_tokens=False))
+        return len(hf_tokenizer(tokenizer_of(engine)).encode(text, add_special_tokens=False))
 
 
 def _plain(answer: Answer) -> dict[str, Any]:

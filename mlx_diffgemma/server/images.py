@@ -46,10 +46,19 @@ def from_url(engine: Engine, url: str, most: int, where: str) -> dict[str, Any]:
             "address is opened.",
             where,
         )
-    if (len(url) - start.end()) * 3 // 4 > most + 3:
+    return from_base64(engine, most, url[start.end() :], where)
+
+
+def from_base64(engine: Engine, most: int, encoded: str, where: str) -> dict[str, Any]:
+    """A part of a message that shows a picture of at most `most` bytes, given in base64.
+
+    Raises:
+        RefusedError: it is damaged, too large, or cannot be read.
+    """
+    if len(encoded) * 3 // 4 > most + 3:
         raise RefusedError(400, f"{where} has more than {most} bytes; make it smaller.", where)
     try:
-        data = base64.b64decode(url[start.end() :], validate=True)
+        data = base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError):
         raise RefusedError(400, f"{where} is no base64; encode the picture again.", where) from None
     return picture(engine, data, where)

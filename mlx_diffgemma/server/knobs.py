@@ -9,6 +9,8 @@ from mlx_diffgemma.diffusion.profiles import PROFILES
 from mlx_diffgemma.server.fields import Fields
 from mlx_diffgemma.settings import settings_of
 
+MOST_STEPS = 4096
+"""Denoising steps of one canvas that a request may ask for."""
 _PREFIX = "diffusion_"
 _NAMES = {f"{_PREFIX}{name}": name for name in settings_of(DiffusionConfig) if name != "max_tokens"}
 _NAMES[f"{_PREFIX}max_steps"] = "max_denoising_steps"
@@ -27,4 +29,6 @@ def knobs(fields: Fields) -> dict[str, Any]:
         value = fields.get(key)
         if value is not None:
             settings[name] = value
+            if name == "max_denoising_steps" and isinstance(value, int) and value > MOST_STEPS:
+                raise fields.refused(key, f"must be {MOST_STEPS} at most.")
     return {"settings": settings, "profile": fields.choice(f"{_PREFIX}profile", PROFILES)}

@@ -18,11 +18,12 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlx_diffgemma.errors import DiffGemmaError, UsageError
+from mlx_diffgemma.reading import shown
 from mlx_diffgemma.server.config import ServerSettings
 
-GRACE_SECONDS = 2.5  # for answers that are under way, once the server is told to end
+GRACE_SECONDS = 2.0  # for answers that are under way, once the server is told to end
 HEAD_SECONDS = 20.0  # that a client may take for the head of a request
-_LATEST_SECONDS = 4  # after which what still runs is cancelled
+_LATEST_SECONDS = 3  # after which what still runs is cancelled
 _INTERRUPTED = 130
 _BACKLOG = 512
 _FILES = 4096  # open files wanted; macOS allows 256 where nobody asks for more
@@ -45,8 +46,10 @@ def listen(settings: ServerSettings) -> list[socket.socket]:
         found = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_ADDRCONFIG
         )
-    except (OSError, UnicodeError):
-        raise UsageError(f"--host {host} is unknown; name an address of this machine.") from None
+    except (OSError, ValueError):  # ValueError: nothing that could be a name
+        raise UsageError(
+            f"--host {shown(host)} is unknown; name an address of this machine."
+        ) from None
     sockets: list[socket.socket] = []
     try:
         for family, kind, protocol, _, address in dict.fromkeys(found):
@@ -91,7 +94,7 @@ def run(
         on_tick: called a few times a second.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C ended it.
+        KeyboardInterrupt: Ctrl-C ended it, unless the process was started to ignore that.
     """
     _allow_files()
     settings: ServerSettings = app.state.server.settings

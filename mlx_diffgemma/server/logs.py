@@ -36,7 +36,7 @@ def note(scope: Any, **fields: Any) -> None:
 
 def failed(scope: Any, status: int, error: BaseException) -> None:
     """Log the traceback of an error that no client can cause, with the id of its request."""
-    if status >= _BROKEN:
+    if status == _BROKEN:
         log.error(line(event="error", id=scope.get("request_id", "")), exc_info=error)
 
 
@@ -55,6 +55,7 @@ def start(level: int = logging.INFO) -> None:
     """Write the log to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(Lines())
-    log.handlers[:] = [handler]
     log.setLevel(level)
-    log.propagate = False
+    for each in (log, logging.getLogger("uvicorn.error")):
+        each.handlers[:] = [handler]
+        each.propagate = False

@@ -66,7 +66,7 @@ def routes(server: Server) -> list[Route]:
         most = server.settings.max_image
         asked = _chat(fields, server.engine, most)
         single = not fields.flag("parallel_tool_calls", True)
-        top = _top_logprobs(fields, "top_logprobs")
+        top = _top_logprobs(fields)
         diffusing = fields.flag("diffusing")
         asked = replace(asked, frames=asked.frames or diffusing)
         reply = ChatReply(server.engine.name, asked.n, top=top, single=single, diffusing=diffusing)
@@ -85,7 +85,7 @@ def routes(server: Server) -> list[Route]:
             raise fields.refused("echo", "goes with prompts of text; leave it out.")
         begun = [str(each.prompt) if echo else "" for each in asked for _ in range(each.n)]
         asked = [replace(each, logprobs=logprobs is not None) for each in asked]
-        reply = TextReply(server.engine.name, begun=begun, each=asked[0].n, top=logprobs or 0)
+        reply = TextReply(server.engine.name, begun=begun, each=asked[0].n, top=logprobs)
         return await _answered(server, fields, asked, reply)
 
     async def fim(request: Request) -> Response:
@@ -138,7 +138,7 @@ async def _answered(server: Server, fields: Fields, asked: list[Asked], reply: R
         return sse(_events(engine, asked, reply), headers=headers)
     if any(each.frames for each in asked):
         raise RefusedError(
-            400, "frames of a canvas are streamed; set stream to true.", "diffusion_frames"
+            400, "frames of a canvas are streamed; set stream to true.", reply.framed
         )
     async with aclosing(asking.answer(engine, *asked)) as pieces:
         async for piece in pieces:
@@ -184,7 +184,7 @@ def _chat(fields: Fields, engine: Engine, most: int) -> Asked:
     common = _common(fields)
     schema, pattern = _form(fields)
     return Asked(
-        messages=_messages(fields, engine, most),
+        messages=messages_of(fields, engine, most),
         tools=_tools(fields),
         tool_choice=_tool_choice(fields),
         json_schema=schema,
@@ -196,13 +196,15 @@ def _chat(fields: Fields, engine: Engine, most: int) -> Asked:
     )
 
 
-def _top_logprobs(fields: Fields, key: str) -> int:
+def _top_logprobs(fields: Fields) -> int | None:
+    """How many alternatives are named of each token; None where nothing is told of tokens."""
+    key = "top_logprobs"
     top = fields.integer(key, 0) or 0
     if top > 1:
         raise fields.refused(key, "may be 1 at most: one token is known for each place.")
     if top and not fields.flag("logprobs"):
         raise fields.refused(key, "goes with logprobs; set that to true.")
-    return top
+    return top if fields.flag("logprobs") else None
 
 
 def _completions(fields: Fields) -> list[Asked]:
@@ -257,7 +259,8 @@ def _form(fields: Fields) -> tuple[dict[str, Any] | bool | None, str | None]:
 # Messages and tools.
 
 
-def _messages(fields: Fields, engine: Engine, most: int) -> list[dict[str, Any]]:
+def messages_of(fields: Fields, engine: Engine, most: int) -> list[dict[str, Any]]:
+    """A conversation in the library's form; pictures in it have at most `most` bytes."""
     found = []
     names: dict[str, str] = {}  # of the functions that were called, by the ids of the calls
     for message in fields.objects("messages", required=True):
@@ -366,6 +369,8 @@ def _models(engine: Engine) -> dict[str, Any]:
         "type": "model",
         "display_name": engine.name,
         "created_at": f"{day}T00:00:00Z",
+        "lifecycle": "active",
+        "max_input_tokens": engine.context,
     }
     described = "DiffusionGemma, which drafts and refines whole blocks of text."
     listed = {"name": engine.name, "description": described, "release_date": day}

@@ -37,15 +37,18 @@ class Reply:
     Args:
         model: what clients call it.
         count: answers.
-        top: alternatives that are named of each token: none, or the token itself.
+        top: alternatives that are named of each token: none, or the token itself; None where
+            nothing is told of tokens.
 
     Attributes:
         tells_usage: whether the last chunk says how many tokens there were.
+        framed: the field that asks for frames.
     """
 
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    framed = "diffusion_frames"
 
-    def __init__(self, model: str, count: int, *, top: int = 0) -> None:
+    def __init__(self, model: str, count: int, *, top: int | None = None) -> None:
         self.model, self.top, self.tells_usage = model, top, False
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
@@ -139,12 +142,13 @@ class ChatReply(Reply):
         model: str,
         count: int,
         *,
-        top: int = 0,
+        top: int | None = None,
         single: bool = False,
         diffusing: bool = False,
     ) -> None:
         super().__init__(model, count, top=top)
         self.single, self.diffusing = single, diffusing
+        self.framed = "diffusing" if diffusing else self.framed
 
     def choice(self, choice: Choice) -> dict[str, Any]:
         """One answer as a whole."""
@@ -209,7 +213,7 @@ class ChatReply(Reply):
         return self.chunk([{"index": index, "delta": delta, "finish_reason": reason, **more}])
 
     def _logprobs(self, infos: Sequence[TokenInfo]) -> dict[str, Any] | None:
-        if not infos:
+        if self.top is None:
             return None
         told = []
         for info in infos:
@@ -233,7 +237,9 @@ class TextReply(Reply):
 
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, *, begun: Sequence[str], each: int = 1, top: int = 0) -> None:
+    def __init__(
+        self, model: str, *, begun: Sequence[str], each: int = 1, top: int | None = None
+    ) -> None:
         super().__init__(model, len(begun), top=top)
         self.begun, self.each = begun, each
         self._offsets = [0] * len(begun)
@@ -281,7 +287,7 @@ class TextReply(Reply):
             "text": text,
             "index": index,
             "finish_reason": None if end is None else end.reason,
-            "logprobs": self._logprobs(index, infos) if infos else None,
+            "logprobs": None if self.top is None else self._logprobs(index, infos),
         }
         if thought:
             told["reasoning_content"] = thought
@@ -315,7 +321,7 @@ def _called(call: Call) -> dict[str, Any]:
 def _figures(end: Ended) -> dict[str, Any]:
     """What text diffusion has beside the counts of tokens."""
     steps = sum(end.steps)
-    return {
+    told = {
         "seed": end.seed,
         "denoising_steps": list(end.steps),
         "tokens_per_forward": round(end.completion_tokens / steps, 3) if steps else None,
@@ -323,3 +329,4 @@ def _figures(end: Ended) -> dict[str, Any]:
         "stop": end.stop_string,
         "context_full": end.context_full,
     }
+    return {**told, "tokens": list(end.ids), "stop_token": end.stop_token} if end.ids else told

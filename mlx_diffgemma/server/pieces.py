@@ -178,6 +178,8 @@ class Ended:
         converged: whether every canvas was done before its steps were used up.
         steps: denoising steps of each canvas.
         context_full: whether it ended because the context did.
+        ids: of its tokens, where frames or `logprobs` were asked for.
+        stop_token: the eos that ended it, where that is known.
     """
 
     index: int
@@ -191,6 +193,8 @@ class Ended:
     steps: tuple[int, ...] = ()
     thought_tokens: int = 0
     context_full: bool = False
+    ids: tuple[int, ...] = ()
+    stop_token: int | None = None
 
 
 Piece = Started | Text | Thought | Call | Frame | Ended

@@ -13,7 +13,7 @@ from mlx_diffgemma.diffusion.noise import checked_seed
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.editing.edit import candidate_lengths
 from mlx_diffgemma.editing.infill import LENGTHS
-from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.errors import CheckpointError, UsageError
 from mlx_diffgemma.generation import configured, fit_to_context
 from mlx_diffgemma.server.engine import Engine
 from mlx_diffgemma.server.pieces import Asked
@@ -170,6 +170,15 @@ def _functions(asked: Asked) -> dict[str, Mapping[str, Any]]:
 
 
 def _encoded(engine: Engine, asked: Asked) -> Encoded:
+    try:
+        return _encode(engine, asked)
+    except (CheckpointError, RecursionError) as error:
+        # The template renders what it was made for; this request is something else.
+        why = "it is nested too deep." if isinstance(error, RecursionError) else str(error)
+        raise RefusedError(400, f"this request cannot be rendered: {why}") from None
+
+
+def _encode(engine: Engine, asked: Asked) -> Encoded:
     tokenizer = tokenizer_of(engine)
     if asked.prompt is not None:
         if asked.suffix is not None:

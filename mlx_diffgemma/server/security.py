@@ -15,10 +15,12 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 
 from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.reading import shown
 from mlx_diffgemma.server.config import ServerSettings
 from mlx_diffgemma.server.refusals import RefusedError, Shape, shaped
 
-_OPEN_TO_ALL = ("/health",)
+_OPEN_TO_ALL = ("/", "/health")
+_PAGE = "/page/"  # files of the page, which asks for the key itself
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 _HEADERS = re.compile(r"[A-Za-z0-9, _-]{0,2000}")
 _EXPOSED = "retry-after, x-request-id"
@@ -38,20 +40,33 @@ def is_loopback(host: str) -> bool:
 def check_exposure(settings: ServerSettings) -> None:
     """Raise UsageError where others could use the server without a key, or where an origin is
     none."""
-    if settings.api_key is not None and not settings.api_key.strip():
+    key = settings.api_key
+    if key is not None and not key.strip():
         raise UsageError("the API key is empty; give one with --api-key, or leave it out.")
-    if not is_loopback(settings.host) and settings.api_key is None:
+    if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise UsageError("the API key must be of plain signs, without spaces around it.")
+    if not is_loopback(settings.host) and key is None:
         raise UsageError(
-            f"--host {settings.host} can be reached by others; set a key with --api-key (or "
+            f"--host {shown(settings.host)} can be reached by others; set a key with --api-key (or "
             "MLX_DIFFGEMMA_API_KEY), or listen at 127.0.0.1."
         )
     for origin in settings.allow_origin:
-        parts = urlsplit(origin)
-        whole = parts.scheme and parts.netloc and not (parts.path or parts.query or parts.fragment)
-        if origin not in ("*", "null") and not whole:
+        if origin not in ("*", "null") and not _is_origin(origin):
             raise UsageError(
-                f"--allow-origin {origin} is no origin; write it as https://app.example, or '*'."
+                f"--allow-origin {shown(origin)} is no origin; write it as https://app.example, "
+                "or '*'."
             )
+
+
+def _is_origin(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return False
+    beyond = parts.path or parts.query or parts.fragment
+    return bool(text.isascii() and text.isprintable() and parts.scheme and parts.netloc) and (
+        not beyond
+    )
 
 
 class Gate:
@@ -136,7 +151,7 @@ class Gate:
         }
 
     def _check_key(self, path: str, headers: Headers) -> None:
-        if self._key is None or path in _OPEN_TO_ALL:
+        if self._key is None or path in _OPEN_TO_ALL or path.startswith(_PAGE):
             return
         known = [hmac.compare_digest(_digest(key), self._key) for key in _keys(headers)]
         if not any(known):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -73,7 +73,10 @@ class Lifeline:
                 await asyncio.wait({answering}, timeout=_CANCELLING_SECONDS)
             await asyncio.wait({watching})
         if not scope.get("gone"):
-            answering.result()
+            try:
+                answering.result()
+            except ClientDisconnect:
+                scope["gone"] = True
 
 
 class Streaming(Response):
@@ -179,7 +182,7 @@ class Streaming(Response):
         """
         message = {"type": "http.response.body", "body": body, "more_body": more}
         try:
-            await asyncio.wait_for(send(message), STALL_SECONDS)
+            await _within(STALL_SECONDS, send(message))
         except asyncio.TimeoutError:
             cut = scope.get("state", {}).get("cut")
             if cut is not None:
@@ -284,7 +287,7 @@ async def _read_body(request: Request, most: int) -> bytes:
     pieces = request.stream()
     while True:
         try:
-            piece = await asyncio.wait_for(anext(pieces, None), BODY_SECONDS)
+            piece = await _within(BODY_SECONDS, anext(pieces, None))
         except asyncio.TimeoutError:
             raise RefusedError(
                 408, "the body did not arrive; send it again.", headers={"connection": "close"}
@@ -294,6 +297,20 @@ async def _read_body(request: Request, most: int) -> bytes:
         body += piece
         if len(body) > most:
             raise too_long
+
+
+async def _within(seconds: float, awaitable: Awaitable[Any]) -> Any:
+    """What is awaited, or TimeoutError. `asyncio.wait_for` would lose a cancellation that comes
+    when the awaitable is just done."""
+    waiting = asyncio.ensure_future(awaitable)
+    try:
+        await asyncio.wait({waiting}, timeout=seconds)
+    finally:
+        over = waiting.done()
+        waiting.cancel()
+    if not over:
+        raise asyncio.TimeoutError
+    return waiting.result()
 
 
 def _no_constant(name: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,7 +18,9 @@ from mlx_diffgemma.diffusion.events import DenoisingStep
 from mlx_diffgemma.diffusion.generate import cut
 from mlx_diffgemma.editing.infill import infill
 from mlx_diffgemma.editing.structured import Structured, generate_structured
+from mlx_diffgemma.editing.validated import UnmetConstraintError
 from mlx_diffgemma.editing.vocabulary import Vocabulary
+from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.generation import GenerationResponse, stream_generate
 from mlx_diffgemma.server.jobs import Seat, Work
 from mlx_diffgemma.server.pieces import (
@@ -32,6 +35,7 @@ from mlx_diffgemma.server.pieces import (
     TokenInfo,
 )
 from mlx_diffgemma.server.preparing import Prepared
+from mlx_diffgemma.server.refusals import RefusedError
 from mlx_diffgemma.text.prompt import Encoded
 from mlx_diffgemma.text.tool_calls import ToolCall
 
@@ -95,25 +99,30 @@ class _Work:
             yield from self._free()
 
     @property
+    def count(self) -> int:
+        """Tokens of the prompt. One with a suffix stands in a prompt that the library makes."""
+        made = self.asked.suffix is not None
+        return self.seat.prompt_tokens if made else len(self.prepared.encoded.ids)
+
+    @property
     def cached(self) -> int:
+        """How many of them were known."""
         known = self.seat.cached_tokens if self._known is None else self._known
-        return min(known, len(self.prepared.encoded.ids))
+        return min(known, self.count)
 
     def start(self) -> None:
         """Say that the prompt is known, once."""
         if not self._started:
             self._started = True
-            count = len(self.prepared.encoded.ids)
-            self.seat.emit(Started(self.index, count, self.cached))
+            self.seat.emit(Started(self.index, self.count, self.cached))
 
     def ended(
         self, reason: Reason, tokens: int, stop: str | None, steps: Sequence[int], **more: Any
     ) -> Ended:
-        count = len(self.prepared.encoded.ids)
         return Ended(
             self.index,
             reason,
-            count,
+            self.count,
             self.cached,
             tokens,
             stop,
@@ -156,6 +165,7 @@ class _Work:
             if tokens is not None and latest is not None:
                 tokens.take(latest)
             if response.thought:
+                thought_tokens += _thinking(latest, self.config.eos_token_ids)
                 yield Thought(self.index, response.thought)
             text = response.text + "".join(call.raw for call in response.failed_calls)
             calls = response.tool_calls
@@ -177,6 +187,8 @@ class _Work:
                     converged=response.converged,
                     context_full=response.context_full,
                     thought_tokens=thought_tokens,
+                    ids=response.tokens if asked.frames or asked.logprobs else (),
+                    stop_token=response.stop_token,
                 )
 
     def _frame(self, response: GenerationResponse) -> Frame:
@@ -216,16 +228,21 @@ class _Work:
                 )
                 self.seat.emit(frame)
 
-        found = generate_structured(
-            self.seat.model,
-            self.seat.tokenizer,
-            prompt,
-            config=constraint.pop("config", self.config),
-            seed=self.seed,
-            on_step=show,
-            **constraint,
-            **self.shares,
-        )
+        try:
+            found = generate_structured(
+                self.seat.model,
+                self.seat.tokenizer,
+                prompt,
+                config=constraint.pop("config", self.config),
+                seed=self.seed,
+                on_step=show,
+                **constraint,
+                **self.shares,
+            )
+        except UnmetConstraintError as error:
+            raise RefusedError(422, str(error)) from None
+        except (re.error, RecursionError) as error:  # from the check of what was written
+            raise UsageError(f"the JSON schema cannot be used: {error}.") from None
         self.start()
         return found
 
@@ -268,7 +285,10 @@ class _Work:
         if text:
             yield Text(self.index, text, tuple(infos) if self.asked.logprobs else ())
         count = thought_tokens + len(infos)
-        yield self.ended(reason, count, stopped, steps, thought_tokens=thought_tokens, **more)
+        ids = tuple(info.token for info in infos) if self.asked.logprobs else ()
+        yield self.ended(
+            reason, count, stopped, steps, thought_tokens=thought_tokens, ids=ids, **more
+        )
 
     def _called(self) -> Iterator[Piece]:
         """A call that must be made: its name among those that may be called, then its arguments as
@@ -356,6 +376,15 @@ class _Committed:
         """Those of the first `count` tokens that were not given yet."""
         start, self._given = self._given, max(self._given, count)
         return tuple(info for info in self._infos[start:count] if info is not None)
+
+
+def _thinking(response: GenerationResponse | None, eos: Sequence[int]) -> int:
+    """Tokens of a canvas that say what was thought, as its last step left it."""
+    if response is None or response.parts is None:
+        return 0
+    tokens = cut(response.canvas, eos, len(response.canvas))[0]
+    pieces = response.parts.pieces(tokens)[1:]
+    return sum(piece.kind == "thought" for piece in pieces)
 
 
 def _infos(seat: Seat, eos: Sequence[int], found: Any) -> list[TokenInfo]:

@@ -31,11 +31,13 @@ class Answer:
     """Attributes:
     steps: denoising steps of each canvas.
     tokens: how many were committed.
+    encodings: passes of the encoder over canvases.
     """
 
     text: str
     steps: tuple[int, ...]
     tokens: int
+    encodings: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Marks:
     Attributes:
         count: answers.
         exact: how many of them were right in every character.
-        steps, canvases, tokens: of all of them together.
+        steps, canvases, tokens, encodings: of all of them together.
     """
 
     count: int = 0
@@ -53,6 +55,7 @@ class Marks:
     steps: int = 0
     canvases: int = 0
     tokens: int = 0
+    encodings: int = 0
 
     def __add__(self, other: Marks) -> Marks:
         return Marks(
@@ -61,6 +64,7 @@ class Marks:
             self.steps + other.steps,
             self.canvases + other.canvases,
             self.tokens + other.tokens,
+            self.encodings + other.encodings,
         )
 
     @property
@@ -77,6 +81,11 @@ class Marks:
     @property
     def steps_per_canvas(self) -> float:
         return self.steps / self.canvases
+
+    @property
+    def passes_per_canvas(self) -> float:
+        """Of decoder and encoder together; the prompt's are left out."""
+        return (self.steps + self.encodings) / self.canvases
 
     @property
     def tokens_per_forward(self) -> float:
@@ -120,8 +129,10 @@ def answer(
     *_, finished = generate_canvases(model, ids, config, seeded(seed))
     assert isinstance(finished, Finished)
     return [
-        Answer(tokenizer.decode(list(tokens)), steps, len(tokens))
-        for tokens, steps in zip(finished.tokens, finished.steps, strict=True)
+        Answer(tokenizer.decode(list(tokens)), steps, len(tokens), encodings)
+        for tokens, steps, encodings in zip(
+            finished.tokens, finished.steps, finished.encodings, strict=True
+        )
     ]
 
 
@@ -130,5 +141,6 @@ def mark(answers: Iterable[Answer], exercises: Iterable[Exercise]) -> Marks:
     marks = Marks()
     for given, exercise in zip(answers, exercises, strict=True):
         right = exercise.is_right(given.text)
-        marks += Marks(1, int(right), sum(given.steps), len(given.steps), given.tokens)
+        steps, canvases = sum(given.steps), len(given.steps)
+        marks += Marks(1, int(right), steps, canvases, given.tokens, given.encodings)
     return marks

@@ -47,6 +47,13 @@ def nine(rng: np.random.Generator, difficulty: float) -> Exercise:
     return _puzzles(rng, difficulty, 1, NINE, _NINE_LEAST, _NINE_MOST)
 
 
+def letters(rng: np.random.Generator, difficulty: float) -> Exercise:
+    """A sudoku of six by six to be answered in letters, which the demo model does not know before
+    it is fine-tuned (`make_finetune_data.py --task letters`)."""
+    asked = one(rng, difficulty)
+    return Exercise(asked.prompt, asked.answer.translate(str.maketrans("123456", "abcdef")))
+
+
 TASKS: Mapping[str, Maker] = {
     "one": one,
     "two": two,
@@ -56,6 +63,7 @@ TASKS: Mapping[str, Maker] = {
     "sort": text_tasks.sort,
     "count": text_tasks.count,
     "fill": text_tasks.fill,
+    "letters": letters,  # at the end, for the inputs of the others follow from their places
 }
 
 

@@ -1,10 +1,14 @@
-"""`mlx-diffgemma demo`: fresh puzzles, and honesty about the answers."""
+"""`mlx-diffgemma demo`: fresh tasks, and honesty about the answers."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import urllib.request
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,67 +17,90 @@ from cli_fakes import Terminal
 from mlx_diffgemma.demo import sudoku
 
 
-@pytest.fixture
-def puzzles():
-    """What `--seed 3` makes: one, then two."""
-    rng = np.random.default_rng(3)
-    made = [sudoku.make_puzzle(rng) for _ in range(3)]
-    return made[:1], made[1:]
+class Editing:
+    """Takes the place of `edit` and `fill`: right answers, unless told otherwise."""
+
+    def __init__(self) -> None:
+        self.mended: str | None = None
+        self.slots: dict[str, str] = {}
+        self.edits: list[tuple] = []
+
+    def edit(self, model, tokenizer, text, instruction, lines, *, prompt, **settings):
+        self.edits.append((text, lines, settings))
+        rows = prompt.split("\n")[1:]
+        number = lines[0] - 1
+        others = [row for row in rows if "." not in row]
+        rows[number] = "".join(
+            (set("123456") - {row[column] for row in others}).pop() for column in range(6)
+        )
+        return SimpleNamespace(text=self.mended or "\n".join(rows), passes=2)
+
+    def fill(self, model, tokenizer, template, *, prompt, seed):
+        a, b = (line[3:] for line in prompt.split("\n")[2:])
+        slots = {"thing": a, "town": b, **self.slots}
+        return SimpleNamespace(
+            text=f"your {slots['thing']} waits in {slots['town']}.", slots=slots, passes=1
+        )
 
 
 @pytest.fixture
-def answering(program, monkeypatch):
-    """`answering(a, b)` makes the model give these answers, one a prompt."""
-
-    def set_answers(*answers: str) -> None:
-        waiting = list(answers)
-        ask = program.script.stream_generate
-
-        def stream_generate(*args, **kwargs):
-            program.script.canvases = [waiting[0][:64], waiting.pop(0)[64:]]
-            return ask(*args, **kwargs)
-
-        monkeypatch.setattr(program.script, "stream_generate", stream_generate)
-
-    return set_answers
+def editing(monkeypatch):
+    editing = Editing()
+    # The functions have the names of their modules, which hides these in the package.
+    for name in ("edit", "fill"):
+        module = __import__(f"mlx_diffgemma.editing.{name}", fromlist=[name])
+        monkeypatch.setattr(module, name, getattr(editing, name))
+    return editing
 
 
-def test_right_answers(program, puzzles, answering):
-    answering(*map(sudoku.answer, puzzles))
+@pytest.fixture
+def puzzle():
+    """What `--seed 3` makes first."""
+    return sudoku.make_puzzle(np.random.default_rng(3))
+
+
+def test_right_answers(program, editing, puzzle):
+    program.script.canvases = [puzzle.solution]
     result = program("demo", "--seed", "3")
     assert (result.exit_code, result.stderr) == (0, "")
     assert program.script.loads[0]["path"] == "demo"
-    assert [call["prompt"] for call in program.script.calls] == list(map(sudoku.prompt, puzzles))
+    assert [call["prompt"] for call in program.script.calls] == [sudoku.prompt([puzzle])]
     assert result.stdout.count("Right: every cell is as in the solution.") == 2
-    assert "6 steps (3 + 3), 2 canvases, " in result.stdout
-    row = puzzles[0][0].solution.split("\n")[0]
+    assert "Right: each slot holds its word of the list." in result.stdout
+    row = puzzle.solution.split("\n")[0]
     assert f"│ {' '.join(row[:3])} │ {' '.join(row[3:])} │" in result.stdout
     assert "\x1b" not in result.stdout
 
 
-def test_wrong_answers_are_said_to_be_wrong(program, puzzles, answering):
-    one, two = map(sudoku.answer, puzzles)
-    answering("0" + one[1:], two[:-1] + "0")
+def test_the_row_that_is_mended_was_wrong(program, editing, puzzle):
+    program.script.canvases = [puzzle.solution]
+    for seed in range(8):
+        assert program("demo", "--seed", str(seed)).exit_code == 0
+    for text, (first, last), _ in editing.edits:
+        assert first == last and not sudoku.is_valid_grid(text)
+        rows = text.split("\n")
+        assert sorted(rows[first - 1]) == list("123456")
+    assert len({lines for _, lines, _ in editing.edits}) > 1
+
+
+def test_wrong_answers_are_said_to_be_wrong(program, editing, puzzle):
+    program.script.canvases = ["0" + puzzle.solution[1:]]
+    editing.mended = "no [grid]\x1b"
+    editing.slots = {"town": "rome"}
     result = program("demo", "--seed", "3")
     assert result.exit_code == 0
     assert "Wrong in 1 of 36 cells." in result.stdout
-    assert "Wrong: grid 1 is right, grid 2 is wrong in 1 of 36 cells." in result.stdout
+    assert "no [grid]␛\nWrong: that is not the shape of the answer.\n" in result.stdout
+    assert "Wrong: town differs from the list." in result.stdout
     assert "Right" not in result.stdout
 
 
-def test_an_answer_of_another_shape_is_shown_as_it_is(program, puzzles, answering):
-    answering("no [grid]\x1b", sudoku.answer(puzzles[0]))
-    result = program("demo", "--seed", "3")
-    assert result.exit_code == 0
-    assert "no [grid]␛\nWrong: that is not the shape of the answer.\n" in result.stdout
-    assert result.stdout.count("Wrong: that is not the shape of the answer.") == 2
-
-
-def test_without_a_seed_the_puzzles_are_fresh_and_the_seed_is_told(program):
+def test_without_a_seed_the_tasks_are_fresh_and_the_seed_is_told(program, editing, puzzle):
+    program.script.canvases = [puzzle.solution]
     first, second = program("demo"), program("demo")
     assert first.exit_code == second.exit_code == 0
     prompts = [call["prompt"] for call in program.script.calls]
-    assert prompts[:2] != prompts[2:]
+    assert prompts[:1] != prompts[1:]
     assert f"(seed {program.script.calls[0]['seed']})" in first.stdout
 
 
@@ -88,12 +115,12 @@ def test_the_real_model_on_a_terminal():
     terminal = Terminal(sys.executable, "-m", "mlx_diffgemma.cli.main", "demo", "--seed", "3")
     terminal.finish()
     assert terminal.code == 0
-    assert "canvas 2 · step 1" in terminal.written
+    assert "canvas 1 · step 1" in terminal.written
     assert terminal.written.rfind("\x1b[?25h") > terminal.written.rfind("\x1b[?25l")
     screen = terminal.screen()
-    assert "canvas 2 · step 1" not in "\n".join(screen)
+    assert "canvas 1 · step 1" not in "\n".join(screen)
     assert [line for line in screen if line.startswith("Right: ")]
-    assert screen[-1].endswith("tokens per forward")
+    assert "demo --web" in screen[-1]
 
 
 @pytest.mark.slow
@@ -112,3 +139,31 @@ def test_the_real_model_in_a_pipe_as_json():
     assert told["finish_reason"] == "stop"
     assert told["canvases"] == len(told["denoising_steps"]) == 1
     assert told["times"]["load_s"] > 0 and told["times"]["generation_s"] > 0
+
+
+@pytest.mark.slow
+def test_the_page_is_opened_in_the_browser_and_ends_with_ctrl_c():
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "mlx_diffgemma.cli.main", "demo", "--web"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "BROWSER": "echo opened %s"},
+    )
+    try:
+        assert demo.stdout is not None
+        first, second = demo.stdout.readline(), demo.stdout.readline()
+        address = first.split()[0]
+        assert second == f"opened {address}\n"
+        with urllib.request.urlopen(address, timeout=30) as page:
+            assert b"/page/app.js" in page.read()
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(30) == 130
+    finally:
+        demo.kill()
+
+
+def test_the_page_needs_the_server_s_packages(program, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = program("demo", "--web")
+    assert result.exit_code == 2
+    assert "mlx-diffgemma[server]" in result.stderr

@@ -25,6 +25,7 @@ from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.editing.questions import DecisionSettings
 from mlx_diffgemma.errors import CheckpointError, DiffGemmaError
 from mlx_diffgemma.model.cache import PrefixCache
+from mlx_diffgemma.server import lifecycle
 from mlx_diffgemma.text.prompt_settings import PromptSettings
 from mlx_diffgemma_convert.cli import app as convert_app
 
@@ -160,9 +161,11 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "edit": ("FILE", "--range", "1:1", "-i", "c"),
     "fill": ("a {x}",),
     "decide": ("--state", "ab", "--questions", json.dumps({"q": QUESTION})),
+    "serve": ("--port", "0"),
     "demo": (),
     "train": ("--data", "DATA", "--model", "demo", "--iters", "1"),
     "fuse": ("--model", "demo", "--adapter-path", "DATA"),
+    "tune": (),
     "bench": (),
 }
 CONVERT: dict[str, tuple[str, ...]] = {
@@ -213,6 +216,7 @@ def test_wrong_values_given_to_a_command(program, name, monkeypatch, tmp_path):
         monkeypatch.setattr(generation, "load", nothing)
         monkeypatch.setattr(loading, "load_model", nothing)
         monkeypatch.setattr(locate, "locate", nothing)
+        monkeypatch.setattr(lifecycle, "run", lambda app, *_, **__: app.state.server.open())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("ab\nb\n")

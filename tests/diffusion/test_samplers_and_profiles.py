@@ -232,6 +232,6 @@ def test_profiles_are_settings() -> None:
         config = DiffusionConfig().override(**profile_settings(name))
         assert run(config, [[1, 2]], [[2.0, 2.0]]) == [False]  # without any eos, too
     with pytest.raises(
-        UsageError, match="unknown profile 'x'; known are exact, balanced, fast, turbo"
+        UsageError, match="unknown profile 'x'; known are exact, balanced, swift, fast, turbo"
     ):
         profile_settings("x")

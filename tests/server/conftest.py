@@ -53,14 +53,14 @@ def calling_engine() -> Iterator[Engine]:
 @pytest.fixture(scope="package")
 def demo_url(demo_engine: Engine) -> Iterator[str]:
     """A server around the demo model."""
-    with running(create_app(lambda: demo_engine)) as url:
+    with running(create_app(demo_engine)) as url:
         yield url
 
 
 @pytest.fixture(scope="package")
 def calling_url(calling_engine: Engine) -> Iterator[str]:
     """A server around the model with markers."""
-    with running(create_app(lambda: calling_engine)) as url:
+    with running(create_app(calling_engine)) as url:
         yield url
 
 

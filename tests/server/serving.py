@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -169,7 +169,7 @@ def main() -> None:
     try:
         lifecycle.run(app, sockets)
     except KeyboardInterrupt:
-        sys.exit(130)
+        os._exit(130)  # as the command does
 
 
 if __name__ == "__main__":

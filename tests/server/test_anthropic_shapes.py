@@ -32,6 +32,10 @@ def ask(client, **fields):
     return client.messages.create(**{"model": "demo", "max_tokens": 64, "messages": USER, **fields})
 
 
+def picture(source):
+    return {"messages": [{"role": "user", "content": [{"type": "image", "source": source}]}]}
+
+
 def test_a_message_has_text_and_usage(client, told):
     told.say(text("Hello "), text("world"))
     message = ask(client)
@@ -40,6 +44,9 @@ def test_a_message_has_text_and_usage(client, told):
     ]
     assert (message.role, message.type, message.model) == ("assistant", "message", "demo")
     assert (message.stop_reason, message.stop_sequence) == ("end_turn", None)
+    told.say(text("Hello "), text("world"))
+    beta = client.beta.messages.create(model="demo", max_tokens=64, messages=USER, betas=["x"])
+    assert beta.content[0].text == "Hello world"
     usage = message.usage
     assert (usage.input_tokens, usage.cache_read_input_tokens, usage.output_tokens) == (7, 5, 9)
 
@@ -122,12 +129,20 @@ def test_a_conversation_with_tools_is_translated(client, told):
         {"role": "assistant", "content": "It is"},
     ]  # fmt: skip
     system = [{"type": "text", "text": "be brief"}]
-    ask(client, messages=messages, system=system, tools=[WEATHER], extra_body={"temperature": 0.5})
+    extra = {"temperature": 0.5, "seed": 4, "diffusion_max_steps": 3}
+    ask(
+        client,
+        messages=messages,
+        system=system,
+        tools=[WEATHER],
+        extra_body=extra,
+    )
     asked = told.asked[-1]
     function = {"name": "weather", "description": "Weather of a city."}
     function["parameters"] = WEATHER["input_schema"]
     assert asked.tools == [{"type": "function", "function": function}]
-    assert (asked.system, asked.prefill, asked.temperature) == ("be brief", "It is", 0.5)
+    assert (asked.system, asked.prefill) == ("be brief", "It is")
+    assert (asked.temperature, asked.seed, asked.settings) == (0.5, 4, {"max_denoising_steps": 3})
 
     def called(id, **arguments):
         function = {"name": "weather", "arguments": arguments}
@@ -187,8 +202,13 @@ def test_a_thought_can_be_left_out(client, told):
     [
         ({"max_tokens": 0}, "max_tokens must be an integer of at least 1, not 0."),
         ({"messages": []}, "messages is empty; give at least one message."),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
-         "messages.0.content.0.type 'image' cannot be read here; give text."),
+        (picture({"type": "base64", "media_type": "image/png", "data": "eA=="}),
+         "messages.0.content.0.source.data is a picture, and this model reads no pictures"),
+        (picture({"type": "url", "url": "http://127.0.0.1/x.png"}),
+         "messages.0.content.0.source.type 'url' is not opened; send the picture in base64."),
+        ({"messages": [{"role": "user", "content": [{"type": "container_upload"}]}]},
+         "messages.0.content.0.type 'container_upload' cannot be read here; give text."),
+        ({"extra_body": {"diffusion_pinned": [1]}}, "diffusion_pinned is about a canvas"),
         ({"messages": [{"role": "user", "content": [
             {"type": "tool_result", "tool_use_id": "t9", "content": ""}]}]},
          "messages.0.content.0.tool_use_id belongs to no tool_use block before it."),

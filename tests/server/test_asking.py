@@ -200,6 +200,16 @@ def test_text_that_spells_a_control_token_is_text(calling_engine, how):
     assert tokens.count(turn) == turns
 
 
+def test_a_form_that_cannot_be_kept_says_so(demo_engine):
+    endless = {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
+    broken = {"type": "string", "pattern": "("}
+    short = {"type": "array", "items": {"type": "integer"}, "minItems": 40}
+    for schema in (endless, broken, short):
+        asked = Asked(messages=HELLO, json_schema=schema, seed=1, max_tokens=20)
+        with pytest.raises((UsageError, RefusedError)):
+            pieces_of(demo_engine, asked)
+
+
 def test_a_client_that_leaves_leaves_nothing(demo_engine):
     async def run() -> None:
         async with aclosing(answer(demo_engine, Asked(messages=HELLO, n=2, seed=0))) as pieces:

@@ -1,6 +1,7 @@
 """Whatever is sent to a route: an answer or a refusal, never an error of the server, never a wait.
 
-`FUZZ_EXAMPLES=10000` tries as many bodies on every route.
+`FUZZ_EXAMPLES=10000` tries as many bodies on every route. Beyond a thousand, requests are read,
+checked and encoded as ever, and then refused at the engine's door, which has seen enough by then.
 """
 
 from __future__ import annotations
@@ -9,22 +10,32 @@ import asyncio
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import replace
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from bodies import bodies, fields_of
-from editing.small_models import tiny
 from hypothesis import HealthCheck, given, settings
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from text.gemma_like import build
+from tiny_models import make_config, make_model, make_weights
 
+from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.errors import PromptError
 from mlx_diffgemma.server.app import PROTOCOLS, create_app
 from mlx_diffgemma.server.engine import Engine
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
+ENGINE_SEES = 1000
 SECONDS = 30.0  # after which an answer is taken for one that never comes
+
+
+def refusing(work: Any, **_: Any) -> Any:
+    raise PromptError("the engine takes nothing more.")
+
+
+REFUSED = ("embed", "pull", "push", "create", "copy", "delete", "blobs")
+"""Routes that are there to say that they are not."""
 
 
 class Failures(logging.Handler):
@@ -42,13 +53,17 @@ class Asker:
     """An application in an event loop of its own, without sockets between."""
 
     def __init__(self) -> None:
-        model, tokenizer = tiny()
-        small = replace(model.config.text, max_position_embeddings=192)
-        raw = {**model.config.raw, "generation_config": {"max_denoising_steps": 2}}
-        model.config = replace(model.config, text=small, raw=raw)
+        raw = make_config(
+            5, vocab_size=416, head_dim=8, hidden_size=36, max_position_embeddings=192
+        )
+        raw |= {"canvas_length": 24, "generation_config": {"max_denoising_steps": 2}}
+        config = ModelConfig.from_dict(raw)
+        model, tokenizer = make_model(config, make_weights(config, 5)), build()
         self.loop = asyncio.new_event_loop()
         wrapped = TokenizerWrapper(tokenizer, eos_token_ids=[1, 5])
         self.engine = Engine(model, wrapped, name="tiny")
+        if EXAMPLES > ENGINE_SEES:
+            self.engine.submit = refusing  # type: ignore[method-assign]
         self.app = create_app(self.engine)
         self.failures = Failures()
         logging.getLogger("mlx_diffgemma").addHandler(self.failures)
@@ -103,7 +118,7 @@ def routes() -> list[tuple[str, str, str]]:
     from importlib import import_module
 
     found = []
-    for name in filter(lambda name: find_spec(f"mlx_diffgemma.server.{name}"), PROTOCOLS):
+    for name in PROTOCOLS:
         module: Any = import_module(f"mlx_diffgemma.server.{name}")
         for route in module.routes(SimpleNamespace()):
             path = route.path.split("{")[0] + ("tiny" if "{" in route.path else "")
@@ -132,7 +147,10 @@ def test_no_body_breaks_a_route(asker: Asker, method: str, path: str, module: st
         statuses.add(got.status)
 
     answered()
-    assert statuses <= {200, 204, 400, 404, 413}, statuses
+    assert statuses <= {200, 400, 404, 413}, statuses
+    refuses_all = any(word in path for word in REFUSED)
+    if method == "POST" and 60 <= EXAMPLES <= ENGINE_SEES and not refuses_all:
+        assert {200, 400} <= statuses, "the bodies are not near enough to right ones"
 
 
 def test_the_fields_of_a_module_are_found() -> None:

@@ -85,8 +85,8 @@ def test_a_conversation_with_tools_is_translated(client, told):
     [
         ({"num_predict": 7, "temperature": 0, "seed": 3, "stop": ["x", "y"]},
          {"max_tokens": 7, "temperature": 0, "seed": 3, "stop": ("x", "y")}),
-        ({"num_predict": -1, "seed": -1, "stop": "x", "num_ctx": 9, "top_p": 0.1},
-         {"max_tokens": None, "seed": None, "stop": ("x",)}),
+        ({"num_predict": -1, "seed": -1, "stop": "x", "num_ctx": 9, "diffusion_max_steps": 3},
+         {"settings": {"max_denoising_steps": 3}, "max_tokens": None, "stop": ("x",)}),
     ],
 )  # fmt: skip
 def test_options_are_translated(client, told, options, expected):
@@ -129,7 +129,8 @@ def test_loading_a_model_is_answered_at_once(client, told):
     [
         ({"template": "{{ .Prompt }}"}, "template is a chat template"),
         ({"context": [1, 2]}, "context holds a conversation of Ollama's own"),
-        ({"images": [b"x"]}, "images holds images"),
+        ({"images": [b"x"]}, "images.0 is a picture, and this model reads no pictures"),
+        ({"options": {"diffusion_pinned": [1]}}, "options.diffusion_pinned is about a canvas"),
         ({"width": 8}, "width is for models that make images"),
         ({"raw": True, "system": "s"}, "system needs a chat"),
         ({"logprobs": True, "top_logprobs": 3}, "top_logprobs asks for alternatives"),
@@ -147,7 +148,7 @@ def test_what_is_wrong_is_a_bad_request_that_names_it(client, told, fields, line
 
 
 def test_images_in_a_chat_and_other_models_are_refused(client, told):
-    with pytest.raises(ollama.ResponseError, match=r"messages.0.images holds images"):
+    with pytest.raises(ollama.ResponseError, match=r"messages.0.images.0 is a picture"):
         client.chat("demo", [{"role": "user", "content": "a", "images": [b"x"]}])
     with pytest.raises(ollama.ResponseError) as raised:
         client.chat("llama", USER)

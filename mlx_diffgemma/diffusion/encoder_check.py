@@ -1,0 +1,90 @@
+"""The encoder's opinion of a draft: it is run over a finished canvas anyhow, to go on behind it.
+
+The denoiser judges each position given all others as they stood; the encoder says how probable each
+token is given all before it, so it sees what passes as certain and does not fit, such as two
+spellings mixed at neighbouring positions. Letters: C canvas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_diffgemma.diffusion.canvas import Canvas
+from mlx_diffgemma.diffusion.stopping import unsure
+from mlx_diffgemma.kernels.vocabulary import Row
+from mlx_diffgemma.model.cache import Prefix
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+
+
+def worth_checking(canvas: Canvas) -> bool:
+    """Whether the encoder is to be asked about the draft of a canvas: it is nearly certain, not
+    done yet, and not the draft that the encoder refused last."""
+    settings = canvas.settings
+    if settings.encoder_check is None or canvas.done or len(canvas) == 1:
+        return False
+    if unsure(canvas) >= settings.check_below:
+        return False
+    return canvas.checked is None or not np.array_equal(canvas.checked, canvas.shown)
+
+
+def check(model: DiffusionGemma, canvas: Canvas, prefix: Prefix) -> tuple[Canvas, Prefix | None]:
+    """The canvas after one pass of the encoder over its draft, behind `prefix`: done where every
+    token is probable enough, with the prefix that the draft is part of; else to go on, with noise
+    from the first improbable token on, and None.
+
+    What is probable at the first position is known to the pass over the prompt alone, so it is
+    taken for right.
+    """
+    least = canvas.settings.encoder_check
+    assert least is not None
+    draft = canvas.draft.tolist()
+    hidden, (longer,) = model.encode([draft], [prefix])
+    standing = mx.array(draft[1:], mx.int32)
+    asked = [Row(length=len(draft) - 1, temperature=1.0, need_soft=False)]
+    found = model.predict(hidden[:-1], asked, standing).standing_log_probability
+    assert found is not None
+    mx.async_eval(longer.arrays())
+    place = first_improbable(
+        np.array(found), draft, canvas.settings.eos_token_ids, least, canvas.counts()
+    )
+    if place is None:
+        return replace(canvas, checks=canvas.checks + 1, done=True, converged=True), longer
+    return renoised(canvas, place), None
+
+
+def first_improbable(
+    log_probabilities: np.ndarray,
+    draft: Sequence[int],
+    eos_token_ids: Sequence[int],
+    least: float,
+    counted: np.ndarray,
+) -> int | None:
+    """The first position of a draft [C] whose token has less than the probability `least`, given
+    the log-probabilities [C - 1] of all tokens but the first. Those behind the first eos, which are
+    cut off, and those that are not `counted` [C] may be as improbable as they like."""
+    with np.errstate(divide="ignore"):
+        doubtful = (log_probabilities < np.log(least)) & counted[1:]
+    if not doubtful.any():
+        return None
+    place = int(doubtful.argmax()) + 1
+    return None if set(draft[:place]) & set(eos_token_ids) else place
+
+
+def renoised(canvas: Canvas, place: int) -> Canvas:
+    """The canvas with its draft up to `place`, and from there on noise that nothing is known of."""
+    known = mx.arange(len(canvas)) < place
+    fresh = canvas.noise.renoise(canvas.index, canvas.step - 1, len(canvas), canvas.vocab)
+    tokens = mx.where(known, mx.array(canvas.draft), fresh)
+    soft = canvas.soft_embeddings
+    return replace(
+        canvas,
+        tokens=tokens if canvas.layout is None else canvas.layout.pin(tokens),
+        soft_embeddings=None if soft is None else mx.where(known[:, None], soft, 0.0),
+        settled=None,
+        checks=canvas.checks + 1,
+        checked=canvas.shown,
+    )

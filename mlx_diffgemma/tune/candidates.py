@@ -1,0 +1,28 @@
+"""What `tune` tries: rules that spend fewer passes, as settings of `DiffusionConfig`."""
+
+from __future__ import annotations
+
+from mlx_diffgemma.diffusion.profiles import PROFILES, SWIFT
+
+Settings = dict[str, object]
+
+REFERENCE = "exact"
+"""The candidate that all others are compared with."""
+
+CANDIDATES: dict[str, Settings] = {
+    **{name: PROFILES[name] for name in ("exact", "balanced", "swift", "fast")},
+    "stop early": {**SWIFT, "certain_below": 0.5, "stable_after": 2},
+    "encoder": {**SWIFT, "encoder_check": 0.05},
+    "bound": {**SWIFT, "entropy_bound": 0.3},
+    "wide bound": {**SWIFT, "entropy_bound": 1.0},
+    "settled": {**SWIFT, "settled_bound": 1.0},
+    "runs": {**SWIFT, "run_entropy": 0.1},
+    "cool 32": {**SWIFT, "cooling_steps": 32},
+    "cool 24": {**SWIFT, "cooling_steps": 24},
+    "cool 16": {**SWIFT, "cooling_steps": 16},
+    "cool 8": {**SWIFT, "cooling_steps": 8},
+    "bound, cool 32": {**SWIFT, "entropy_bound": 0.3, "cooling_steps": 32},
+    "bound, cool 16": {**SWIFT, "entropy_bound": 0.3, "cooling_steps": 16},
+    "settled, cool 16": {**SWIFT, "settled_bound": 1.0, "cooling_steps": 16},
+}
+"""By name. What each is worth on the demo model is in the README and in CONTRIBUTING.md."""
