@@ -36,7 +36,8 @@ def run(*arguments):
         ("--model demo --random", "--model and --random exclude each other: drop one."),
         (
             "--model demo --bits 4",
-            "--like, --layers, --bits, --recipe and --dtype go with --random.",
+            "--like, --layers, --bits, --recipe and --dtype go with --random: add it, or drop "
+            "them.",
         ),
         ("--against x", "--against 'x' is unknown; known are mlx-vlm and mlx-lm MODEL."),
         ("--against mlx-lm", "a model is missing; write --against mlx-lm MODEL."),

@@ -21,6 +21,7 @@ import time
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -306,7 +307,7 @@ def main() -> None:
     fitting = types.ModuleType("mlx_diffgemma.fitting")
     fitting.diffusion_config = script.diffusion_config
     response = types.ModuleType("mlx_diffgemma.generation_response")
-    response.GenerationResponse = types.SimpleNamespace
+    response.GenerationResponse = partial(types.SimpleNamespace, images=0, image_seconds=0.0)
     detokenize = types.ModuleType("mlx_diffgemma.text.detokenize")
     detokenize.token_strings = characters
     sys.modules |= {

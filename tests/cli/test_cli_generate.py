@@ -52,10 +52,11 @@ def test_json_is_one_object(program):
         "prompt_tps": 70.0,
         "generation_tps": 5.0,
         "peak_memory": 1.5,
+        "images": 0,
         "seed": 5,
         "model": "demo",
     }
-    assert set(times) == {"load_s", "prompt_s", "generation_s"}
+    assert set(times) == {"load_s", "images_s", "prompt_s", "generation_s"}
     assert times["prompt_s"] == pytest.approx(0.1)
     assert all(seconds >= 0 for seconds in times.values())
 
@@ -88,6 +89,8 @@ def test_every_option_arrives(program):
         "prompt": "hi",
         "system_prompt": "s",
         "thinking": False,
+        "images": [],
+        "image_tokens": None,
         "raw": False,
         "markers": False,
         "tools": None,
@@ -166,7 +169,11 @@ def test_the_prompt_comes_from_the_option_or_the_pipe(program, arguments, piped,
         ("-p hi --prefill-step-size 0", "--prefill-step-size must be at least 1, not 0."),
         ("-p hi --sampler euler", "unknown sampler 'euler'; known are "
          "entropy-bound, confidence-threshold, block-refinement, ddim."),
-        ("-p hi --profile x", "'x'; known are exact, balanced, swift, fast, turbo."),
+        (
+            "-p hi --profile x",
+            "unknown profile 'x'; known are exact, balanced, swift, fast, turbo. A file that "
+            "`tune` wrote ends with .json.",
+        ),
         ("-p hi --raw --system-prompt s",
          "--system-prompt needs a chat template, and --raw uses none: drop one."),
         ("-p hi --raw --thinking",

@@ -108,9 +108,9 @@ def commands():
     [pytest.param(*each, id=" ".join(each[0])) for each in commands()],
 )
 def test_every_example_is_read_as_a_command(words, callback, made):
-    """Three a command; what they run is tested where the command is."""
+    """Three a command at least; what they run is tested where the command is."""
     examples = getattr(callback, "examples", ())
-    assert len(examples) == 3
+    assert len(examples) >= 3
     for example in examples:
         said = shlex.split(example)
         said = said[said.index("mlx-diffgemma") + 1 :]
