@@ -132,6 +132,8 @@ class Stepper:
             max_denoising_steps=_NEVER,
             stability_threshold=_NEVER,
             confident_after=None,
+            certain_below=None,
+            stable_after=None,
         )
         prompts = random_prompts(model, prefix, batch, seed)
         self._batch = batch
