@@ -211,10 +211,14 @@ class Job:
         except GreenletExit:
             error = CancelledError(_CANCELLED)
         except DiffGemmaError as raised:
-            error = raised.with_traceback(None)  # whose frames hold arrays
+            error = raised
         except BaseException as raised:
             _LOG.exception("a request failed")
-            error = raised.with_traceback(None)
+            error = raised
+        if error is not None:  # the frames in which it arose hold arrays
+            error.__cause__ = error.__context__ = None
+            error = error.with_traceback(None)
+        self.awaits = Turn()  # not the step, and what came of it
         self.engine.ended(self, error)
 
     def pause(self, awaits: Turn | JointStep) -> Any:
