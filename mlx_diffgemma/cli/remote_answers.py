@@ -114,6 +114,8 @@ class Reading:
 
 _EMPTY: dict[str, Any] = {
     "failed_calls": (),
+    "images": 0,
+    "image_seconds": 0.0,
     "parts": None,
     "peak_memory": 0.0,
     "text": "",

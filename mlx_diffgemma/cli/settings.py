@@ -277,15 +277,18 @@ class Pictures:
             raise UsageError("the prompt and --image - both come from stdin: give one otherwise.")
         if self.video and raw:
             raise UsageError("--video needs a chat template, and --raw uses none: drop one.")
-        from mlx_diffgemma.text.pictures import LARGEST_FILE
-
-        images: list[object] = [
-            sys.stdin.buffer.read(LARGEST_FILE + 1) if path == "-" else path for path in self.image
-        ]
+        images: list[object] = [_piped() if path == "-" else path for path in self.image]
         for path in self.video:
             part: dict[str, object] = {"type": "video", "video": path, "fps": self.fps}
             images.append({**part, "max_frames": self.max_frames})
         return images
+
+
+def _piped() -> bytes:
+    """A picture's file from stdin."""
+    from mlx_diffgemma.text.pictures import LARGEST_FILE
+
+    return sys.stdin.buffer.read(LARGEST_FILE + 1)
 
 
 def parsed(text: str, where: str) -> object:

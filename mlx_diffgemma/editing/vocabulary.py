@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.text.control_tokens import ControlTokens
 from mlx_diffgemma.text.tokenizer import hf_tokenizer
 
@@ -44,6 +45,9 @@ class Vocabulary:
         tokenizer: mlx-lm's wrapper or a Hugging Face tokenizer.
         size: ids that the model knows, V; ids without a token stand for nothing.
 
+    Raises:
+        UsageError: no id ends an answer.
+
     Attributes:
         pieces: [V] what each token stands for in a text; empty for control and reserved tokens.
         eos: the ids that end an answer.
@@ -52,6 +56,8 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: Any, size: int, eos: Sequence[int]) -> None:
+        if not eos:
+            raise UsageError("eos_token_ids is empty, and an answer needs an end; name one.")
         # What is kept knows the tokenizer weakly, or neither would ever be freed.
         self._tokenizer = hf_tokenizer(tokenizer)
         self._kept = _kept_for(self._tokenizer, size, tuple(eos))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +15,6 @@ from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.diffusion.canvas import Passed, Prediction
 from mlx_diffgemma.diffusion.denoiser import Denoiser
 from mlx_diffgemma.diffusion.predict import Predictor
-from mlx_diffgemma.editing import session
 from mlx_diffgemma.editing.structured import Structured, UnmetConstraintError, generate_structured
 from mlx_diffgemma.text.prompt import encode_prompt
 
@@ -52,7 +51,7 @@ class Scripted:
 
 
 @pytest.fixture
-def answer(monkeypatch):
+def answer():
     """Answers "x" with text that matches a pattern, where the model thinks what it is told: the
     answer, the prefix that the constraint began with, and the prompt."""
 
@@ -62,10 +61,9 @@ def answer(monkeypatch):
         ends = release_like.ends(setting()[1])
         spelt = [release_like.ids(tokenizer, text)[:CANVAS] for text in said]
         scripted = Scripted(model, [ids + [ends[0]] * (CANVAS - len(ids)) for ids in spelt])
-        monkeypatch.setattr(session, "Denoiser", partial(Denoiser, predict=scripted))
         found = generate_structured(
             model, tokenizer, "x", most, regex=pattern, seed=1,
-            max_denoising_steps=3, eos_token_ids=ends,
+            max_denoising_steps=3, eos_token_ids=ends, denoiser=Denoiser(model, scripted),
             **{"thinking": True, **how},
         )  # fmt: skip
         assert re.fullmatch(pattern, found.text)
