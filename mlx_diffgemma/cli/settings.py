@@ -187,6 +187,8 @@ class Asking:
             UsageError: a file holds none.
             DiffGemmaError: a file cannot be read.
         """
+        if not self.tools:
+            return None
         from mlx_diffgemma.editing.files import read_text
         from mlx_diffgemma.text.messages import checked_tools
 
@@ -197,7 +199,7 @@ class Asking:
                 tools += checked_tools(found if isinstance(found, list) else [found])
             except UsageError as error:
                 raise UsageError(f"--tools {path}: {error}") from None
-        return tools or None
+        return tools
 
     def _variables(self) -> dict[str, object] | None:
         """The variables of `--chat-template-config`, None where there are none.
