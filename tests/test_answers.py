@@ -171,10 +171,10 @@ def test_which_token_ended_it(model, script):
 @pytest.mark.parametrize("thinking", [False, True])
 def test_the_beginning_that_was_given_is_part_of_the_answer(model, script, monkeypatch, thinking):
     # The tokenizer knows more words than the model that stands in for the release.
-    monkeypatch.setattr(
-        generation, "fit_to_context", lambda model, prompts, config, **_: [config] * len(prompts)
-    )
-    monkeypatch.setattr(batch, "fit_to_context", lambda model, prompts, configs, **_: configs)
+    for room in (generation, batch):
+        monkeypatch.setattr(
+            room, "fit_to_context", lambda model, prompts, config, **_: [config] * len(prompts)
+        )
     script.canvases = [ids("ris. END<turn|>")]
     options: dict[str, Any] = {
         "prefill_response": "It is Pa END ", "eos_token_ids": release_like.ends(TOKENIZER),

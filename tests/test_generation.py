@@ -227,7 +227,7 @@ def test_prompts_that_cannot_be_run(demo: tuple[Any, Any]) -> None:
         ("", "prompt is empty"),
         ([], "prompt is empty"),
         ([7, 128], "the prompt: token 1 is 128; ids go from 0 to 127"),
-        ([7, 6], r"the prompt: token 1 \(6\) stands for an image"),
+        ([7, 6], r"the prompt: token 1 \(6\) stands for a picture, and none"),
         ([30] * 4033, "has 4033 tokens and the model's context is 4096"),
     ):
         with pytest.raises(PromptError, match=message):

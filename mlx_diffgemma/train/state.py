@@ -71,7 +71,9 @@ def load(folder: Path, parameters: Tree, config: TrainConfig) -> RunState | None
         arrays, metadata = _read(path)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} is not the state of a run ({os_reason(error)}).") from None
-    run = Section(parse_object(metadata.get("run", "null"), path, mend=_ANEW), "", str(path), _ANEW)
+    if "run" not in metadata:
+        raise CheckpointError(f"{path} is not the state of a run (it names none); {_ANEW}.")
+    run = Section(parse_object(metadata["run"], path, mend=_ANEW), "", str(path), _ANEW)
     step, tokens = run.count("step"), run.count("tokens")
     begun = run.section("config").data
     for name in _FIXED:

@@ -68,7 +68,14 @@ def calling_url(calling_engine: Engine) -> Iterator[str]:
 def told_url() -> Iterator[str]:
     """The URL of a server whose engine is no more than a name."""
     with running(
-        create_app(SimpleNamespace(name="demo", context=4096, stop=lambda seconds: None))
+        create_app(
+            SimpleNamespace(
+                name="demo",
+                context=4096,
+                model=SimpleNamespace(reads_pictures=False),
+                stop=lambda seconds: None,
+            )
+        )
     ) as url:
         yield url
 

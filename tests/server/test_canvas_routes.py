@@ -55,8 +55,8 @@ def test_a_canvas_is_the_first_one_of_an_answer(post, demo_engine):
     steps = [each for each in stream_generate(*at, SORT, seed=5) if each.step]
     expected = [each for each in steps if each.canvas_index == 0]
     assert [each["ids"] for each in frames] == [each.canvas for each in expected]
-    np.testing.assert_allclose(frames[0]["entropy"], expected[0].entropy, rtol=1e-5)
-    np.testing.assert_allclose(frames[0]["probability"], expected[0].probability, rtol=1e-5)
+    np.testing.assert_allclose(frames[0]["entropy"], expected[0].entropy, atol=1e-3)
+    np.testing.assert_allclose(frames[0]["probability"], expected[0].probability, atol=1e-3)
     assert [each["step"] for each in frames] == list(range(1, len(frames) + 1))
     assert last["ids"] == frames[-1]["ids"] and last["done"] and last["text"] == expected[-1].draft
     whole = post("/v1/canvas", messages=SORT, seed=5)
