@@ -88,7 +88,7 @@ def routes(server: Server) -> list[Route]:
     async def puzzle(request: Request) -> Response:
         text = request.query_params.get("seed", "")
         seed = int(text) if text.isascii() and text.isdecimal() else None
-        made = sudoku.make_puzzle(np.random.default_rng(seed))
+        made = sudoku.make_puzzle(np.random.default_rng(checked_seed(seed)))
         return JSONResponse({"givens": made.givens, "solution": made.solution})
 
     async def start(request: Request) -> Response:
