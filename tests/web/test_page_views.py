@@ -244,6 +244,7 @@ def test_chat(visitor: Visitor) -> None:
         {"role": "user", "content": "count\n5 9"}
     ]
     expect(said).to_have_text("5 6 7 8 9")
+    expect(page.get_by_role("button", name="Regenerate")).to_be_visible()  # it is no draft any more
     page.reload()
     expect(said).to_have_text("5 6 7 8 9")
     page.get_by_role("button", name="New chat").click()
