@@ -166,7 +166,8 @@ def test_the_prompt_comes_from_the_option_or_the_pipe(program, arguments, piped,
         ("-p hi --prefill-step-size 0", "--prefill-step-size must be at least 1, not 0."),
         ("-p hi --sampler euler", "unknown sampler 'euler'; known are "
          "entropy-bound, confidence-threshold, block-refinement, ddim."),
-        ("-p hi --profile x", "'x'; known are exact, balanced, swift, fast, turbo."),
+        ("-p hi --profile x", "unknown profile 'x'; known are exact, balanced, swift, fast, turbo. "
+         "A file that `tune` wrote ends with .json."),
         ("-p hi --raw --system-prompt s",
          "--system-prompt needs a chat template, and --raw uses none: drop one."),
         ("-p hi --raw --thinking",
