@@ -278,6 +278,11 @@ async def soak(port: int, pid: int, options: argparse.Namespace) -> Found:
             await asyncio.sleep(1.0)
 
     await asyncio.gather(watching(), *(asking(number) for number in range(options.clients)))
+    await settled(port, pid)
+    for case, expected, _ in known:  # alone again, which also lets Python collect its garbage
+        status, body = await client.ask(case)
+        if status != 200 or case.read(body) != expected:
+            found.wrong.append(f"{case.name} alone afterwards: status {status}, {body[:100]!r}")
     after = await settled(port, pid)
     pool = min(32, (os.cpu_count() or 1) + 4)  # threads of asyncio's own, which stay
     for what, allowed in (("sockets", 0), ("threads", pool), ("http_open", 0)):

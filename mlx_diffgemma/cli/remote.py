@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from mlx_diffgemma.cli.remote_answers import Reading
 from mlx_diffgemma.cli.settings import DEFAULT_MODEL, Asking, Denoising, Loading, Reaching
 from mlx_diffgemma.errors import DiffGemmaError, UsageError
+from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.prompt_settings import PromptSettings
 
 PLACE, KEY = "MLX_DIFFGEMMA_SERVER", "MLX_DIFFGEMMA_API_KEY"
@@ -105,13 +106,13 @@ class Remote:
 
     def __init__(self, url: str, *, seconds: float = 10.0) -> None:
         self.url = url.rstrip("/")
-        parts = urlsplit(self.url)
         try:
+            parts = urlsplit(self.url)
             usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
         except ValueError:
             usable = False
         if not usable:
-            raise UsageError(f"--server {url} is no URL; write it as {DEFAULT_URL}.")
+            raise UsageError(f"--server {shown(url)} is no URL; write it as {DEFAULT_URL}.")
         self._parts = parts
         with closing(self._connection(seconds)) as connection:
             response = self._request(connection, "GET", "/health", None)

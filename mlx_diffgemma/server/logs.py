@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 import time
 from typing import Any
 
@@ -51,11 +52,19 @@ class Lines(logging.Formatter):
         )
 
 
+class Stderr(logging.StreamHandler):
+    """Writes to what stderr is by then: it may be put in the place of another."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def start(level: int = logging.INFO) -> None:
     """Write the log to stderr."""
-    handler = logging.StreamHandler()
+    handler = Stderr()
     handler.setFormatter(Lines())
     log.setLevel(level)
     for each in (log, logging.getLogger("uvicorn.error")):
         each.handlers[:] = [handler]
-        each.propagate = False

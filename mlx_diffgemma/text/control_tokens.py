@@ -87,7 +87,11 @@ class ControlTokens:
             return keys
         lengths = sorted(set(map(len, begun)))
         return [
-            _marked(key, (at for at in lengths if key[:at].lower() in begun), marker)
+            _marked(
+                key,
+                (at for at in lengths if at <= len(key) and key[:at].lower() in begun),
+                marker,
+            )
             if isinstance(key, str)
             else key
             for key in keys

@@ -109,8 +109,12 @@ def read_picture(
     image = _as_image(source, path, name)
     width, height = image.size
     size = target_size(height, width, soft_tokens, vision)
-    if max(size) // vision.patch_size > vision.position_embedding_size:
-        raise PromptError(f"{name} is too long and narrow for this model ({width} × {height}).")
+    patches, most = max(size) // vision.patch_size, vision.position_embedding_size
+    if patches > most:
+        raise PromptError(
+            f"{name} would be {patches} patches long, and this model's tower knows {most}; crop "
+            "it, or lower image_tokens."
+        )
     pixels = np.asarray(_resized(image, size))
     return Picture(np.ascontiguousarray(pixels), vision.patch_size, vision.pooling_kernel_size)
 

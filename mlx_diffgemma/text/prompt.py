@@ -338,7 +338,7 @@ def _encode_text(
         rendered = put(chat.render(tokenizer, template))
         ids: list[int] = tokenizer.encode(rendered, add_special_tokens=False)
         return ids, rendered
-    marker = unused_character(template, *strings)
+    marker = unused_character(template, *strings, *(place or ()))
     own = [name for pair in THOUGHT_MARKERS if pair[1] in template for name in pair]
     rendered = put(chat.marked(controls, marker, own).render(tokenizer, template))
     return controls.encode_rendered(rendered, marker), rendered.replace(marker, "")

@@ -156,7 +156,7 @@ def test_a_server_is_found_where_it_has_the_same_model(
     ("arguments", "code", "message"),
     [
         (["--server", "http://127.0.0.1:1"], 1, "no server listens at http://127.0.0.1:1"),
-        (["--server", "nonsense"], 2, "--server nonsense is no URL"),
+        (["--server", "nonsense"], 2, "--server 'nonsense' is no URL"),
         (["--server", "URL", "--no-server"], 2, "contradict each other"),
         (["--server", "URL", "--model", "other"], 2, "serves demo, and another model is asked"),
         (["--server", "URL", "--raw", "--markers"], 2, "--markers does not go with --server"),

@@ -171,6 +171,8 @@ def test_keys_that_spell_markers_keep_their_order():
         "<|turn>\U0001f98a",
         "<eos>",
         "<e",
+        "<:",
+        "<<turn|>",
         "a",
     ]
     for part in (dict.fromkeys(keys, 1), {key: {key: [key]} for key in reversed(keys)}):
