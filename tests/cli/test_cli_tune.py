@@ -14,6 +14,7 @@ from mlx_diffgemma.cli.main import app
 from mlx_diffgemma.demo import sudoku
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.fitting import diffusion_config
+from mlx_diffgemma.tune.candidates import CANDIDATES
 
 
 @pytest.fixture
@@ -27,7 +28,13 @@ def puzzles(tmp_path):
     return path
 
 
-def test_a_profile_is_found_written_read_and_refused_for_another_model(puzzles, tmp_path):
+def test_a_profile_is_found_written_read_and_refused_for_another_model(
+    puzzles, tmp_path, monkeypatch
+):
+    some = {name: CANDIDATES[name] for name in ("exact", "swift", "stop early")}
+    monkeypatch.setattr("mlx_diffgemma.tune.candidates.CANDIDATES", some)
+    # What the machine can do is measured with large products, which take a CPU seconds.
+    monkeypatch.setattr("mlx_diffgemma.tune.run.floor_seconds", lambda model: 0.001)
     profile = tmp_path / "mine.json"
     arguments = ["tune", "--model", "demo", "--data", str(puzzles), "-m", "64"]
     first = CliRunner().invoke(app, [*arguments, "--profile", str(profile)])

@@ -33,7 +33,7 @@ def visitor(served: Any, browser: Any, monkeypatch: pytest.MonkeyPatch) -> Itera
 
     from mlx_diffgemma.diffusion import noise
 
-    seeds = count(1)
+    seeds = count(4)
     fresh = SimpleNamespace(randbelow=lambda below: next(seeds) % below)
     monkeypatch.setattr(noise, "secrets", fresh)
     visitor = Visitor(browser, served.url)
