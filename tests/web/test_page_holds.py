@@ -171,7 +171,7 @@ def test_a_connection_that_is_cut_in_mid_canvas_is_said_and_taken_up_again(
 ) -> None:
     page = visitor.open("canvas")
     page.get_by_label("Slowly").check()
-    page.get_by_label("Prompt").fill("count\n28 41")
+    page.get_by_label("Prompt").fill("count\n5 9")
     page.get_by_role("button", name="Form", exact=True).click()
     page.locator("[data-place='0']").wait_for()
     try:
@@ -184,7 +184,7 @@ def test_a_connection_that_is_cut_in_mid_canvas_is_said_and_taken_up_again(
     expect(page.get_by_role("status")).to_contain_text("Done after")
     expect(page.get_by_role("alert")).to_have_count(0)
     text = "".join(page.locator(".token:not(.special)").all_inner_texts())
-    assert text == " ".join(map(str, range(28, 42)))
+    assert text == "5 6 7 8 9"
 
     # The same for a document: nothing has changed, and that is said.
     page = visitor.open("document")
