@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import make_config, make_model, make_weights
+from tiny_pictures import PLAIN, drawn, make_vision, make_vision_weights
 
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.diffusion.encode import chunks, encode
 from mlx_diffgemma.errors import PromptError, UsageError
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.pictured import PicturedIds, PictureSpan, followed_by, pictures_of
+from mlx_diffgemma.text.pictures import read_picture
 
 IMAGE = 6
 
@@ -150,3 +152,29 @@ def test_a_model_without_a_tower_refuses_pictures():
     config = ModelConfig.from_dict(make_config(2))
     with pytest.raises(PromptError, match="no vision tower"):
         make_model(config, make_weights(config, 2)).embed_picture(PictureSpan(0, 1, "a"))
+
+
+def test_memory_stays_flat_from_one_picture_to_twenty():
+    raw = make_config(1, sliding_window=64, max_position_embeddings=20_000)
+    raw["vision_config"] = {**PLAIN, "hidden_size": 64, "intermediate_size": 128}
+    config = ModelConfig.from_dict(raw)
+    model = make_model(config, make_weights(config, 1))
+    width = config.text.hidden_size
+    weights = make_vision_weights(config.vision, width, 0)
+    model.load_vision = lambda: make_vision(config.vision, width, weights)
+    model.require_vision()
+    peaks = []
+    for count in (1, 20):
+        ids, spans = [], []
+        for number in range(count):
+            seen = read_picture(drawn(96, 128, number), config.vision, 70)
+            end = len(ids) + seen.soft_tokens
+            spans.append(PictureSpan(len(ids), end, seen.key, seen.patches, seen.columns))
+            ids += [IMAGE] * seen.soft_tokens
+        cache = model.make_cache()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        encoded(model, cache, PicturedIds(ids, spans), step_size=256)
+        peaks.append(mx.get_peak_memory() - before - cache.nbytes)
+    assert peaks[1] <= 1.05 * peaks[0]
