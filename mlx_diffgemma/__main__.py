@@ -1,6 +1,7 @@
-"""`mlx-diffgemma`, and the same as `python -m mlx_diffgemma`.
+"""The program `mlx-diffgemma`, which `python -m mlx_diffgemma` runs as well.
 
-Nothing is imported here before Ctrl-C ends the program without a traceback.
+The rest of the package is imported after the signal handler is set, so that Ctrl-C ends the program
+without a traceback during the imports too.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from types import FrameType
 
 
 def leave(signum: int, frame: FrameType | None) -> None:
-    """End at once: a signal handler for when there is nothing to clean up."""
+    """A signal handler that ends the process at once, where there is nothing to clean up."""
     os._exit(128 + signum)
 
 
 def main() -> None:
     """Entry point of the console script."""
-    interruptible = callable(signal.getsignal(signal.SIGINT))  # a shell ignores it behind `&`
+    interruptible = callable(signal.getsignal(signal.SIGINT))  # a shell ignores SIGINT behind `&`
     if interruptible:
         signal.signal(signal.SIGINT, leave)
     from mlx_diffgemma.cli.main import main as run

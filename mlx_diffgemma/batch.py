@@ -35,13 +35,13 @@ class BatchRow:
     """What became of one prompt of a batch; the names are those of `GenerationResponse`.
 
     Attributes:
-        text: the answer, without thoughts and calls of tools; of a row that failed, what was
-            committed before.
+        text: the answer, without thoughts and calls of tools; where the row failed, the text that
+            was committed before the failure.
         finish_reason: "stop", "length", "tool_calls", or "error" where the row failed.
         tokens: all tokens of the answer.
         prompt_tokens: tokens of the prompt.
-        seed: the seed of the row's random draws, and `config` its settings; `max_tokens` in them
-            is what the row's context leaves.
+        seed: the seed of the row's random draws.
+        config: the settings of the row; their `max_tokens` is at most what its context leaves.
         denoising_steps: steps of each canvas.
         converged: whether every canvas was done before its steps were used up.
         context_full: whether the answer was cut because the model's context ends there.
@@ -67,8 +67,17 @@ class BatchRow:
 
 @dataclass(frozen=True)
 class BatchStats:
-    """Tokens, seconds and memory of a whole batch, as mlx-lm names them; `peak_memory` in GB (1e9
-    bytes)."""
+    """Tokens, seconds and memory of a whole batch, as mlx-lm names them.
+
+    Attributes:
+        prompt_tokens: tokens of all prompts.
+        prompt_tps: prompt tokens encoded per second.
+        prompt_time: seconds in which the prompts were encoded.
+        generation_tokens: tokens of all answers.
+        generation_tps: tokens of answers per second of generation.
+        generation_time: seconds of generation, without those of the prompts.
+        peak_memory: most memory that this process has held so far, in GB (1e9 bytes).
+    """
 
     prompt_tokens: int
     prompt_tps: float
@@ -105,7 +114,11 @@ class BatchResponse:
 
     @property
     def token_ids(self) -> list[list[int]]:
-        """The tokens of each answer; errors as for `texts`."""
+        """The tokens of each answer.
+
+        Raises:
+            NumericalError: a row failed; `rows` has the others.
+        """
         return [list(row.tokens) for row, _ in zip(self.rows, self.texts, strict=True)]
 
     @property
@@ -123,7 +136,7 @@ class _Row:
     seed: int
     sequence: int
     config: DiffusionConfig
-    wanted: int  # max_tokens before the context cut them
+    wanted: int  # `max_tokens` before the context limited it
     text: str = ""
     thought: str = ""
     calls: list[ToolCall] = field(default_factory=list)
@@ -192,8 +205,8 @@ def batch_generate(
     stop: str | Sequence[str] | None = None,
     **settings: Any,
 ) -> BatchResponse:
-    """Answer several prompts at once. Each row has its own end, and what the model does not return
-    finite for one row ends that row alone.
+    """Answer several prompts at once. Each row ends by itself, and NaN or infinity that the model
+    returns for one row ends that row alone.
 
     Args:
         prompts: a list of prompts, each as `stream_generate` takes it.
@@ -207,6 +220,7 @@ def batch_generate(
     Other arguments are those of `stream_generate`, for all rows.
 
     Raises:
+        ConfigError: the checkpoint's settings are damaged.
         UsageError, PromptError: a setting or a prompt is out of range; the prompt is named.
         MemoryShortageError: the batch does not fit.
         NumericalError: the model returned NaN or infinity for every row.
@@ -287,7 +301,11 @@ def batch_generate(
 
 
 def _of_each(name: str, given: Any, count: int) -> Sequence[Any] | None:
-    """A setting that is given for each row; None where all rows share it."""
+    """A setting that is given for each row; None where all rows share it.
+
+    Raises:
+        UsageError: there are more values or fewer than `count`.
+    """
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
         return None
     if len(given) != count:
@@ -300,7 +318,7 @@ def _of_each(name: str, given: Any, count: int) -> Sequence[Any] | None:
 
 @contextmanager
 def _naming(row: int, kind: type[DiffGemmaError]) -> Iterator[None]:
-    """Errors of this kind name the prompt."""
+    """Inside, an error of this `kind` is raised again with the prompt's number before it."""
     try:
         yield
     except kind as error:

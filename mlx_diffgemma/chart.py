@@ -61,21 +61,23 @@ class Chart:
         ]
 
     def x(self, value: float) -> float:
-        """Where a value of the horizontal axis lies."""
+        """Where a value of the horizontal axis lies, in units of the SVG from the left."""
         share = (value - self._across.low) / (self._across.high - self._across.low)
         return _LEFT + share * (WIDTH - _LEFT - _RIGHT)
 
     def y(self, value: float) -> float:
-        """Where a value of the vertical axis lies."""
+        """Where a value of the vertical axis lies, in units of the SVG from the top."""
         share = (self._up.high - value) / (self._up.high - self._up.low)
         return _TOP + share * (HEIGHT - _TOP - _BOTTOM)
 
     def dot(self, across: float, up: float, colour: str) -> None:
+        """Draw a dot at values of the two axes."""
         self._parts.append(
             f'<circle cx="{self.x(across):.1f}" cy="{self.y(up):.1f}" r="4.5" fill="{colour}"/>'
         )
 
     def line(self, points: Iterable[tuple[float, float]], colour: str) -> None:
+        """Draw a line through points, each of values of the two axes."""
         path = " ".join(f"{self.x(a):.1f},{self.y(b):.1f}" for a, b in points)
         self._parts.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
@@ -84,7 +86,7 @@ class Chart:
     def text(
         self, x: float, y: float, text: str, anchor: str = "start", colour: str | None = None
     ) -> None:
-        """Write at a place of the picture."""
+        """Write at a place of the picture, in units of the SVG from the left and from the top."""
         fill = f' fill="{colour}"' if colour else ""
         self._parts.append(
             f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{fill}>{escape(text)}</text>'
@@ -96,6 +98,11 @@ class Chart:
             self.text(WIDTH - _RIGHT - 8, _TOP + 18 * (row + 1), name, "end", colour)
 
     def write(self, path: Path) -> None:
+        """Write the chart to an SVG file.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         path.write_text("\n".join([*self._parts, "</svg>", ""]), encoding="utf-8")
 
     def _mark_up(self, value: float, text: str) -> str:
@@ -116,9 +123,12 @@ class Chart:
 def reliability_chart(
     curves: Mapping[str, Sequence[tuple[float, float, int]]],
 ) -> Chart:
-    """How often answers are right over how probable they were held to be, by name of the curve;
-    points are mean probability, share of right answers and their number. On the diagonal the two
-    agree."""
+    """A chart of how often answers are right over how probable they were held to be.
+
+    Args:
+        curves: by name, the points of a curve: mean probability, share of right answers, and number
+            of answers. Points on the diagonal are those where share and probability agree.
+    """
     axis = linear_axis("probability of the answer", 0.0, 1.0)
     chart = Chart(axis, linear_axis("share of right answers", 0.0, 1.0))
     chart.line([(0.0, 0.0), (1.0, 1.0)], "#bbb")

@@ -47,7 +47,7 @@ def check_text(name: str, value: Any) -> None:
 
 
 def check_texts(name: str, value: Any) -> None:
-    """Raise UsageError unless `value` is a list of texts; one text is none."""
+    """Raise UsageError unless `value` is a list of texts; a single text is not taken for one."""
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         raise UsageError(f"{name} must be a list of texts, not {shown(value)}.")
     for place, each in enumerate(value):
@@ -55,7 +55,7 @@ def check_texts(name: str, value: Any) -> None:
 
 
 def check_sequence(name: str, value: Any) -> None:
-    """Raise UsageError unless `value` is a list; a text is none."""
+    """Raise UsageError unless `value` is a list; a text is not taken for one."""
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         raise UsageError(f"{name} must be a list, not {shown(value)}.")
 

@@ -18,7 +18,7 @@ MODEL_TYPE = "diffusion_gemma"
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 SOFT_TOKENS = (70, 140, 280, 560, 1120)
-"""How many soft tokens a picture may be asked to take at most."""
+"""The values that the most soft tokens of a picture may be set to."""
 
 _LAYER = re.compile(r"[0-9]{1,9}")
 _GLOBAL = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
@@ -32,8 +32,15 @@ _PACKERS = {
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding of one kind of layer: `default`, or `proportional` (only the first
-    `partial_rotary_factor` of the frequencies rotate)."""
+    """Rotary embedding of one kind of layer.
+
+    Attributes:
+        theta: base of the frequencies.
+        rope_type: "default", or "proportional", in which only the first `partial_rotary_factor` of
+            the frequencies rotate.
+        partial_rotary_factor: share of the frequencies that rotate, above 0 and at most 1.
+        factor: what the periods of the frequencies are multiplied by.
+    """
 
     theta: float
     rope_type: str = "default"
@@ -42,6 +49,11 @@ class RopeConfig:
 
     @classmethod
     def read(cls, section: Section) -> RopeConfig:
+        """Read the part of `rope_parameters` for one kind of layer.
+
+        Raises:
+            ConfigError: naming the key that is missing, unknown or contradictory.
+        """
         rope_type = section.get("rope_type", "default")
         if rope_type not in ("default", "proportional"):
             raise section.fail(
@@ -55,7 +67,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Attention sizes of one layer."""
+    """Attention sizes of one layer, whose `kind` is `SLIDING` or `FULL`."""
 
     kind: str
     num_heads: int
@@ -92,6 +104,11 @@ class TextConfig:
 
     @classmethod
     def read(cls, section: Section) -> TextConfig:
+        """Read the `text_config` of a `config.json`.
+
+        Raises:
+            ConfigError: naming the key that is missing, unknown or contradictory.
+        """
         if section.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
             raise section.fail("hidden_activation", "must be 'gelu_pytorch_tanh'")
         if section.get("use_bidirectional_attention", "vision") != "vision":
@@ -180,7 +197,7 @@ def _layer_sizes(
     """The attention sizes of a layer, by the names that they have for all layers.
 
     Raises:
-        ConfigError: both spellings are there, and say different things.
+        ConfigError: both spellings are there and contradict each other.
     """
     sizes = {key: section.get(key, None) for key in _GLOBAL}
     path = f"{section.path} (layer {index})"
@@ -233,7 +250,7 @@ class VisionConfig:
 
     @property
     def side_multiple(self) -> int:
-        """Pixels of whose multiple the sides of a picture are: those of one soft token."""
+        """Pixels of a side of one soft token; the sides of a picture are multiples of it."""
         return self.patch_size * self.pooling_kernel_size
 
     @classmethod
@@ -279,8 +296,15 @@ class ModelConfig:
     """A whole checkpoint's `config.json`.
 
     Attributes:
-        image_token_id: stands for a soft token of a picture, or None.
-        boi_token_id, eoi_token_id: stand before and behind the soft tokens of a picture, or None.
+        text: the network, without the vision tower.
+        canvas_length: tokens of a canvas, C.
+        eos_token_ids: ids that end an answer, as `config.json` has them; in a model that `load`
+            gives, those of `end_token_ids`.
+        image_token_id: the id that stands for each soft token of a picture, or None.
+        boi_token_id, eoi_token_id: the ids that stand before and behind the soft tokens of a
+            picture, or None.
+        quantization: the block of `config.json` of that name, in MLX's form, or None.
+        raw: the whole `config.json`, as it was given.
     """
 
     text: TextConfig
@@ -294,11 +318,11 @@ class ModelConfig:
 
     @property
     def vision(self) -> VisionConfig | None:
-        """The vision tower, or None where the config names none or no token that stands for what
-        it sees.
+        """The vision tower; None where the config names no tower, or no id that stands for a soft
+        token.
 
         Raises:
-            ConfigError: it is damaged.
+            ConfigError: the tower's part of the config is damaged.
         """
         top = Section(self.raw)
         if not top.has("vision_config") or self.image_token_id is None:
@@ -322,8 +346,8 @@ class ModelConfig:
         """The ids that end an answer: `stated_end_ids`, else the `tokenizer`'s.
 
         Raises:
-            ConfigError: none of them names one of the vocabulary, so that no answer would ever
-                end.
+            ConfigError: neither names any, so that no answer would ever end, or one of the ids is
+                outside the vocabulary.
         """
         vocab_size = self.text.vocab_size
         ids = self.stated_end_ids or tuple(sorted(tokenizer))
@@ -375,7 +399,7 @@ def _read_quantization(top: Section) -> Mapping[str, Any] | None:
     """The `quantization` of a config, or None.
 
     Raises:
-        ConfigError: it is not in MLX's form; whose it is, is named.
+        ConfigError: it is not in MLX's form; the error names the form, where it is known.
     """
     key = "quantization" if top.data.get("quantization") else "quantization_config"
     if not top.data.get(key):
@@ -395,7 +419,7 @@ def check_generation_ids(generation: Any, vocab_size: int, *, inside_config: boo
     inside `config.json`.
 
     Raises:
-        ConfigError: one is no id of the vocabulary; file and key are named.
+        ConfigError: an id is outside the vocabulary; the error names file and key.
     """
     section = (
         Section(generation, "generation_config")
@@ -408,7 +432,11 @@ def check_generation_ids(generation: Any, vocab_size: int, *, inside_config: boo
 
 def both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a `config.json` that carries the attention sizes in both spellings, so that every
-    reader finds the one it knows."""
+    reader finds the one it knows.
+
+    Raises:
+        ConfigError: as for `ModelConfig.from_dict`.
+    """
     parsed = ModelConfig.from_dict(config)
     text = dict(config["text_config"])
     full = [(i, a) for i, a in enumerate(parsed.text.attention) if not a.is_sliding]

@@ -1,4 +1,4 @@
-"""Files that are the old or the new ones, whatever happens while they are written."""
+"""Files that are replaced as a whole: a crash leaves the old one or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file, or make it; `path` with `.part` behind it is written first.
 
     Raises:
-        OSError: it cannot be written; the file is as it was.
+        OSError: the file cannot be written; what was at `path` is as it was.
     """
     partial = path.with_name(f"{path.name}.part")
     with partial.open("wb") as file:
@@ -24,7 +24,8 @@ def put_in_place(partial: Path, path: Path) -> None:
     """Give a file that is whole, and on the disk, the name of the file that it replaces.
 
     Raises:
-        OSError: it cannot be renamed; `path` is as it was.
+        OSError: the file cannot be renamed, and `path` is as it was; or the folder cannot be
+            brought to the disk.
     """
     partial.replace(path)
     sync(path.parent)

@@ -42,8 +42,8 @@ def not_finite(where: str, *, float16: bool, adapter: bool = False) -> str:
     may come from.
 
     Args:
-        float16: the activations are in float16, whose largest number is 65,504.
-        adapter: an adapter sits on the model.
+        float16: whether the activations are in float16, whose largest number is 65,504.
+        adapter: whether an adapter sits on the model.
     """
     culprit = "its weights or those of the adapter" if adapter else "its weights"
     damaged = f"{culprit} may be damaged (load them with check=True, or add --check)"

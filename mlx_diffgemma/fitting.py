@@ -48,8 +48,8 @@ def configured(
     **overrides: Any,
 ) -> DiffusionConfig:
     """The settings of one call: `config` where it is given, else `diffusion_config`, in either case
-    with the overrides that are not None put over them. An answer also ends at what the tokenizer
-    takes for an end by now (`tokenizer.add_eos_token`), unless `eos_token_ids` are given.
+    with the overrides that are not None put over them. An answer also ends at the end tokens that
+    the tokenizer has now (`tokenizer.add_eos_token` adds some), unless `eos_token_ids` are given.
 
     Raises:
         ConfigError, UsageError: as for `diffusion_config`.
@@ -68,10 +68,11 @@ def configured(
 
 
 def cache_of(model: DiffusionGemma, given: Any) -> PrefixCache:
-    """The cache that is given, or a new one.
+    """The cache that is given, or a new one where None is.
 
     Raises:
-        UsageError: it is none, or one of another model.
+        UsageError: what is given is no cache, is one of another model, or was filled before
+            adapters were loaded.
     """
     cache = model.make_cache() if given is None else given
     if not isinstance(cache, PrefixCache):
@@ -81,10 +82,10 @@ def cache_of(model: DiffusionGemma, given: Any) -> PrefixCache:
 
 
 def denoiser_of(model: DiffusionGemma, given: Any) -> Denoiser:
-    """The denoiser that is given, or the model's own.
+    """The denoiser that is given, or a new one of the model where None is.
 
     Raises:
-        UsageError: it is none, or one of another model.
+        UsageError: what is given is no denoiser, or one of another model.
     """
     denoiser = Denoiser(model) if given is None else given
     if not isinstance(denoiser, Denoiser) or denoiser.model is not model:
@@ -103,8 +104,11 @@ def fit_to_context(
     model; returns the settings of each, with an answer that ends where its context ends.
 
     Raises:
-        PromptError: empty, outside the vocabulary, with image tokens of no picture, or too long.
-        UsageError: the canvas is longer than the context.
+        PromptError: a prompt is empty or too long, has ids outside the vocabulary or image tokens
+            of no picture, or has pictures where the model has no vision tower.
+        UsageError: a canvas is as long as the context or longer, or an id of the settings is
+            outside the vocabulary.
+        CheckpointError: a prompt has pictures, and the vision tower is damaged.
         MemoryShortageError: prefixes and a denoising step exceed what the machine offers.
     """
     context = model.config.text.max_position_embeddings

@@ -1,4 +1,4 @@
-"""The rooms joined: a prompt in, text out, with every denoising step in between."""
+"""Loading a model, and generating with it: a prompt in, text out, every denoising step between."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
-_SHARE_OF_MARKS = 8  # of what memory is left, one part in so many for places to come back to
+_SHARE_OF_MARKS = 8  # marks of a prefix take at most one part in so many of the memory left
 
 
 def load(
@@ -56,7 +56,7 @@ def load(
     """Load a model and its tokenizer, as `mlx_lm.load` does.
 
     Args:
-        path_or_repo: a folder, a Hugging Face repository, or "demo".
+        path_or_repo: a folder, a Hugging Face repository, "demo" or "demo-image".
         revision: a branch, tag or commit of the repository; None takes its main branch.
         lazy: leave the weights on disk until they are used.
         adapter_path: a folder with adapters that training wrote.
@@ -71,7 +71,9 @@ def load(
 
     Raises:
         UsageError: an argument is of another type.
-        CheckpointError, ConfigError, MemoryShortageError: each in one line.
+        CheckpointError, ConfigError: the checkpoint cannot be found, or is incomplete, damaged or
+            of another kind.
+        MemoryShortageError: the model does not fit into memory.
     """
     from mlx_diffgemma.text.tokenizer import load_tokenizer
 
@@ -138,38 +140,43 @@ def stream_generate(
     on_prefill: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> Iterator[GenerationResponse]:
-    """Generate, yielding after each denoising step, before the next one starts.
+    """Generate an answer, and yield a response after each denoising step, before the next one
+    starts, and after each committed canvas.
 
     Args:
         prompt: text, messages (`{"role": ..., "content": ...}`, whose content may be parts with
             pictures, `{"type": "image", "image": ...}`), or token ids in a list, a tuple, an array
             or a `BatchEncoding`; or what `mlx_diffgemma.text.prompt.encode` made of one.
         max_tokens: most tokens to generate; None takes the checkpoint's setting.
-        seed: makes the run repeatable on one machine; None draws a fresh one (see the responses).
+        seed: makes the run repeatable on one machine; None draws a fresh one, which every response
+            names.
         initial_canvas: token ids [C] that the first canvas starts from instead of noise, such as
             the `canvas` of an earlier response to a prompt that was changed a little.
-        initial_noise: the share of it that gives way to noise, from 0 to 1; the canvas then enters
-            the schedule at the matching step, which saves passes.
+        initial_noise: the share of `initial_canvas` that gives way to noise, from 0 to 1; the
+            canvas then enters the schedule at the matching step, which saves passes.
         prefix_cache: a cache from `model.make_cache()` to use from one call to the next: what a
-            prompt has in common with the previous one is not encoded again. One call at a time.
+            prompt has in common with the previous one is not encoded again. A cache serves one
+            call at a time.
+        prefill_step_size: positions of the prompt to encode at a time; None takes the model's.
         denoiser: what runs the passes, such as one that steps the canvases of several calls
             together; None takes the model's own.
         profile: "exact" is the reference, token for token; others trade fidelity for speed. The
-            name of a file is that of a profile which `tune` wrote for this model.
+            path of a file stands for the profile that `tune` wrote there for this model.
         draft: also decode the draft of every step into text.
-        stop: texts that end the answer; it is cut before the first that its text completes. What
-            is thought, stands in a call or was given as the answer's beginning ends nothing.
+        stop: texts that end the answer; it is cut before the first that its text completes. Text
+            that is thought, stands in a call or was given as the answer's beginning ends nothing.
         on_prefill: called with (positions done, positions in all) while the prompt is encoded.
         config: all settings of the denoising, as `diffusion_config` gives them, in place of the
             checkpoint's and the profile's.
         prompt_settings: how the prompt becomes token ids; None stands for `PromptSettings()`.
-        settings: fields of `PromptSettings` and of `DiffusionConfig` to put over them, such as
-            `system_prompt`, `tools` or `max_denoising_steps`.
+        settings: fields of `PromptSettings` and of `DiffusionConfig` to put over `prompt_settings`
+            and `config`, such as `system_prompt`, `tools` or `max_denoising_steps`.
 
     Raises:
+        ConfigError: the checkpoint's settings are damaged.
         UsageError, PromptError: a setting or the prompt is out of range.
         MemoryShortageError: the prompt does not fit.
-        NumericalError: the model returned NaN; the step is named.
+        NumericalError: the model returned NaN or infinity; the step is named.
     """
     prompt_settings, settings = parted(prompt_settings, settings)
     config = configured(model, tokenizer, profile, config, max_tokens=max_tokens, **settings)
@@ -240,7 +247,7 @@ def _stream(
         )
         steps: list[int] = []
         committed: list[int] = []
-        kept = 0  # how many of them are part of the answer
+        kept = 0  # how many of the committed tokens are part of the answer
         parts = answer.parts()
         for event in events:
             if isinstance(event, PrefillProgress):

@@ -1,4 +1,4 @@
-"""What a generation yields: one response a moment, with its speeds."""
+"""The responses that a generation yields, and the clock that measures their speeds."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class GenerationResponse:
     has it as its `text`, before any step.
 
     Attributes:
-        text: text committed since the previous response; never half a character. What was thought
-            and the calls of tools are no part of it.
+        text: text committed since the previous response; never half a character. Thoughts and the
+            calls of tools are no part of it.
         token: the last token committed, or None.
         tokens: all tokens committed so far, those of thoughts and calls included; cut where a stop
             string cuts the text.
@@ -45,7 +45,8 @@ class GenerationResponse:
         draft_thought: what is thought on the canvas as it stands, or "".
         canvas: token ids of the draft, [C]; fewer where a stop string cuts it.
         entropy: nats of uncertainty of each draft token, as many as there are in `canvas`.
-        probability: of each draft token, likewise, at the temperature of the step.
+        probability: the probability of each draft token at the temperature of the step, as many as
+            there are in `canvas`.
         step: denoising steps run on this canvas, from 1.
         canvas_index: which canvas of the answer, from 0.
         denoising_steps: steps of each canvas so far, the current one included.
@@ -58,8 +59,10 @@ class GenerationResponse:
         parts: the parts of the answer before this canvas; `parts.pieces(canvas)` says what each
             token of the draft is part of.
         seed: the seed of every random draw of this run.
-        images: pictures that were read for this prompt; those of a prefix cache are not.
-        image_seconds: what the vision tower took for them; it is part of the time of the prompt.
+        images: pictures that the vision tower read for this prompt; those that the prefix cache
+            holds are not counted.
+        image_seconds: seconds that the vision tower took for these pictures, a part of the time of
+            the prompt.
     """
 
     text: str
@@ -114,7 +117,7 @@ class Clock:
         self.looking = Looking()
 
     def prompt_is_encoded(self, positions: int) -> None:
-        """Note that the prompt is encoded; `positions` of it were not known before."""
+        """Note that the prompt is encoded, `positions` of which were not in the prefix cache."""
         self.prompt_seconds, self.encoded = time.perf_counter() - self.start, positions
 
     def response(

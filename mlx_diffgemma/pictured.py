@@ -29,7 +29,7 @@ class PictureSpan:
         return self.stop - self.start
 
     def known(self) -> PictureSpan:
-        """The same without its patches, which are needed once."""
+        """This span without its patches, which are needed only until the picture is encoded."""
         return replace(self, patches=None)
 
 

@@ -29,8 +29,8 @@ def read_text(path: Path, *, mend: str = AGAIN) -> str:
     """A text file in UTF-8.
 
     Raises:
-        CheckpointError: it is missing, no file, not to be read, or not text; `mend` says what to
-            do about damage.
+        CheckpointError: the file is missing, is a folder, cannot be read, or is not text; `mend`
+            says what to do about damage.
     """
     try:
         return path.read_bytes().decode("utf-8")
@@ -72,7 +72,7 @@ def read_json(path: Path, *, mend: str = AGAIN) -> Any:
     """The content of a JSON file, of any type.
 
     Raises:
-        CheckpointError: as `read_text`, or it is no JSON.
+        CheckpointError: as for `read_text`, or the file is no JSON.
     """
     return _parsed(read_text(path, mend=mend), path, mend)
 
@@ -91,8 +91,8 @@ def read_object(path: Path, *, mend: str = AGAIN) -> dict[str, Any]:
     """The content of a JSON file that holds an object.
 
     Raises:
-        CheckpointError: as `read_json`, or it holds something else, or is nested deeper than any
-            file of a checkpoint.
+        CheckpointError: as for `read_json`, or the file holds something else, or is nested deeper
+            than any file of a checkpoint.
     """
     return parse_object(read_text(path, mend=mend), path, mend=mend)
 
@@ -101,7 +101,8 @@ def parse_object(text: str, where: Path, *, mend: str = AGAIN) -> dict[str, Any]
     """A JSON object from a text that stands in the file `where`.
 
     Raises:
-        CheckpointError: it is no JSON, no object, or nested deeper than any file of a checkpoint.
+        CheckpointError: the text is no JSON, no object, or nested deeper than any file of a
+            checkpoint.
     """
     content = _parsed(text, where, mend)
     if not isinstance(content, dict):
@@ -149,12 +150,14 @@ def shown(value: Any) -> str:
 
 
 class Section:
-    """One JSON object of a file, read key by key; every error names the key's full path.
+    """One JSON object of a file, read key by key. Where a value is missing or not as asked for, the
+    methods raise a ConfigError that names the key's full path.
 
     Args:
+        data: the object.
         path: where the object stands in the file.
         file: what errors call the file.
-        mend: what to do where a key is missing.
+        mend: what the error advises where a key is missing.
     """
 
     def __init__(
@@ -184,7 +187,7 @@ class Section:
         return self.data.get(key) is not None
 
     def size(self, key: str, default: Any = _REQUIRED, *, most: int = LARGEST_SIZE) -> int:
-        """A positive integer."""
+        """The positive integer of a key, at most `most`."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.fail(key, f"must be a positive integer, not {shown(value)}")
@@ -200,7 +203,7 @@ class Section:
         above: float = 0.0,
         most: float = _LARGEST_NUMBER,
     ) -> float:
-        """A finite number in a range."""
+        """The number of a key, above `above` and at most `most`."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > above:
             raise self.fail(key, f"must be a number above {above:g}, not {shown(value)}")
@@ -209,32 +212,32 @@ class Section:
         return float(value)
 
     def count(self, key: str) -> int:
-        """An integer of at least 0, in 64 bits."""
+        """The integer of a key, at least 0 and below 2^63."""
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
             raise self.fail(key, f"must be an integer of at least 0, not {shown(value)}")
         return value
 
     def text(self, key: str) -> str:
-        """A text."""
+        """The text of a key."""
         value = self.get(key)
         if not isinstance(value, str):
             raise self.fail(key, f"must be a text, not {shown(value)}")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """The boolean of a key."""
         value = self.get(key, default)
         if not isinstance(value, bool):
             raise self.fail(key, f"must be true or false, not {shown(value)}")
         return value
 
     def section(self, key: str, default: Any = _REQUIRED) -> Section:
-        """The object of a key."""
+        """The JSON object of a key, as a section."""
         return Section(self.get(key, default), self.name(key), self.file, self.mend)
 
     def ids(self, key: str, vocab_size: int | None = None) -> tuple[int, ...]:
-        """One token id or a list of them; below `vocab_size`, where that is given."""
+        """The token ids of a key, one or a list; below `vocab_size`, where that is given."""
         value = self.get(key, [])
         ids = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
@@ -245,7 +248,7 @@ class Section:
         return tuple(ids)
 
     def token(self, key: str, vocab_size: int) -> int | None:
-        """A token id, or None where there is none."""
+        """The token id of a key, below `vocab_size`, or None where the key is missing."""
         if isinstance(self.data.get(key), (list, tuple)):
             raise self.fail(key, f"must be one token id, not {shown(self.data[key])}")
         return next(iter(self.ids(key, vocab_size)), None)

@@ -1,4 +1,4 @@
-"""How a field of a settings dataclass says what it is, once, for every command line."""
+"""Notes on the fields of settings dataclasses, written once and read by every command line."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Setting:
 
     Attributes:
         help: one sentence that begins with a noun.
-        flags: names of the option; none stand for the field's own name with dashes.
+        flags: names of the option; an empty tuple stands for the field's own name with dashes.
         panel: heading in a command's `--help`.
-        default: what `--help` shows as the default where the field's own says nothing.
+        default: what `--help` shows as the default where the field's own default says nothing.
     """
 
     help: str

@@ -1,1 +1,1 @@
-"""From disk to a model and back."""
+"""Checkpoints and adapters on disk: their names, formats and sizes, and how they are loaded."""

@@ -37,7 +37,8 @@ def load_adapters(
     """Put adapters onto `model`, which is then ready to run. `base` is its fingerprint, if known.
 
     Raises:
-        CheckpointError: the folder has no adapters, they are damaged, or of another base.
+        UsageError: `adapter_path` is no path.
+        CheckpointError: the folder has no adapters, or they are damaged or of another base.
     """
     if not isinstance(adapter_path, (str, Path)):
         raise UsageError(f"adapter_path must be a folder, not {shown(adapter_path)}.")
@@ -61,7 +62,7 @@ def load_adapters(
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """`adapter_config.json`, where the weights are there as well.
+    """The content of `adapter_config.json`, in a folder that holds the weights as well.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -88,7 +89,7 @@ def add_adapters(
 ) -> None:
     """Put a LoRA or DoRA layer in the place of each module in `paths`, which it keeps inside.
 
-    As long as its B is zero, it computes what the module computes.
+    As long as the B of such a layer is zero, the layer computes what the module computes.
 
     Raises:
         UsageError: a module cannot take such an adapter.
@@ -132,7 +133,7 @@ def adapted_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def fingerprint(model: DiffusionGemma, *, release: bool = False) -> str:
-    """What tells the base of adapters from other bases: three short hashes, `norms-formats-rows`.
+    """A text that tells the base of adapters from others: three short hashes, `norms-formats-rows`.
 
     Norms and scalars are stored alike in every format, so the first is the same for a model in 4
     and in 16 bits, and an adapter may go from one to the other. The last is of one row of every

@@ -1,4 +1,4 @@
-"""From a checkpoint to a model, and every way in which a checkpoint can be broken."""
+"""Loading a checkpoint into a model; each way in which a checkpoint can be broken has its error."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def load_model(
     Reads the layout of Hugging Face and the converted layout of MLX.
 
     Args:
-        path_or_repo: a folder, a Hugging Face repository, or "demo".
+        path_or_repo: a folder, a Hugging Face repository, "demo" or "demo-image".
+        revision: a branch, tag or commit of the repository; None takes its main branch.
         lazy: leave the weights on disk until they are used.
         dtype: type of the weights that are not quantized, and so of the activations. None keeps
             that of the checkpoint on a GPU and takes float32 on a CPU, where MLX is fast in no
@@ -63,14 +64,17 @@ def load_model(
         check: look for NaN and infinity in every weight.
         name: what errors call the model; None takes `path_or_repo`.
         vision: whether to load the vision tower, which pictures need. None leaves it on disk until
-            a picture comes.
+            a picture comes, and False refuses pictures.
 
     Returns:
         The model and its `config.json` (with the content of `generation_config.json` under the key
         of that name).
 
     Raises:
-        CheckpointError, ConfigError, MemoryShortageError: each in one line.
+        UsageError: an argument is of another type.
+        CheckpointError, ConfigError: the checkpoint cannot be found, or is incomplete, damaged or
+            of another kind.
+        MemoryShortageError: the model does not fit into memory.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise UsageError(f"dtype must be float32, float16 or bfloat16 of mlx, not {shown(dtype)}.")
@@ -138,6 +142,8 @@ class _Eyes:
     """The vision tower of a checkpoint, on disk.
 
     Attributes:
+        dtype: type of the weights that are not quantized; None keeps that of the checkpoint.
+        check: whether to look for NaN and infinity in every weight.
         name: what errors call the model.
     """
 
@@ -203,7 +209,12 @@ class _Eyes:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json`, with `generation_config.json` inside it where there is one."""
+    """The content of `config.json`, with that of `generation_config.json`, where there is one,
+    under the key "generation_config".
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the folder holds adapters and no model.
+    """
     if not is_there(folder / "config.json") and is_there(folder / "adapter_config.json"):
         raise CheckpointError(
             f"{folder} holds adapters and no model; name their base with --model and this folder "
@@ -255,8 +266,8 @@ def _loaded_bytes(tensor: StoredTensor, dtype: mx.Dtype | None) -> int:
 def _quantize_modules(
     model: nn.Module, config: ModelConfig, stored: Mapping[str, StoredTensor], root: str = ""
 ) -> None:
-    """Turn every module whose scales are stored into its quantized form. Names are those of the
-    modules behind `root`."""
+    """Turn every module whose scales are stored into its quantized form. `root` before the path of
+    a module of `model` gives the name in the checkpoint."""
     if config.quantization is None:
         return
     shapes = {name: tensor.shape for name, tensor in stored.items()}
@@ -274,7 +285,7 @@ def _quantize_modules(
 def _compare_shapes(
     shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]
 ) -> None:
-    """Sizes that no stored matrix has are refused before a model of them is made.
+    """Compare stored matrices with the shapes of the config, before a model of these is made.
 
     Raises:
         CheckpointError: naming the first tensor of another shape.
@@ -339,8 +350,8 @@ def _read(stored: Mapping[str, StoredTensor], dtype: mx.Dtype | None) -> dict[st
 
 
 class _Unread:
-    """Reads the weights of a model that are still on disk, for the first who uses them; whoever
-    comes meanwhile waits."""
+    """Reads the weights of a model that are still on disk at the first call; calls from other
+    threads wait meanwhile."""
 
     def __init__(self, model: DiffusionGemma) -> None:
         self._model: Any = proxy(model)

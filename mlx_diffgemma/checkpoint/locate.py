@@ -1,4 +1,4 @@
-"""From what a user names (a folder, a repository, "demo") to a folder on this machine."""
+"""The folder on this machine of what a user names: a folder, a repository, or "demo"."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def locate(path_or_repo: str | Path, revision: str | None = None) -> Path:
     drawn sudokus.
 
     Raises:
-        CheckpointError: no such folder or repository, or the hub cannot be reached.
+        UsageError: an argument is of another type.
+        CheckpointError: there is no such folder or repository, or the hub cannot be reached.
     """
     if isinstance(path_or_repo, str) and path_or_repo in _SHIPPED:
         return Path(__file__).parents[1] / "demo" / _SHIPPED[path_or_repo]
@@ -74,7 +75,7 @@ def _download(repository: str, revision: str | None) -> Path:
 
 @contextmanager
 def hub_errors(repository: str, otherwise: str) -> Iterator[None]:
-    """Turns what a call of `huggingface_hub` raises into one line.
+    """Inside, what a call of `huggingface_hub` raises becomes an error of one line.
 
     Args:
         repository: what was asked for, as the line names it.
@@ -94,7 +95,7 @@ def hub_errors(repository: str, otherwise: str) -> Iterator[None]:
 
 
 def _hub_reason(error: Exception, otherwise: str) -> str | None:
-    """What an error of a hub's call says; None where it is of something else."""
+    """What an error says of a call to the hub; None where the error is of something else."""
     from huggingface_hub import constants, errors
 
     at_fault = (OSError, ValueError, errors.HTTPError)

@@ -1,7 +1,6 @@
-"""Whether something fits into this machine, and limits of the process that are undone.
+"""Whether something fits into this machine's memory, and limits of MLX that are restored after use.
 
-Sizes are in bytes; 1 GB is 1e9 bytes. Letters: N positions of all canvases, S positions of a chunk
-of the prompt, D hidden, V vocabulary, H query heads, K experts per token.
+Sizes are in bytes; 1 GB is 1e9 bytes. Letter: N positions of all canvases.
 """
 
 from __future__ import annotations
@@ -101,9 +100,10 @@ def estimate(
         canvas_length: positions of a canvas.
         sequences: of each sequence the positions of its prompt, and those of its answer, which are
             rounded up to whole canvases. Without sequences, one canvas behind no prompt is counted.
-        activation_bytes: of a number between layers.
+        activation_bytes: bytes of one number between layers.
         step_size: positions of a prompt that are encoded at a time.
-        vision, patches: the tower, and the patches of the largest picture; one is read at a time.
+        vision, patches: the tower, and the patches of the largest picture; pictures are read one at
+            a time.
     """
     answers = [_whole(answer, canvas_length) for _, answer in sequences]
     held = [prompt + answer for (prompt, _), answer in zip(sequences, answers, strict=True)]
@@ -227,7 +227,7 @@ class Machine:
 
 
 def machine() -> Machine:
-    """Ask this machine."""
+    """What this machine says of its memory now."""
     working_set = free = None
     if mx.metal.is_available():
         # Memory is unified: what the GPU may hold also bounds a run on the CPU.
@@ -254,14 +254,16 @@ def _free_memory() -> int | None:
 
 
 def require(needed: Needed, what: str, *, mend: str | None = None) -> None:
-    """Stop before something that cannot end well on this machine.
+    """Stop before something that takes more memory than this machine offers. Where the system does
+    not say what it offers, nothing is stopped.
 
     Args:
+        needed: the count of the memory.
         what: names what is asked for, such as "a prompt of 13 tokens".
         mend: what to do about it; None says it from what was counted.
 
     Raises:
-        MemoryShortageError: with the parts, and what to do.
+        MemoryShortageError: more is needed than there is; the error names the parts.
     """
     available = available_memory()
     if available is None or needed.total <= available:
@@ -284,7 +286,7 @@ def _mend(needed: Needed) -> str:
 
 def smallest_mac(needed: int, macs: Sequence[int] = MACS) -> tuple[int | None, int | None]:
     """The smallest of `macs` (binary gigabytes) that holds `needed` bytes: as it comes, and with
-    Metal's limit raised to leave 3 GB for the system. None where no one does."""
+    Metal's limit raised to leave 3 GB for the system. None where none of them holds it."""
     as_is = (gb for gb in macs if needed <= working_set(gb))
     raised = (gb for gb in macs if needed <= raised_working_set(gb))
     return next(as_is, None), next(raised, None)
@@ -347,8 +349,8 @@ _CACHE = _ProcessLimit(lambda limit: mx.set_cache_limit(limit))
 
 @contextmanager
 def wired() -> Iterator[None]:
-    """Let Metal keep the weights resident while something is generated, as mlx-lm does. The limit
-    of before is restored at the end; without Metal nothing happens."""
+    """Let Metal keep the weights resident while something is generated, as mlx-lm does. The former
+    limit is restored at the end; without Metal nothing happens."""
     limit = machine().working_set
     if limit is None:
         yield
@@ -359,7 +361,7 @@ def wired() -> Iterator[None]:
 
 @contextmanager
 def cache_limit(limit: int) -> Iterator[None]:
-    """Let MLX keep at most `limit` bytes for arrays to come. The limit of before is restored at the
+    """Let MLX keep at most `limit` bytes for arrays to come. The former limit is restored at the
     end."""
     with _CACHE.held(limit):
         yield

@@ -2,7 +2,7 @@
 
 The MLX model's parameters bear the names of the Hugging Face checkpoint, but for the two expert
 stacks, which gain `.weight` because they are modules here. A module's path is the name without
-`.weight`. Letters: V vocabulary, D hidden, I dense width, E experts, X expert width, Dh head size.
+`.weight`.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def canonical_name(hf_name: str) -> str | None:
 def expert_piece(hf_name: str) -> ExpertPiece | None:
     """Where a tensor belongs in a fused expert stack; None if it is a whole stack or no expert.
 
-    Known are one tensor an expert (`experts.7.gate_proj.weight`) and stacks of all gates and all
-    ups (`experts.gate_proj`).
+    The known forms are one tensor for each expert (`experts.7.gate_proj.weight`) and stacks of all
+    gates and all ups (`experts.gate_proj`).
     """
     match = _PIECE.fullmatch(hf_name)
     if match is None:

@@ -1,7 +1,7 @@
-"""Recipes: which module is stored in which format, named, readable, per module.
+"""Recipes, which say by named rules in which format each module is stored.
 
-Also the `quantization` block of `config.json`, written and read: a default for all modules that
-have scales, an entry for each that differs, `false` for those left unquantized.
+The `quantization` block of `config.json` is written and read here too. It has a default for all
+modules that have scales, an entry for each that differs, and `false` for those left unquantized.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ class Format:
             "none" for the type of the whole model.
         bits: bits of a weight without its share of scales; 0 where unquantized.
         group_size: weights that share a scale; 0 where unquantized.
+
+    Raises:
+        UsageError: mlx has no such format.
     """
 
     mode: str
@@ -84,17 +87,21 @@ class Format:
 
     @property
     def name(self) -> str:
-        """As `--set` spells it: `4bit/64`, `mxfp4`, `bf16`."""
+        """The format as `--set` spells it: `4bit/64`, `mxfp4`, `bf16`."""
         return f"{self.bits}bit/{self.group_size}" if self.mode == AFFINE else self.mode
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """As mlx and `config.json` spell it."""
+        """The format as mlx and `config.json` spell it."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
     @classmethod
     def make(cls, mode: str = AFFINE, bits: int | None = None, group: int | None = None) -> Format:
-        """A quantized format; what is None takes mlx's default for the mode."""
+        """A quantized format; what is None takes mlx's default for the mode.
+
+        Raises:
+            UsageError: mlx has no such format.
+        """
         known_bits, groups, _ = _MODES.get(mode, ((0,), (0,), 0))
         default = 4 if mode == AFFINE else known_bits[0]
         return cls(mode, default if bits is None else bits, groups[0] if group is None else group)
@@ -137,16 +144,24 @@ _LAYER = re.compile(r"\.decoder\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Rule:
-    """`selector=format`. A selector is a class of modules (`experts`, `attn`, `mlp`, `router`,
-    `embedding`, `self_conditioning`, `vision`; `all` but the last), one of its projections
+    """A format for the modules that a selector names, written `selector=format`.
+
+    A selector is a class of modules (`experts`, `attn`, `mlp`, `router`, `embedding`,
+    `self_conditioning`, `vision`; `all` stands for all but the last), one of its projections
     (`experts.down_proj`), either of them in some layers (`layers[0:3].attn`, `layers[-1]`), or a
-    path with `*`."""
+    path with `*`.
+    """
 
     selector: str
     format: Format
 
     @classmethod
     def parse(cls, text: str) -> Rule:
+        """Read `selector=format`.
+
+        Raises:
+            UsageError: the text is no rule, or mlx has no such format.
+        """
         selector, equals, name = text.partition("=")
         if not equals or not selector.strip():
             raise UsageError(f"'{text}' is no rule; write it as 'experts=3bit/64'.")
@@ -326,8 +341,8 @@ def formats_from_config(
 
 
 def named_format(config: ModelConfig, path: str) -> Format:
-    """The format that `config.json` names for a module that is stored with scales: its own, or the
-    default.
+    """The format that `config.json` names for a module that is stored with scales: the entry of
+    the module, or the default.
 
     Raises:
         CheckpointError, ConfigError: mlx has no such format.
@@ -358,7 +373,11 @@ def _entry_format(path: str, entry: Any) -> Format:
 def _stored_format(
     path: str, full: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], scales: tuple[int, ...]
 ) -> Format:
-    """Read a format from the shapes of packed weight and scales."""
+    """Read a format from the shapes of packed weight and scales.
+
+    Raises:
+        CheckpointError: they are of no format that mlx has.
+    """
     packed = shapes.get(f"{path}.weight", (0,))
     groups, columns = (scales[-1] if scales else 0), full[-1]
     bits, group = packed[-1] * 32 // columns, columns // groups if groups else 0

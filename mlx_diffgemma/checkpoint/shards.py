@@ -18,7 +18,7 @@ _SHARD = re.compile(r"[\w.+-][\w.+ -]*\.safetensors")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies, and what its header says of it."""
+    """The file of a tensor, and what its header says; `dtype` is "BF16", "U32" and the like."""
 
     name: str
     shard: Path

@@ -1,4 +1,4 @@
-"""What only a CPU needs: forms of layers, of the pass over the vocabulary and of what training
+"""Forms for a CPU alone: of layers, of the pass over the vocabulary and of what training
 differentiates. A model that is loaded for a CPU gets them from `use`; no model, kernel or loop asks
 whether it runs on one."""
 

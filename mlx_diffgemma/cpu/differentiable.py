@@ -1,7 +1,8 @@
 """Forms with a gradient that are fast on a CPU, for training there.
 
-MLX's CPU back end calls scalar exp, tanh and pow for each element; these go by the polynomials of
-`elementwise`, and their gradients are spelled out, for those cannot be traced.
+MLX's CPU back end calls scalar exp, tanh and pow for each element. The functions here compute with
+the polynomials of `elementwise`, and their gradients are spelled out, for MLX cannot trace one
+through the bits of a float.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import mlx.core as mx
 
 from mlx_diffgemma.cpu import elementwise
 
-# MLX's stub says that what it returns gives an object.
+# By MLX's type stub, a function that it makes returns `object`.
 custom_function: Any = mx.custom_function
 
 _ROOT = 0.7978845608028654  # √(2/π)

@@ -25,9 +25,9 @@ class Layout:
     """Where each pair is among the rows of the blocks.
 
     Attributes:
-        expert: [M / R] whose block this is.
-        token: [M] which token a row holds; any, where it holds none.
-        weight: [M] which of the P weights is that of a row.
+        expert: [M / R] the expert of each block.
+        token: [M] which token a row holds; an arbitrary one where the row holds none.
+        weight: [M] which of the P weights is that of a row; an arbitrary one where it holds none.
         filled: [M] whether a row holds a token.
         place: [N, K] the row of each pair.
         segments: [E, 2] first row of each expert, and the one after its last.
@@ -42,7 +42,8 @@ class Layout:
 
 
 def lay_out(chosen: mx.array, experts: int, rows: int) -> Layout:
-    """Arrange the pairs of tokens and their chosen experts [N, K]."""
+    """Arrange the pairs of tokens and their `chosen` experts [N, K], of E = `experts`, in blocks of
+    R = `rows` rows."""
     top_k = chosen.shape[1]
     pairs = chosen.flatten().astype(mx.int32)
     blocks = -(-pairs.size // rows) + experts
@@ -122,7 +123,7 @@ def _product(x: mx.array, weight: mx.array, layout: Layout) -> mx.array:
 
 
 def _gather(outputs: mx.array, weights: mx.array, layout: Layout) -> mx.array:
-    """The rows [M, D] as a weighted sum a token [N, D]."""
+    """The rows [M, D] and the weights [N, K] -> a weighted sum for each token [N, D]."""
 
     @custom_function
     def gather(outputs: mx.array, weights: mx.array) -> mx.array:

@@ -1,9 +1,9 @@
-"""The forms that a model takes on a CPU, put in the place of its own.
+"""The forms that the modules of a model take on a CPU, put in the place of their own.
 
 MLX's CPU back end is fast at float32 products of matrices and at sums, and slow at packed weights,
 at gathered products and at exp, tanh and pow. Each form holds the weights of what it replaces under
-the same names, so a checkpoint loads into either. A module that is in training takes forms whose
-gradients are fast; they differ from its own by rounding.
+the same names, so a checkpoint loads into either. A form in training computes with functions whose
+gradients are fast, and whose results differ from those outside training by rounding.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ class _Gated(nn.Module):
 
 
 class CpuMLP(_Gated, MLP):
-    """A gated MLP."""
+    """A gated MLP whose activation in training has a fast gradient."""
 
 
 class CpuVisionMLP(_Gated, VisionMLP):
-    """A gated MLP of the vision tower."""
+    """A gated MLP of the vision tower whose activation in training has a fast gradient."""
 
 
 class CpuSelfConditioning(_Gated, SelfConditioning):
-    """Self-conditioning."""
+    """Self-conditioning whose activation in training has a fast gradient."""
 
 
 class CpuExperts(_Gated, Experts):
@@ -77,7 +77,7 @@ class CpuExperts(_Gated, Experts):
         return super().__call__(x, chosen, weights)
 
     def _dense(self) -> tuple[mx.array, mx.array] | None:
-        """Both weights unquantized; None where an adapter sits on either."""
+        """The weights of both layers, unquantized; None where an adapter sits on either layer."""
         layers = (self.gate_up_proj, self.down_proj)
         if not all(isinstance(layer, (SwitchLinear, QuantizedSwitchLinear)) for layer in layers):
             return None
@@ -89,7 +89,7 @@ class CpuExperts(_Gated, Experts):
 
 
 class CpuDiffusionGemma(DiffusionGemma):
-    """The model, whose head in training goes by polynomials with a gradient."""
+    """The model, whose head in training is computed from polynomials with a fast gradient."""
 
     def logits(self, hidden: mx.array) -> mx.array:
         if not self.training:

@@ -1,8 +1,8 @@
-"""Layers for the CPU, where MLX multiplies quickly in float32 matrices alone.
+"""Layers for the CPU, on which only MLX's products of float32 matrices are fast.
 
-There a quantized product runs at a few GFLOP/s, and a gathered one goes token by token. These
-layers dequantize, and multiply once an expert. They hold the same weights as the layers whose
-place they take, so a checkpoint loads into either.
+MLX's quantized product runs at a few GFLOP/s on a CPU, and its gathered one goes token by token.
+These layers dequantize, and multiply once for each expert. They hold the same weights as the layers
+whose place they take, so a checkpoint loads into either.
 Letters: P token-expert pairs, D input, O output, E experts.
 """
 
@@ -43,7 +43,7 @@ class DequantizedSwitchLinear(QuantizedSwitchLinear):
 
 
 def dequantized(layer: nn.Module, where: int | slice = slice(None)) -> mx.array:
-    """The weight of a quantized layer, or a part of it."""
+    """The weight of a quantized layer, or the part of it `where` along its first axis."""
     biases = layer.get("biases")
     return mx.dequantize(
         layer.weight[where],

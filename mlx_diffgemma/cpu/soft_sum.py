@@ -1,9 +1,9 @@
 """Σ p · embedding over a vocabulary that goes by in tiles, of all tokens or of the likely ones.
 
-The second is most of what the first computes and little of its cost: once a canvas begins to
-settle, few tokens of the vocabulary are likely anywhere on it. Each row is summed by itself, so
-that it becomes the same in any company. Letters: P positions of the row, D hidden, v tokens
-of a tile, U tokens that are likely at some position.
+The sum of the likely tokens is most of the sum of all, for little of its cost: once a canvas begins
+to settle, few tokens of the vocabulary are likely anywhere on it. Each row is summed by itself, so
+that its result does not depend on the other rows. Letters: P positions of the row, D hidden, v
+tokens of a tile.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FEW = 8  # likely tokens a position up to which they are gathered instead of mu
 
 
 class SoftSum(Protocol):
-    """How the tiles are summed; what it holds is relative to the running maximum."""
+    """A sum over the tiles; what it holds is relative to the running maximum."""
 
     def add(
         self,
@@ -38,7 +38,7 @@ class SoftSum(Protocol):
         to that maximum."""
 
     def arrays(self) -> list[mx.array]:
-        """What the tiles so far have given."""
+        """What the tiles so far have given, for `mx.eval`."""
 
     def finish(self, maximum: mx.array, total: mx.array) -> tuple[mx.array, mx.array]:
         """The last maximum and Σ e of all tokens, both [P] -> Σ p · embedding [P, D] in float32,

@@ -1,7 +1,7 @@
 """What follows the product of hidden states with a tile of the embedding table.
 
-Softcap, temperature, maximum, argmax, exponentials and their sums. Letters: M positions, v tokens
-of the tile, b blocks of `BLOCK` tokens.
+The products become logits by softcap and temperature, and of these maximum, argmax, exponentials
+and their sums are computed. Letters: M positions, v tokens of the tile, b blocks of `BLOCK` tokens.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def tile_epilogue(raw: mx.array, logits: mx.array, maximum: mx.array) -> TileSta
 
 
 def _blocks(x: mx.array, filling: float) -> mx.array:
-    """[M, v] -> [M, b, BLOCK]."""
+    """[M, v] -> [M, b, BLOCK], with `filling` where the last block has no tokens."""
     if missing := -x.shape[-1] % BLOCK:
         x = mx.pad(x, [(0, 0), (0, missing)], constant_values=filling)
     return x.reshape(x.shape[0], -1, BLOCK)

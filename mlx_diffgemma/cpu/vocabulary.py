@@ -1,9 +1,10 @@
 """The pass over the vocabulary for a CPU: tiles that fit a cache, in float32.
 
 A tile of the table is dequantized once for all positions and read twice, for the logits and for the
-soft embeddings. The host reads what a tile has given, for a wait costs nothing here, and so looks
-only at what a row needs. Letters: M positions that no token is bound to, P of them of one row,
-D hidden, V vocabulary, v tokens of a tile, W words of 32 tokens, K masks.
+soft embeddings. The host reads what a tile has given, for a wait costs nothing on a CPU, and so
+looks only at what a row needs. Letters: N positions of all rows, M of them that no token is bound
+to, D hidden, V vocabulary, v tokens of a tile, b blocks of `BLOCK` tokens of it, W words of 32
+tokens, K masks.
 """
 
 from __future__ import annotations
@@ -122,6 +123,10 @@ def tiled_pass(
 ) -> VocabularyResult:
     """A `VocabularyPass`, `tile` tokens at a time, a multiple of 128 (default: see `default_tile`).
     Memory grows with (M + D) · tile. With a `soft_cutoff`, a good guess in `standing` saves time.
+
+    Raises:
+        ValueError: `tile` is no such multiple, the rows do not fit the hidden states, or a
+            temperature is not above 0.
     """
     tile = default_tile(hidden.shape[-1]) if tile is None else tile
     if tile < 1 or tile % BLOCK:
@@ -207,7 +212,7 @@ def _sums(
         if row.soft_cutoff is None:
             sums.append(((start, stop), AllTokens(stop - start, table.hidden_size)))
             continue
-        # The last maximum is not below it but for rounding, which is less than 1.
+        # The last maximum may be below the token's logit by rounding alone, by less than 1.
         floor = None if standing_logit is None else standing_logit[start:stop] - 1.0
         likely = LikelyTokens(stop - start, table, row.soft_cutoff, floor, implementation)
         sums.append(((start, stop), likely))

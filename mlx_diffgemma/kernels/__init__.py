@@ -1,1 +1,1 @@
-"""Fused operations: Metal source, plain-MLX twin, and which of them runs."""
+"""Fused operations, each as Metal source and as a plain-MLX twin; `dispatch` says which runs."""

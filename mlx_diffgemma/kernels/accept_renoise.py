@@ -1,4 +1,4 @@
-"""The entropy-bound sampler's decision: which positions take the draw; the others get noise.
+"""The entropy-bound sampler's decision which positions take the draw; the others get noise.
 
 Letters: R rows, C canvas.
 """
@@ -46,7 +46,7 @@ def accept_renoise(
     return next_canvas, accepted
 
 
-# A thread a position. It needs no sort: the entropies before it are those below its own.
+# Each thread computes one position. No sort is needed: the entropies before one are those below it.
 KERNEL = MetalKernel(
     "accept_renoise",
     inputs=("entropy", "draw", "noise", "bound"),
@@ -79,7 +79,7 @@ def _in_mlx(
 
 
 def entropy_bound_accept(entropy: mx.array, bound: float) -> mx.array:
-    """Which positions are accepted: [R, C] nats -> [R, C]."""
+    """Which positions `accept_renoise` accepts: entropies [R, C] in nats -> booleans [R, C]."""
     order = mx.argsort(entropy, axis=-1)
     ascending = mx.take_along_axis(entropy, order, axis=-1)
     accepted = mx.cumsum(ascending, axis=-1) - ascending <= bound

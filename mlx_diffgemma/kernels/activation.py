@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 @partial(mx.compile, shapeless=True)
 def gated_gelu(gate: mx.array, up: mx.array) -> mx.array:
-    """GELU(gate) · up, with the tanh approximation."""
+    """GELU(gate) · up, with the tanh approximation; all three have one shape, which may be any."""
     return nn.gelu_approx(gate) * up
 
 
@@ -23,7 +23,8 @@ def softcap(
 ) -> mx.array:
     """Products with the head as logits in float32, tanh(raw / cap) · cap.
 
-    `scale` takes the place of the last factor: cap / temperature gives the logits after the
-    temperature. `tanh` is the function to compute with.
+    `raw` and the result have one shape, which may be any. `scale` takes the place of the last
+    factor: cap / temperature gives the logits after the temperature. `tanh` is the function to
+    compute with.
     """
     return tanh(raw.astype(mx.float32) / cap) * (cap if scale is None else scale)

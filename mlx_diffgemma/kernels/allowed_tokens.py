@@ -1,4 +1,4 @@
-"""Sets of allowed tokens as packed bits: bit `v % 32` of word `v // 32` says that token v may be.
+"""Sets of allowed tokens as packed bits: bit `v % 32` of word `v // 32` says that v is allowed.
 
 Letters: N positions, V vocabulary, W words of 32 tokens.
 """
@@ -34,7 +34,8 @@ def forbid(logits: mx.array, words: mx.array) -> mx.array:
 
 
 def words_of(allowed: Mapping[int, np.ndarray], length: int, vocab: int) -> np.ndarray:
-    """[length, W] uint32, the masks [W] of some positions at theirs, and every token elsewhere."""
+    """Masks [length, W] uint32 of `length` positions, those of `allowed` [W] at the positions that
+    it names; at the others every token is allowed."""
     words = np.tile(every_token(vocab), (length, 1))
     for place, mask in allowed.items():
         words[place] = mask

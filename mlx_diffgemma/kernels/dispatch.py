@@ -31,7 +31,7 @@ class MetalKernel:
 
 
 class Launcher(Protocol):
-    """Runs a kernel over `grid` threads in groups of `threadgroup`."""
+    """Runs a kernel over `grid` threads in groups of `threadgroup`, and returns its outputs."""
 
     def __call__(
         self,
@@ -71,7 +71,7 @@ def launcher_for(implementation: Implementation | Launcher) -> Launcher | None:
 
 
 def launch_on_metal(kernel: MetalKernel, **arguments: Any) -> list[mx.array]:
-    """A `Launcher`: the GPU."""
+    """A `Launcher` that runs the kernel on the GPU."""
     return _compiled(kernel)(**arguments)
 
 

@@ -1,12 +1,12 @@
 """One token a position, drawn from a distribution that goes by in pieces.
 
-A weighted reservoir over blocks of tokens: a piece of mass s, after which the total is S, takes the
-draw over with probability s / S. Then one of its blocks is chosen by its mass, and a token of the
-block by its own. P(block) is its mass over the total, exactly, and each of the three choices is an
-inverse CDF of its own uniform, so that the 24 bits of a float32 uniform are not spread over the
-whole vocabulary.
+The draw is a weighted reservoir over blocks of tokens: a piece of mass s, after which the total is
+S, takes the draw over with probability s / S. Then one of its blocks is chosen by its mass, and a
+token of the block by its own. P(block) is its mass over the total, exactly, and each of the three
+choices is an inverse CDF of its own uniform, so that the 24 bits of a float32 uniform are not
+spread over the whole vocabulary.
 
-Measured beside Gumbel-max, which draws and transforms one uniform a token: see CONTRIBUTING.md.
+CONTRIBUTING.md has the measurement beside Gumbel-max, which transforms one uniform a token.
 Letters: N positions, M of them that are looked at, t pieces.
 """
 
@@ -22,8 +22,9 @@ BLOCK = 128  # tokens of which one mass is kept
 def uniforms(positions: Positions, pieces: int) -> mx.array | None:
     """The randomness of a pass in t pieces, [2 t + 1, M]; None where no row draws.
 
-    Entry [i] says whether piece i takes over, [t + i] chooses its block, [2 t] the token. A row's
-    depend on its key, its length and t alone; those of a row without a key are zeros.
+    Entry [i] says whether piece i takes over, [t + i] chooses its block, [2 t] the token. The
+    uniforms of a row depend on its key, its length and t alone; in a row without a key they are
+    zeros.
     """
     if not positions.has_draws:
         return None
@@ -37,10 +38,10 @@ def uniforms(positions: Positions, pieces: int) -> mx.array | None:
 
 
 def choose_by_mass(masses: mx.array, uniform: mx.array) -> mx.array:
-    """Inverse CDF: masses [M, n] and uniforms [M] in [0, 1) -> [M] int32.
+    """A choice by inverse CDF: masses [M, n] and uniforms [M] in [0, 1) -> places [M] int32.
 
-    A place without mass is never chosen while there is one with: a parallel cumulative sum need not
-    be monotonous to the last bit, so the masses are asked too.
+    A place without mass is never chosen while another has mass: a parallel cumulative sum need not
+    be monotonic to the last bit, so the masses are looked at too.
     """
     cumulative = mx.cumsum(masses, axis=-1)
     reached = cumulative > (uniform * cumulative[:, -1])[:, None]

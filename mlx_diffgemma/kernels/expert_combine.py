@@ -17,8 +17,8 @@ def expert_combine(
     *,
     implementation: Implementation | Launcher = "auto",
 ) -> mx.array:
-    """Outputs of the pairs [P, D], where each pair of a token is among them [P], and the weights
-    [N, K] of its experts -> Σ weight · output [N, D], in the type of `outputs`.
+    """Outputs of the pairs [P, D], the place of each pair among them [P], and the weights [N, K] of
+    the experts of each token -> Σ weight · output [N, D], in the type of `outputs`.
 
     `places` undoes the sort: it is `argsort(order)` for pairs sorted by `order`; None if they were
     not sorted. The sum is in float32.
@@ -42,7 +42,7 @@ def expert_combine(
     )[0]
 
 
-# A thread a column of a token; neighbours read neighbouring columns.
+# Each thread sums one column of one token; neighbouring threads read neighbouring columns.
 KERNEL = MetalKernel(
     "expert_combine",
     inputs=("outputs", "places", "weights"),

@@ -1,8 +1,7 @@
 """The pass over the vocabulary in one piece, which holds several copies of the logits [N, V].
 
 It is the form for small vocabularies, and the slow twin against which `vocabulary.py` and
-`cpu/vocabulary.py` are tested. Letters: N positions of all rows, n of some rows, V vocabulary, D
-hidden.
+`cpu/vocabulary.py` are tested. Letters: N positions of all rows, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
@@ -28,8 +27,13 @@ def whole_pass(
     standing: mx.array | None = None,
     implementation: Implementation | Launcher = "auto",
 ) -> VocabularyResult:
-    """A `VocabularyPass` with all logits at once. Its draws follow the same distribution from other
-    random numbers, and it has no kernels to choose an `implementation` of."""
+    """A `VocabularyPass` with all logits at once. Its draws follow the same distribution as those
+    of the other forms, from other random numbers. It has no kernels to choose an `implementation`
+    of.
+
+    Raises:
+        ValueError: the rows do not fit the hidden states, or a temperature is not above 0.
+    """
     check(rows, hidden.shape[0])
     lengths = [row.length for row in rows]
     raw = table.product(hidden)
@@ -39,7 +43,7 @@ def whole_pass(
     if kept is not None:
         x = mx.where(kept, x, FORBIDDEN)
     log_sum = mx.logsumexp(x, axis=-1)
-    # The softcap makes an infinity finite, and the softmax does with a lack of tokens what it can.
+    # After the softcap an infinity is finite, and so is a softmax over forbidden tokens alone.
     sound = mx.isfinite(raw).all(axis=-1) & (x.max(axis=-1) > FORBIDDEN)
     log_sum = mx.where(sound, log_sum, mx.nan)
     log_p = x - log_sum[:, None]
@@ -77,7 +81,7 @@ def _fixed(rows: Sequence[Row]) -> np.ndarray:
 
 
 def _kept(rows: Sequence[Row], vocab: int) -> mx.array | None:
-    """[N, V] which tokens may stand where; None where nothing is asked."""
+    """[N, V] which tokens each position may take; None where every one may take all."""
     if all(row.fixed is None and not row.allowed for row in rows):
         return None
     kept = []

@@ -23,13 +23,14 @@ from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
 
 @dataclass(frozen=True)
 class Row:
-    """What is asked of the positions of one canvas. It computes the same alone and in any company.
+    """What is asked of the positions of one canvas. The answer is the same whichever other rows go
+    through the pass with it.
 
     Attributes:
         length: C.
-        temperature: by which the logits are divided, above 0.
+        temperature: what the logits are divided by, above 0.
         key: [2] uint32, from which alone the row draws; None draws nothing.
-        fixed: [C] int32, the token that a position is bound to, or −1. What is bound has that
+        fixed: [C] int32, the token that a position is bound to, or −1. A bound position has that
             token as argmax and draw, with entropy 0, and takes no part in the pass.
         allowed: the uint32 bit mask [W] of the tokens that a position may take (see
             `pack_allowed`), for each of the C positions that may not take all.
@@ -38,8 +39,8 @@ class Row:
         need_soft: whether soft embeddings are wanted, √D · (p @ table).
         soft_cutoff: tokens e^-soft_cutoff times less likely than the likeliest are left out of
             them; None leaves out none.
-        likely: where the likeliest few within the cutoff may stand for all of them, at all
-            positions or [C]. Only the form for a GPU makes use of it.
+        likely: whether the likeliest few within the cutoff may stand for all of them, for all
+            positions or for each [C]. Only the form for a GPU makes use of it.
     """
 
     length: int
@@ -120,7 +121,7 @@ class Positions:
     """The rows as flat arrays, all known on the host.
 
     Attributes:
-        rows: as they were asked.
+        rows: the rows that were asked for.
         fixed: [N] int32, the token that a position is bound to, or −1.
         places: [M] which of the N are looked at: those that are not bound, at least one.
         spans: where each row's positions are among the M: the first, and the one after the last.
@@ -133,7 +134,11 @@ class Positions:
 
     @classmethod
     def of(cls, rows: Sequence[Row], count: int) -> Positions:
-        """Those of `count` hidden states; raises ValueError where the rows do not fit them."""
+        """The positions of `rows`, for `count` hidden states.
+
+        Raises:
+            ValueError: the rows do not fit the hidden states, or a temperature is not above 0.
+        """
         check(rows, count)
         lengths = [row.length for row in rows]
         free = [
@@ -159,7 +164,7 @@ class Positions:
 
     @cached_property
     def temperatures(self) -> np.ndarray:
-        """[M] float32."""
+        """[M] float32, the temperature of each position."""
         return self.of_rows(lambda row: row.temperature, np.float32)
 
     def of_rows(self, value: Callable[[Row], float | None], dtype: type) -> np.ndarray:
@@ -169,7 +174,7 @@ class Positions:
 
     @cached_property
     def few(self) -> np.ndarray:
-        """[M] where the likeliest tokens stand for all in the soft embeddings."""
+        """[M] whether the likeliest tokens stand for all in the soft embeddings."""
         wanted = [
             np.broadcast_to(row.likely, row.length)
             if row.need_soft and row.soft_cutoff is not None
@@ -180,7 +185,7 @@ class Positions:
 
     def allowed(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Which mask each position has, [M] int32 with −1 where all tokens are allowed, and the
-        masks [K, W], what several positions share once; None where no position has any."""
+        masks [K, W], of which several positions may share one; None where no position has any."""
         which = np.full(len(self.fixed), -1, np.int32)
         masks: dict[int, tuple[int, np.ndarray]] = {}
         first = 0
@@ -194,7 +199,7 @@ class Positions:
         return which[self.places], np.stack([mask for _, mask in masks.values()]).astype(np.uint32)
 
     def taken(self, values: mx.array, axis: int = 0) -> mx.array:
-        """Of values for all N positions, along `axis`, those of the M."""
+        """From values for all N positions along `axis`, those of the M."""
         if len(self.places) == len(self.fixed):
             return values
         return mx.take(values, mx.array(self.places), axis=axis)

@@ -31,7 +31,7 @@ from mlx_diffgemma.kernels.weighted_rows import weighted_rows
 __all__ = ["CHUNK", "Row", "VocabularyPass", "VocabularyResult", "vocabulary_pass"]
 
 CHUNK = 8192
-"""Tokens at a time: a product large enough for a GPU, whose results for a canvas of 256 take 4 MB.
+"""Tokens of one product: enough for a GPU, with results of 4 MB for a canvas of 256 in bfloat16.
 The draws depend on it, so it is the same for any number of positions."""
 
 
@@ -45,7 +45,12 @@ def vocabulary_pass(
     implementation: Implementation | Launcher = "auto",
     chunk: int = CHUNK,
 ) -> VocabularyResult:
-    """A `VocabularyPass`. Products are in the table's `dtype`. `chunk` is a multiple of 128."""
+    """A `VocabularyPass`. Products are in the table's `dtype`. `chunk` is a multiple of 128.
+
+    Raises:
+        ValueError: `chunk` is no such multiple, the rows do not fit the hidden states, or a
+            temperature is not above 0.
+    """
     if chunk < 1 or chunk % BLOCK:
         raise ValueError(f"chunk is {chunk}; it must be a multiple of {BLOCK}.")
     positions = Positions.of(rows, hidden.shape[0])
@@ -73,7 +78,7 @@ def vocabulary_pass(
             else:
                 sums = _rescaled_sum(sums, after.shrink, product)
         # Handed over now, a chunk is computed before the next ones take memory for their products:
-        # of what it is given at once, MLX computes first what needs nothing else. Nobody waits.
+        # of what it is given at once, MLX computes first what needs nothing else. The host goes on.
         mx.async_eval(state.numbers, state.tokens, [] if sums is None else sums)
 
     total, maximum = state.total, state.best[:, 0]

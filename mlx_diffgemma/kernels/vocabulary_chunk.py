@@ -1,6 +1,7 @@
 """What follows the product of hidden states with a chunk of the vocabulary, in one kernel.
 
-Softcap, temperature, masks, running maximum and sums, the draw, and the likeliest tokens so far.
+The kernel applies softcap, temperature and masks, and brings running maximum and sums, the draw and
+the likeliest tokens up to date.
 Letters: M positions, v tokens of the chunk, b blocks of `BLOCK` tokens, t chunks, K masks of W
 words, m positions whose exponentials are wanted.
 """
@@ -24,7 +25,8 @@ _TOKENS = 1 + BEST
 
 @dataclass(frozen=True)
 class Running:
-    """The chunks so far; sums are relative to the largest logit, with e = exp(x − largest).
+    """What the chunks so far have given; sums are relative to the largest logit, with
+    e = exp(x − largest).
 
     Attributes:
         numbers: [M, 4 + BEST] float32: Σ e, Σ e · (x − largest), the logit of the draw, that of the
@@ -76,14 +78,14 @@ class Wanted:
     """What every chunk is asked, the same for all of them.
 
     Attributes:
-        softcap: of the logits.
+        softcap: the cap of the logits.
         scale: [M] float32, softcap / temperature.
         uniforms: [2 t + 1, M] float32, see `draw.uniforms`; None draws nothing.
         standing: [M] int32, the token whose logit is asked about; None for none.
-        which: [M] int32, the mask of each position, −1 for none; with
+        which: [M] int32, which of `masks` each position has, −1 for none; None without masks.
         masks: [K, W] uint32, the tokens that are allowed; None where all are.
-        slots: [M] int32, which of the m the exponentials of a position are, −1 for none.
-        dense: m.
+        slots: [M] int32, at which of the m places the exponentials of a position go, −1 for none.
+        dense: m, the number of positions whose exponentials are wanted.
     """
 
     softcap: float
@@ -98,10 +100,10 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Chunk:
-    """After a chunk.
+    """What there is after a chunk.
 
     Attributes:
-        running: with it.
+        running: what the chunks up to this one have given.
         exponentials: [m, v] exp(x − largest so far), or None if m = 0.
         shrink: [m, 1] float32, what brings sums of earlier chunks down to the new largest, or None.
     """
@@ -133,7 +135,7 @@ def vocabulary_chunk(
         return _in_mlx(raw, before, wanted, start, place, dtype)
     count, tokens = raw.shape
     blocks = -(-tokens // BLOCK)
-    nothing = mx.array([0], mx.int32)  # what a kernel does not look at
+    nothing = mx.array([0], mx.int32)  # stands for an input that the kernel does not read
     uniforms, standing, slots = wanted.uniforms, wanted.standing, wanted.slots
     which, masks = wanted.which, wanted.masks
     dense = max(1, wanted.dense)
@@ -175,9 +177,10 @@ def vocabulary_chunk(
     return Chunk(running, exponentials, shrink) if wanted.dense else Chunk(running, None, None)
 
 
-# A threadgroup a position, a block a simdgroup at a time, four tokens a lane. The chunk is read
-# once and waits in registers until the maximum is known. Each simdgroup finds the likeliest tokens
-# of its own part, and stops at what cannot be among the likeliest of all; the first joins them.
+# A threadgroup takes one position, a simdgroup one block at a time, a lane four tokens of it. The
+# chunk is read once and waits in registers until the maximum is known. Each simdgroup finds the
+# likeliest tokens of its own part, and stops at what cannot be among the likeliest of all; the
+# first simdgroup joins them.
 KERNEL = MetalKernel(
     "vocabulary_chunk",
     inputs=(
@@ -421,7 +424,7 @@ def _in_mlx(
     if wanted.masks is not None and wanted.which is not None:
         words = wanted.masks[:, start // WORD : -(-(start + size) // WORD)]
         free = mx.full((1, words.shape[1]), 0xFFFFFFFF, mx.uint32)
-        words = mx.concatenate([words, free])[wanted.which]  # −1 is the last
+        words = mx.concatenate([words, free])[wanted.which]  # −1 takes the last row: all free
         x = forbid(x, words)
 
     # A stable sort, so that of equals the first comes first.

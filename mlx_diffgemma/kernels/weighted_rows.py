@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_diffgemma.kernels.dispatch import Implementation, Launcher, MetalKernel, launcher_for
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
 
-_ROWS_AT_A_TIME = 2048  # that the twin gathers: N · K · D values would be as much as the logits
+_ROWS_AT_A_TIME = 2048  # rows gathered by the twin; all N · K would be as much as the logits
 
 
 def weighted_rows(
@@ -47,7 +47,7 @@ def weighted_rows(
     )[0]
 
 
-# A thread a column of a position; the branch on the weight is the same for all its neighbours.
+# Each thread sums one column of one position; all columns take the same branch on the weight.
 _SOURCE = """
     const uint chosen = ids_shape[1];
     const uint column = thread_position_in_grid.x;

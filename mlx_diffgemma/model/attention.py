@@ -20,16 +20,21 @@ _SCORE_BYTES = 64 << 20  # most bytes of attention scores to hold at once
 
 @dataclass(frozen=True)
 class Causal:
-    """A token sees itself and what came before it; where `window` is given, only the last `window`
-    positions, itself included. The tokens of one of the `pictures`, each from a query to before
-    another, see all of it besides. The last query stands at the last key."""
+    """The rule that a token sees itself and what came before it. The last query stands at the last
+    key.
+
+    Attributes:
+        window: the number of positions that a token sees at most, itself included; None for all.
+        pictures: spans of queries, each the first one and the one after the last. The tokens of a
+            picture see all of that picture besides.
+    """
 
     window: int | None = None
     pictures: tuple[tuple[int, int], ...] = ()
 
 
 Mask = mx.array | Causal | None
-"""[B or 1, 1, S or 1, K] booleans, a rule, or None where every query sees every key."""
+"""What queries see: [B or 1, 1, S or 1, K] booleans, a rule, or None where each sees every key."""
 
 
 def canvas_masks(
@@ -38,8 +43,8 @@ def canvas_masks(
     """Who sees whom in training, where the keys of a whole sequence stand before those of a canvas:
     masks [B, 1, 1, S + C] by kind of layer, for canvases of C behind sequences of S. Every canvas
     token sees the whole canvas and the first `prefix` [B] positions of its sequence, in sliding
-    layers the last `window - 1` of them. It does not see what its own canvas says in the sequence,
-    nor what follows."""
+    layers the last `window - 1` of them. It sees neither the part of the sequence that its canvas
+    stands for nor what follows."""
     place = mx.arange(length + canvas)[None]
     end = prefix[:, None]
     on_canvas = place >= length
@@ -53,7 +58,7 @@ class Rope:
     """Rotary embedding that pairs (d, d + Dh/2), in float32.
 
     The frequencies are spelled out as the reference computes them (numpy and torch agree to the
-    bit) rather than left to the kernel's own exponentials. Proportional: the first
+    bit) rather than left to the kernel's own exponentials. In a proportional embedding the first
     `partial_rotary_factor` of them rotate, with the whole head size in the exponent.
     """
 
@@ -88,8 +93,11 @@ class Rope:
 def attend(
     queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, *, bounded: bool = False
 ) -> mx.array:
-    """Softmax attention with scale 1, [B, H, S, Dh], in even blocks of queries where the scores of
-    all at once would not fit in a fixed budget. No mask is larger than a block's.
+    """Softmax attention with scale 1: queries [B, H, S, Dh], keys and values [B, KV heads, K, Dh]
+    -> [B, H, S, Dh].
+
+    It goes in even blocks of queries where the scores of all at once would take more than 64 MiB.
+    No mask is larger than a block's.
 
     `bounded` evaluates each block before the next is begun: MLX takes the memory of an operation
     when it is queued, so blocks that are queued together hold it together.

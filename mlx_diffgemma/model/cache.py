@@ -1,6 +1,7 @@
 """What every layer remembers of a sequence: a value that grows by making a longer one.
 
-Letters: H KV heads, L positions of the prefix, S new positions, C canvas, Dh head size.
+Letters: H KV heads, L positions of the prefix, M positions of a buffer, S new positions, Dh head
+size.
 """
 
 from __future__ import annotations
@@ -216,7 +217,8 @@ class Prefix:
         return self.ids[: len(other)] == other.ids and begun == other.pictures
 
     def _in_common(self, ids: Sequence[int]) -> int:
-        """How many tokens both begin with, up to where a picture differs."""
+        """How many tokens this prefix and `ids` have in common at their beginnings, up to where a
+        picture differs."""
         common, pictures = _in_common(self.ids, tuple(ids)), pictures_of(ids)
         if not self.pictures and not pictures:
             return common
@@ -239,8 +241,8 @@ class Prefix:
 class PrefixCache:
     """A place for a prefix from one call to the next, for one call at a time.
 
-    What a call encodes is put here chunk by chunk, so what is left where it is broken off is a
-    shorter prefix, and a true one.
+    What a call encodes is put here chunk by chunk, so a call that is broken off leaves a shorter
+    prefix, and never a wrong one.
 
     Attributes:
         prefix: what is held now.
@@ -268,7 +270,7 @@ class PrefixCache:
         """Inside, this call alone uses the cache.
 
         Raises:
-            UsageError: another call does.
+            UsageError: another call is using it.
         """
         if not self._lock.acquire(blocking=False):
             raise UsageError(
@@ -300,8 +302,8 @@ class PrefixCache:
         self.prefix = self.prefix.back_to(ids)
 
     def rest(self) -> None:
-        """Called behind each chunk of a prompt that is encoded, for a cache whose work is shared
-        with that of others; here nothing happens."""
+        """Encoding calls this after each chunk of a prompt, so that a cache which shares the model
+        with others can let them run. This class does nothing in it."""
 
     def snapshot(self) -> PrefixCache:
         """Another cache that holds the same prefix. Nothing is copied until one of them grows."""
@@ -348,7 +350,7 @@ class PrefixCache:
 
         Raises:
             CheckpointError, ConfigError: the file is missing or damaged, holds no prefix, or one of
-            another model.
+                another model.
         """
         file, cache = _safetensors(path), model.make_cache()
         try:
@@ -417,7 +419,7 @@ def _loaded_layers(
 
 
 def _safetensors(path: str | Path) -> Path:
-    """MLX adds the suffix where it is missing."""
+    """The file that MLX writes for a path: it adds the suffix where that is missing."""
     if not isinstance(path, (str, Path)) or not str(path).isprintable():
         raise CheckpointError(f"{shown(path)} is no name of a file; give another.")
     file = Path(path)

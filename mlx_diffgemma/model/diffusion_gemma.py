@@ -100,21 +100,21 @@ class CanvasView:
 
 
 class DiffusionGemma(nn.Module):
-    """The text model. It draws nothing at random but by the keys that it is given, and knows no
-    strings.
+    """The model of token ids, to which the vision tower is attached when the first picture comes.
+    It draws nothing at random but by the keys that it is given, and knows no strings.
 
     Attributes:
         vocabulary_pass: how hidden states become predictions; loading puts a CPU's form in.
         prefill_step_size: tokens of a prompt to encode at a time.
         adapted: whether an adapter is part of the weights.
-        adaptations: how many times adapters were loaded; what was encoded before knows nothing of
-            them.
+        adaptations: how many times adapters were loaded; a prefix that was encoded before the last
+            time is no longer of this model.
         load_vision: gives the vision tower when the first picture comes.
         reads_pictures: whether there is a vision tower to be loaded.
-        never_drawn: ids that stand for pictures, where there is: no canvas may hold them in the
-            end.
+        never_drawn: ids that stand for pictures, in a checkpoint with a vision tower: no canvas may
+            hold them in the end.
         read_weights: reads what is still on disk of the weights of a model that was loaded lazily,
-            before they are first used; None where nothing is.
+            before they are first used; None where no weights are left on disk.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -141,7 +141,7 @@ class DiffusionGemma(nn.Module):
         return self.model.decoder.norm.weight.dtype
 
     def compile(self) -> None:
-        """Run the layers as a GPU runs them best: what follows the attention as one function."""
+        """Run what follows the attention of each layer as one compiled function, for a GPU."""
         for layer in self.layers:
             layer.compile()
 
@@ -171,7 +171,9 @@ class DiffusionGemma(nn.Module):
         """Load the vision tower, unless it is there.
 
         Raises:
-            PromptError: there is none.
+            PromptError: the model has no vision tower.
+            CheckpointError: the tower is incomplete or damaged.
+            MemoryShortageError: the tower does not fit.
         """
         encoder = self.model.encoder
         if "vision_tower" not in encoder:
@@ -183,7 +185,7 @@ class DiffusionGemma(nn.Module):
         √D.
 
         Raises:
-            PromptError: the model has no vision tower.
+            PromptError, CheckpointError, MemoryShortageError: as for `require_vision`.
         """
         self.require_vision()
         encoder = self.model.encoder
@@ -202,10 +204,13 @@ class DiffusionGemma(nn.Module):
         [N, D] of all of them, one sequence behind the other, and the longer prefixes.
 
         `pictures` are, for each sequence, the whole pictures among its new tokens with their
-        embeddings [S, D]; they stand where they do in the longer prefix.
+        embeddings [S, D]; their spans count the positions of the longer prefix.
 
         A caller that only wants the prefixes evaluates their arrays: the last layer's MLP and the
         final norm are then never computed.
+
+        Raises:
+            UsageError: a row of token ids is empty, or a picture is cut or does not fit its span.
         """
         lengths = [len(row) for row in ids]
         if not all(lengths):
@@ -319,7 +324,8 @@ class DiffusionGemma(nn.Module):
         return softcap(raw, self.config.text.final_logit_softcapping) + poison
 
     def soft_embeddings(self, processed_logits: mx.array) -> mx.array:
-        """The embedding that the model expects at each position: [..., V] -> [..., D].
+        """The embedding that the model expects at each position, scaled by √D: [..., V] ->
+        [..., D].
 
         `processed_logits` are the logits after the temperature.
         """

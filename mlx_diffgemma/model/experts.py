@@ -32,7 +32,7 @@ class Router(nn.Module):
         scores = self.proj(normed).astype(mx.float32)
         chosen = mx.argpartition(-scores, self._top_k - 1, axis=-1)[..., : self._top_k]
         chosen = mx.stop_gradient(chosen)
-        # Probabilities over all experts, brought to a sum of 1 among the chosen, are these.
+        # Probabilities over all experts, scaled to a sum of 1 among the chosen, equal these.
         weights = mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1)
         # An expert whose score is NaN or -inf is not chosen, and would go unseen.
         poison = scores.sum(axis=-1, keepdims=True) * 0.0

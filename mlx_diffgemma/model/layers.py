@@ -14,11 +14,12 @@ from mlx_diffgemma.model.attention import Attention
 from mlx_diffgemma.model.experts import Experts, Router
 
 Attend = Callable[[Attention, mx.array], mx.array]
-"""How [B, S, D] attends, with the weights of an attention: the caller knows what is in sight."""
+"""An attention and its input [B, S, D] -> what was attended to [B, S, D]; the caller of a layer
+gives this function, for it knows which keys are in sight."""
 
 
 class MLP(nn.Module):
-    """Gated MLP with the tanh approximation of GELU."""
+    """Gated MLP with the tanh approximation of GELU, [..., D] -> [..., D]."""
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
@@ -34,7 +35,8 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention, then a dense MLP and a mixture of experts side by side, each between two norms.
 
-    Both passes share everything but the layer scalar, which the encoder brings along.
+    The encoder and the decoder share all weights of a layer but the scalar by which its output is
+    multiplied, so that one is an argument.
     """
 
     def __init__(self, config: TextConfig, sizes: AttentionConfig) -> None:

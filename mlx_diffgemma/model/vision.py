@@ -2,8 +2,8 @@
 
 Follows `transformers.models.gemma4` (5.24) with one difference: pictures go through one at a time
 and are not padded, so that nothing is masked. Attributes bear the names of the checkpoint's
-tensors. Letters: P patches of a picture, D hidden size of the tower, H heads, Dh head size, N soft
-tokens, T hidden size of the text model.
+tensors. Letters: B pictures of one size, P patches of a picture, D hidden size of the tower, H
+heads, Dh head size, N soft tokens, T hidden size of the text model.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Turn:
 
 
 class VisionMLP(nn.Module):
-    """Gated MLP with the tanh approximation of GELU."""
+    """Gated MLP with the tanh approximation of GELU, [B, P, D] -> [B, P, D]."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class VisionTower(nn.Module):
 
     def __call__(self, values: mx.array, columns: int) -> mx.array:
         """Values [B, P, 3 · side²] from 0 to 1 in float32, of pictures with `columns` patches in a
-        row."""
+        row -> their soft tokens [B, N, D]."""
         config, (batch, count, _) = self.config, values.shape
         place = mx.arange(count)
         places = mx.stack([place % columns, place // columns], axis=-1)
