@@ -1,1 +1,2 @@
-"""A small model that solves sudokus, shipped with the package."""
+"""Two small models that are shipped with the package: one solves sudokus, one reads pictures of
+them."""

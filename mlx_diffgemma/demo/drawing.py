@@ -1,8 +1,8 @@
 """Pictures of sudokus of six by six, drawn by an unsteady hand, in the form that the demo's reading
 model was trained on.
 
-The picture is the grid and nothing around it. What the model answers are the 36 cells, row by row,
-with `.` for blanks.
+The picture is the grid and nothing around it. The model answers with the 36 cells, row by row, and
+`.` for blanks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
 
-CELL = 48  # pixels
+CELL = 48  # pixels of a side
 PROMPT = "read"
 
 
@@ -54,7 +54,8 @@ def rows_of(read: str) -> str:
 
 
 def draw(givens: str, rng: np.random.Generator) -> Image:
-    """A picture of six rows with `.` for blanks, joined by newlines; no two are alike."""
+    """A picture of 288 × 288 pixels of six rows with `.` for blanks, joined by newlines. No two
+    pictures of the same rows are alike."""
     from PIL import Image as Pillow
     from PIL import ImageDraw
 
@@ -84,7 +85,7 @@ def _stroke(
     ink: tuple[int, int, int],
     rng: np.random.Generator,
 ) -> None:
-    """One digit about a place, a little off, turned, slanted and shaken."""
+    """Draw one digit around the place `middle`, a little off it, turned, slanted and shaken."""
     size = np.array([rng.uniform(17, 25), rng.uniform(27, 34)])
     turn, slant, thick = rng.normal(0, 0.09), rng.normal(0, 0.1), int(rng.integers(3, 6))
     shape = np.array([[1, slant], [0, 1]]) * size

@@ -71,7 +71,7 @@ def prompt(puzzles: Sequence[Puzzle]) -> str:
 
 
 def answer(puzzles: Sequence[Puzzle]) -> str:
-    """What the model should answer."""
+    """What the model should answer to the prompt of `puzzles`."""
     return "\n\n".join(puzzle.solution for puzzle in puzzles)
 
 
@@ -114,7 +114,8 @@ def _candidates(grid: np.ndarray, cell: int) -> list[int]:
 
 
 def _fill_naked_singles(grid: np.ndarray) -> bool:
-    """Fill `grid` (a copy) as far as naked singles go; whether that is to the end."""
+    """Whether naked singles fill `grid` [36], in which 0 is a blank, to the end. The array itself
+    is not changed."""
     grid = grid.copy()
     while True:
         blanks = np.flatnonzero(grid == 0).tolist()

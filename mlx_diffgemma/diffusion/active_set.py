@@ -1,9 +1,9 @@
-"""An experiment: positions that have settled are computed rarely.
+"""Computing settled positions rarely, which is an experiment (the setting `settled_after`).
 
-A position that kept its token and stayed certain for several steps is left out of a pass; the
-others see it by its keys and values of the last pass over it. A full pass is run every few steps,
-and a canvas that looks done after another pass is looked at once more in full, so nothing is
-committed on stale ground. Letters: C canvas, A positions computed.
+A position that kept its token and stayed certain for several steps is left out of a pass; the other
+positions attend to the keys and values that it had in the last pass over it. A full pass, over all
+positions, is run every few steps. A canvas that looks done after a pass over a part of it is
+committed only where a full pass says so too. Letters: C canvas, A positions computed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _BUCKETS = 8  # sizes of an active set, so that few shapes occur
 
 
 def active_places(canvas: Canvas, least: int) -> np.ndarray | None:
-    """The positions [A] that the next pass computes, `least` at the least; None for all."""
+    """The positions [A] that the next pass computes, at least `least` of them; None where it
+    computes all."""
     known, after = canvas.settled, canvas.settings.settled_after
     if known is None or after is None or canvas.is_last_step:
         return None
@@ -38,7 +39,8 @@ def active_places(canvas: Canvas, least: int) -> np.ndarray | None:
 
 
 def remembered(canvas: Canvas, part: Prediction, places: np.ndarray) -> Prediction:
-    """A prediction of the positions `places` [A], and of the others as it was before."""
+    """The prediction of a whole canvas: `part` at the positions `places` [A], and what the last
+    pass left at the others."""
     assert canvas.settled is not None
     source = np.arange(len(canvas))
     source[places] = len(canvas) + np.arange(len(places))

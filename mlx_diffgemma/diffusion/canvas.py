@@ -1,6 +1,6 @@
 """A canvas in flight: a value that can be kept, forked, shown, edited and continued.
 
-Letters: C canvas, D hidden, V vocabulary, A positions computed.
+Letters: C canvas, D hidden, V vocabulary, H heads of keys and values, Dh dimensions of a head.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Prediction:
 
     Attributes:
         argmax: [C] int32, the most likely tokens.
-        probability: [C] float32, that of `argmax`.
+        probability: [C] float32, the probability of `argmax`.
         draw: [C] int32, one sample a position.
-        entropy: [C] float32, in nats.
+        entropy: [C] float32, the entropy in nats.
         confidence: [C] float32, the probability of `draw`.
         soft_embeddings: [C, D], the expected embeddings, for the next step; None after the last.
         dropped_mass: [C] float32, the probability that the likeliest few tokens leave out.
@@ -73,10 +73,11 @@ class Passed:
     """What one forward pass brought for a canvas.
 
     Attributes:
-        prediction: of every position, those that were not computed as they were before.
+        prediction: the prediction of every position; one that the pass did not compute keeps what
+            was predicted of it before.
         whole: whether all positions were computed.
         layers: keys and values of the canvas in every layer, [1, H, C, Dh] twice, where
-            `settled_after` needs them.
+            `settled_after` needs them; empty elsewhere.
     """
 
     prediction: Prediction
@@ -90,7 +91,7 @@ class Settled:
 
     Attributes:
         passed: the last pass.
-        argmax: [C] what was likeliest in it.
+        argmax: [C] the tokens that were likeliest in the last pass.
         streak: [C] for how many steps each position has stayed the same and certain.
         since_full: passes since all positions were computed.
     """
@@ -109,7 +110,7 @@ class Canvas:
         settings: how it is denoised.
         noise: the randomness of its sequence.
         index: which canvas of the sequence it is, from 0.
-        vocab: V.
+        vocab: the number V of tokens in the vocabulary.
         tokens: [C] int32, what the next pass starts from: accepted draws and fresh noise.
         first_step: the step of the schedule that its first pass took or will take, from 1.
         endless: whether the last step of the schedule is repeated until somebody else ends it.
@@ -120,8 +121,8 @@ class Canvas:
         soft_embeddings: [C, D], what the last pass expected; None before the first one.
         draft: [C] what would be committed now; `FREE` before the first pass.
         entropy: [C] nats, after the temperature; infinite before the first pass.
-        probability: [C] that of the draft, after the temperature, in the last pass that predicted
-            or drew it; NaN before the first pass.
+        probability: [C] the probability of the draft, after the temperature, in the last pass that
+            predicted or drew it; NaN before the first pass.
         accepted: [C] which positions of `tokens` hold a draw of the model.
         few_suffice: [C] where the likeliest few tokens held nearly all of the probability in the
             last pass.
@@ -129,9 +130,9 @@ class Canvas:
         unchanged: [C] for how many passes each position of `shown` has stayed the same.
         done: whether it needs no further pass.
         converged: whether it is done for another reason than that its steps are used up.
-        settled: what `settled_after` needs.
+        settled: what is remembered for `settled_after`; None without it.
         checks: how many times the encoder was asked about its draft.
-        checked: [C] the draft that the encoder refused last; None before.
+        checked: [C] the draft that the encoder refused last; None where it refused none.
     """
 
     settings: DiffusionConfig
@@ -213,7 +214,7 @@ class Canvas:
 
     @property
     def temperature(self) -> float:
-        """Of the next pass."""
+        """The temperature of the next pass."""
         return self.settings.temperature(self.step)
 
     @property
@@ -222,7 +223,11 @@ class Canvas:
         return not self.endless and self.step >= self.settings.max_denoising_steps
 
     def under(self, layout: Layout) -> Canvas:
-        """The same canvas, held to another layout from now on."""
+        """A copy of the canvas that is held to another layout from now on.
+
+        Raises:
+            UsageError: the layout does not fit the canvas, or allows nothing at a position.
+        """
         layout.check(len(self), self.vocab)
         return replace(self, layout=layout, tokens=layout.pin(self.tokens))
 

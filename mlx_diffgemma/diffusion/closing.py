@@ -11,7 +11,8 @@ _FURTHEST = 4096  # tokens beyond which an ending is not looked for
 
 
 class ClosingError(UsageError):
-    """No output that short can match; `shortest` is the length of one that can, if known."""
+    """No output that is short enough was found to match; `shortest` is the length of the shortest
+    one found, or None."""
 
     def __init__(self, message: str, shortest: int | None) -> None:
         super().__init__(message)
@@ -27,7 +28,8 @@ class State(Protocol):
 
 
 class Closer:
-    """Keeps endings within reach; the grammar itself knows its ways out."""
+    """Makes sure that an ending of the grammar fits into the tokens that are left. The grammar
+    itself finds its endings (`State.way_out`)."""
 
     def require(self, state: State, most: int) -> None:
         """Raise ClosingError where no ending of at most `most` tokens is found."""
@@ -47,7 +49,7 @@ class Closer:
         )
 
     def ending(self, state: State, most: int) -> list[int]:
-        """Tokens that complete `state`, at most `most`; there must be some."""
+        """At most `most` tokens that complete `state`, for which such an ending must exist."""
         found = state.way_out(most)
         if found is None:
             found = state.way_out(most, thorough=True)
@@ -60,7 +62,9 @@ class Closer:
         return most if found is None else len(found)
 
     def affordable(self, state: State, tokens: Sequence[int], room: int) -> list[int]:
-        """As many of the `tokens` as leave room for an ending within `room` tokens in all."""
+        """A beginning of `tokens` behind which an ending still fits, the two within `room` tokens:
+        the longest of those tried, which are all tokens that fit, half of them, a quarter, and so
+        on. [] where no ending fits behind any of them."""
         count = min(len(tokens), room)
         while count:
             after = state.copy()

@@ -33,6 +33,9 @@ class DiffusionConfig:
     Attributes:
         eos_token_ids: ids that end a sequence.
         pad_token_id: id that fills the canvases of a batch past the end of a sequence.
+
+    Raises:
+        UsageError: a setting is of another type or out of range, or `t_max` is below `t_min`.
     """
 
     max_tokens: Annotated[
@@ -248,21 +251,22 @@ class DiffusionConfig:
             raise UsageError(f"t_max ({self.t_max:g}) must not be below t_min ({self.t_min:g}).")
 
     def temperature(self, step: int) -> float:
-        """Temperature of denoising step `step`, from 1 on: from `t_max` at the first to just above
-        `t_min` at the last of the steps over which it falls, as the reference's
-        `LinearTemperatureScheduleLogitsProcessor`, which counts its steps down. Steps beyond the
-        last are as warm as it."""
+        """Temperature of denoising step `step`, counted from 1.
+
+        The temperature is `t_max` at the first step, and just above `t_min` at the last of the
+        steps over which it falls. The reference's `LinearTemperatureScheduleLogitsProcessor`, which
+        counts its steps down, gives the same. Steps beyond the last one are as warm as that."""
         return self.t_min + (self.t_max - self.t_min) * self.warmth(step)
 
     def warmth(self, step: int) -> float:
-        """The share of the schedule that is left at step `step`, from 1 on: 1 at the first, above
-        0 at the last and beyond."""
+        """The share of the schedule that is left at step `step`, counted from 1: it is 1 at the
+        first step, and above 0 at the last step and beyond."""
         steps = self.cooling_steps or self.max_denoising_steps
         return max(1, steps - step + 1) / steps
 
     def step_at(self, noise: float) -> int:
-        """The step of the schedule, from 1, that a canvas enters of which the share `noise` is
-        noise: the one at which that share of the schedule is left."""
+        """The step of the schedule, counted from 1, at which a canvas enters it if the share
+        `noise` of its tokens is noise: the step at which that share of the schedule is left."""
         steps = self.cooling_steps or self.max_denoising_steps
         return min(steps - ceil(noise * steps) + 1, steps, self.max_denoising_steps)
 

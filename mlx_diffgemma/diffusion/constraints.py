@@ -22,10 +22,14 @@ FREE = -1
 
 @dataclass(frozen=True)
 class Layout:
-    """Attributes:
-    tokens: [C] the token that each position must hold, or `FREE`.
-    allowed: the bit masks [W] of the free positions that may not hold anything.
-    candidates: the same for positions that may hold few tokens, as the list of them.
+    """What each position of a canvas must or may hold.
+
+    Attributes:
+        tokens: [C] the token that each position must hold, or `FREE`.
+        allowed: the bit masks [W] of the tokens that may stand at free positions, for those where
+            not every token may.
+        candidates: the lists of the tokens that may stand at free positions, for those where few
+            may.
     """
 
     tokens: tuple[int, ...]
@@ -34,7 +38,7 @@ class Layout:
 
     @cached_property
     def fixed(self) -> np.ndarray:
-        """[C] int32, the tokens."""
+        """`tokens` as an array [C] int32."""
         return np.array(self.tokens, np.int32)
 
     @cached_property
@@ -49,16 +53,16 @@ class Layout:
 
     @cached_property
     def few(self) -> tuple[tuple[int, ...], ...] | None:
-        """The candidates of every free position, in their order; None where one of them has none,
-        or none is free."""
+        """The candidates of every free position, in the order of the positions; None where a free
+        position has no candidates, or no position is free."""
         places = np.flatnonzero(self.open).tolist()
         if not places or any(place not in self.candidates for place in places):
             return None
         return tuple(self.candidates[place] for place in places)
 
     def masks(self, vocab: int) -> Mapping[int, np.ndarray]:
-        """The bit mask [W] of each position that may not hold anything, those with candidates
-        among them."""
+        """The bit mask [W] of the tokens that may stand at a position, for each position where not
+        every token may, those with candidates among them."""
         if not self.candidates:
             return self.allowed
         few = {place: token_mask(tokens, vocab) for place, tokens in self.candidates.items()}
@@ -93,7 +97,7 @@ class Layout:
 
 
 def not_at_first(tokens: Iterable[int], length: int, vocab: int) -> Layout:
-    """The layout of a canvas that may begin with any but some tokens."""
+    """The layout of a canvas [C] that may begin with any token but `tokens`."""
     mask = every_token(vocab) & ~token_mask(tokens, vocab)
     return Layout((FREE,) * length, {0: mask})
 
@@ -101,15 +105,16 @@ def not_at_first(tokens: Iterable[int], length: int, vocab: int) -> Layout:
 def without(
     tokens: Iterable[int], length: int, vocab: int, layout: Layout | None = None
 ) -> Layout | None:
-    """A layout, or one that allows anything, less some tokens at every position that may hold
-    more than a few; the same where there are none of them."""
+    """A copy of `layout` that forbids `tokens` at every position that has neither a fixed token nor
+    candidates; without a layout, one [C] that allows all else. Where there are no `tokens`,
+    `layout` itself."""
     unwanted = tuple(tokens)
     if not unwanted:
         return layout
     layout = layout or Layout((FREE,) * length)
     mask = every_token(vocab) & ~token_mask(unwanted, vocab)
     free = [p for p in range(length) if layout.tokens[p] == FREE and p not in layout.candidates]
-    # Positions that share a mask cost one; so each of the layout's own is cut once.
+    # Positions that share a mask take the memory of one, so each mask of the layout is cut once.
     cut = {id(own): own & mask for own in layout.allowed.values()}
     allowed = {p: cut[id(layout.allowed[p])] if p in layout.allowed else mask for p in free}
     return replace(layout, allowed={**layout.allowed, **allowed})

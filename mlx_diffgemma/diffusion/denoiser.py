@@ -1,7 +1,8 @@
-"""The denoising step, and the loop over it: the only place that runs passes over canvases.
+"""The denoising step, and the loop over it by which canvases become text.
 
-Letters: C canvas, N positions of all canvases of a step, D hidden, K candidate tokens, U of all
-positions together, S positions that have candidates.
+Letters: C canvas, N positions of all canvases of a step, S positions of a canvas that have
+candidates, P positions of all canvases that have candidates, K candidate tokens of one position, U
+different candidate tokens of all P positions.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from mlx_diffgemma.model.diffusion_gemma import CanvasView, DiffusionGemma
 
 _FEW_LEAVE = 0.01  # probability that the likeliest few tokens may leave out to stand for all
 _LOOK_BYTES = 75_000_000  # most bytes of what one look holds in a layer or of the vocabulary
-_WORDS = 4096  # of the vocabulary that a look holds at a time, and in how many copies of 4 bytes
-_COPIES = 6
+_WORDS = 4096  # words of the vocabulary that a look is taken to hold at a time
+_COPIES = 6  # copies of them, of 4 bytes a word
 
 Name = TypeVar("Name")
 
@@ -56,8 +57,8 @@ class Denoiser:
         self._predict: Predict = Predictor(model) if predict is None else predict
 
     def step(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> list[Canvas]:
-        """The canvases after one pass over each, in one batch: one graph, one wait. A canvas
-        becomes the same alone and in any company, to rounding of the products.
+        """The canvases after one pass over each, in one batch for which the host waits once. A
+        canvas becomes the same alone and in any company, to rounding of the products.
 
         Raises:
             NumericalError: the model returned values that are not finite.
@@ -65,7 +66,7 @@ class Denoiser:
         return self.queue(canvases, prefixes).read()
 
     def queue(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> Queued:
-        """Hand a step to the device, without waiting for it."""
+        """Hand a step (see `step`) to the device, without waiting for it."""
         passed = self._predict(canvases, prefixes)
         stepped, read = [], []
         for canvas, found in zip(canvases, passed, strict=True):
@@ -90,7 +91,11 @@ class Denoiser:
         return QueuedStep(tuple(stepped), tuple(passed), wanted, self._not_finite)
 
     def look(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> list[Look]:
-        """What the model believes at the sight of canvases as they stand, at temperature 1."""
+        """What the model believes at the sight of canvases as they stand, at temperature 1.
+
+        Raises:
+            NumericalError: the model returned values that are not finite.
+        """
         looks: list[Look] = []
         for start, stop in self.few_at_a_time(canvases):
             some = canvases[start:stop]
@@ -119,7 +124,11 @@ class Denoiser:
         candidates: Sequence[Sequence[int]],
     ) -> list[np.ndarray]:
         """The log-probability at temperature 1 of each of a canvas's `candidates` at one of its
-        positions, [K] in nats for each canvas."""
+        positions, [K] in nats for each canvas.
+
+        Raises:
+            NumericalError: the model returned values that are not finite.
+        """
         found: list[np.ndarray] = []
         for first, last in self.few_at_a_time(canvases):
             some = range(first, last)
@@ -164,8 +173,8 @@ class Denoiser:
         return NumericalError(not_finite(where, float16=float16, adapter=self.model.adapted))
 
     def few_at_a_time(self, canvases: Sequence[Canvas]) -> Iterator[tuple[int, int]]:
-        """As many canvases at a time as fit in a fixed budget: the first, and the one after the
-        last."""
+        """Parts of `canvases`, each as (first, last + 1): as many in a row as fit in a fixed budget
+        of memory, and one at least."""
         text = self.model.config.text
         widest = text.top_k_experts * (3 * text.moe_intermediate_size + 2 * text.hidden_size)
         layer = widest * self.model.dtype.size
@@ -188,7 +197,7 @@ class Look:
     Attributes:
         standing: log-probability of the token that stands at each position; -inf where it may not
             stand there.
-        entropy: of what may stand there.
+        entropy: entropy of the distribution over what may stand at each position.
     """
 
     standing: np.ndarray
@@ -200,12 +209,12 @@ class Queued(ABC):
 
     @abstractmethod
     def each(self) -> list[Canvas | NumericalError]:
-        """Wait for the step, once; each canvas after it, or the error of one for which the model
-        returned values that are not finite. Such a canvas spoils no other."""
+        """Wait once for the step, and return each canvas after it, or the error of one for which
+        the model returned values that are not finite. Such a canvas spoils no other."""
 
     def read(self, titles: Sequence[str] = ()) -> list[Canvas]:
-        """Wait for the step, once; the canvases after it. `titles` are what an error calls the
-        sequence of each.
+        """Wait once for the step, and return the canvases after it. `titles` are what an error
+        calls the sequence of each.
 
         Raises:
             NumericalError: the model returned values that are not finite for one of them.
@@ -218,7 +227,7 @@ class Queued(ABC):
         return canvases
 
     def outcomes(self, titles: Sequence[str] = ()) -> list[Canvas | NumericalError]:
-        """As `each`, with errors that name the sequence by its title."""
+        """What `each` returns, with errors that name the sequence by its title."""
         return [
             type(after)(f"{titles[number]}, {after}")
             if titles and isinstance(after, NumericalError)
@@ -229,7 +238,14 @@ class Queued(ABC):
 
 @dataclass(frozen=True)
 class QueuedStep(Queued):
-    """A step that the device is computing."""
+    """A step that the device is computing.
+
+    Attributes:
+        stepped: the canvases, with what the device computes for their next pass.
+        passed: what the forward pass brought for each of them.
+        wanted: [6, N] int32, what the host reads, as `Denoiser.queue` packs it.
+        not_finite: makes the error of a canvas with values that are not finite, which it names.
+    """
 
     stepped: tuple[Canvas, ...]
     passed: tuple[Passed, ...]
@@ -257,13 +273,13 @@ def denoise(
     title: Callable[[Name], str] | None = None,
     failed: Callable[[Name, NumericalError], None] | None = None,
 ) -> Iterator[dict[Name, Canvas]]:
-    """Step canvases together until none is in flight; yields those of each step, by name.
+    """Step canvases together until none is in flight; yields the canvases after each step, by name.
 
-    After each step `following` says what becomes of a canvas: what goes on in its place, or None.
-    The next step is handed to the device before the last one is yielded, so whoever takes time to
-    show it costs the device none. A run that is broken off wastes that one step. `title` says what
-    an error calls a sequence; None leaves it out. `failed` is told of a canvas for which the model
-    returned values that are not finite, and the others go on without it.
+    After each step `following` says what is denoised in the place of a canvas, or None. The next
+    step is handed to the device before the last one is yielded, so whoever takes time to show it
+    costs the device none. A run that is broken off wastes that one step. `title` says what an error
+    calls a sequence; None leaves it out. `failed` is told of a canvas for which the model returned
+    values that are not finite, and the others go on without it.
 
     Raises:
         NumericalError: the model returned such values, and there is no `failed` to be told.
@@ -276,7 +292,7 @@ def denoise(
         names = list(flight)
         if stepped is not None:
             yield stepped
-        # A prefix that is to grow is copied where it is still held.
+        # A prefix that is to grow is copied where it is still held, so it is let go of here.
         flight = {}
         titles = [] if title is None else [title(name) for name in names]
         if failed is None:
@@ -298,7 +314,8 @@ def denoise(
 
 
 def until_done(prefix: Prefix) -> Callable[[object, Canvas], InFlight | None]:
-    """What follows where canvases behind one prefix are denoised and nothing else."""
+    """The `following` of `denoise` for canvases behind one prefix that are denoised until they are
+    done."""
     return lambda name, canvas: None if canvas.done else InFlight(canvas, prefix)
 
 
@@ -339,7 +356,8 @@ def _views(canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> list[Canva
 def _columns(
     values: np.ndarray, ids: np.ndarray, candidates: Sequence[Sequence[int]]
 ) -> list[np.ndarray]:
-    """Of values [P, U] for the tokens `ids` [U], ascending, those of each row's candidates."""
+    """The values [K] of each row's candidates, from values [P, U] for the ascending tokens `ids`
+    [U]."""
     return [
         row[np.searchsorted(ids, np.array(each))]
         for row, each in zip(values, candidates, strict=True)

@@ -13,7 +13,7 @@ from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.pictured import PictureSpan, pictures_of
 
-_NEAR = 64  # tokens that are sooner encoded again than a mark is kept
+_NEAR = 64  # most tokens that are encoded again rather than that a mark is kept for them
 
 
 def encode(
@@ -28,16 +28,17 @@ def encode(
     ahead: bool = False,
 ) -> Iterator[PrefillProgress]:
     """Make the prefix in `cache` that of `ids`, from the longest beginning of them that it can go
-    back to. Yields before the first chunk and after each, and may be left there: the cache then
-    holds a shorter prefix, and a true one.
+    back to. Yields before the first chunk and after each. A caller may stop at any yield: the cache
+    then holds the prefix of the tokens that are encoded by then.
 
     Args:
+        row: number of the sequence, for the events.
         step_size: tokens of a chunk, so that memory does not grow with the square of the prompt;
-            None takes the model's.
+            None takes the model's own number.
         room: positions to make room for behind `ids`.
         marks: how many of the `ids` precede each place to come back to later.
-        ahead: hand the work to the device without waiting for it where it is no more than one chunk
-            of tokens, for a caller that has more to queue.
+        ahead: whether the work is handed to the device without waiting for it where it is no more
+            than one chunk of tokens, for a caller that has more to queue.
     """
     pictures = pictures_of(ids)
     cache.begin(ids)
@@ -69,9 +70,11 @@ def encode(
 def chunks(
     edges: Sequence[int], size: int, pictures: Sequence[PictureSpan] = ()
 ) -> list[tuple[int, int]]:
-    """From where to where each chunk goes, of `size` positions at most: none crosses one of the
-    ascending `edges`, and none cuts one of the `pictures`, so a chunk may be as long as one of
-    them. Behind an edge whole chunks begin anew: every chunk reads all weights."""
+    """The first position of each chunk, and the one behind its last.
+
+    A chunk has at most `size` positions, or those of one picture. No chunk crosses one of the
+    ascending `edges` or cuts one of the `pictures`; an edge inside a picture is no edge. Behind an
+    edge chunks have `size` positions again, for every chunk reads all weights."""
     whole = {place: span for span in pictures for place in range(span.start + 1, span.stop)}
     edges = [edge for edge in edges if edge not in whole]
     cut = []
@@ -86,7 +89,8 @@ def chunks(
 
 
 def _look(model: DiffusionGemma, span: PictureSpan, before: Looking) -> tuple[mx.array, Looking]:
-    """The embeddings of a picture, and what all of them took so far."""
+    """The embeddings [S, D] of a picture, S soft tokens of D hidden dimensions, and how many
+    pictures were looked at so far, in how many seconds."""
     begun = time.perf_counter()
     seen = model.embed_picture(span)
     mx.eval(seen)

@@ -1,4 +1,5 @@
-"""The encoder's opinion of a draft: it is run over a finished canvas anyhow, to go on behind it.
+"""The encoder's opinion of a draft. The encoder is run over a finished canvas anyhow, to go on
+behind it.
 
 The denoiser judges each position given all others as they stood; the encoder says how probable each
 token is given all before it, so it sees what passes as certain and does not fit, such as two
@@ -32,12 +33,12 @@ def worth_checking(canvas: Canvas) -> bool:
 
 
 def check(model: DiffusionGemma, canvas: Canvas, prefix: Prefix) -> tuple[Canvas, Prefix | None]:
-    """The canvas after one pass of the encoder over its draft, behind `prefix`: done where every
-    token is probable enough, with the prefix that the draft is part of; else to go on, with noise
-    from the first improbable token on, and None.
+    """Run the encoder once over the draft of a canvas, behind `prefix`.
 
-    What is probable at the first position is known to the pass over the prompt alone, so it is
-    taken for right.
+    Where every token is probable enough, returns the canvas as done, and the prefix with the draft
+    at its end. Elsewhere returns the canvas with noise from the first improbable token on, which is
+    denoised further, and None. The first token is taken for right: only the pass over the prompt
+    knows how probable it is.
     """
     least = canvas.settings.encoder_check
     assert least is not None
@@ -64,8 +65,9 @@ def first_improbable(
     counted: np.ndarray,
 ) -> int | None:
     """The first position of a draft [C] whose token has less than the probability `least`, given
-    the log-probabilities [C - 1] of all tokens but the first. Those behind the first eos, which are
-    cut off, and those that are not `counted` [C] may be as improbable as they like."""
+    the log-probabilities [C - 1] of all tokens but the first. None where there is none. Tokens
+    behind the first eos, which are cut off, and those that are not `counted` [C] are not looked
+    at."""
     with np.errstate(divide="ignore"):
         doubtful = (log_probabilities < np.log(least)) & counted[1:]
     if not doubtful.any():
@@ -75,7 +77,8 @@ def first_improbable(
 
 
 def renoised(canvas: Canvas, place: int) -> Canvas:
-    """The canvas with its draft up to `place`, and from there on noise that nothing is known of."""
+    """The canvas with the draft in front of position `place`, and from there on fresh noise with
+    soft embeddings of zero."""
     known = mx.arange(len(canvas)) < place
     fresh = canvas.noise.renoise(canvas.index, canvas.step - 1, len(canvas), canvas.vocab)
     tokens = mx.where(known, mx.array(canvas.draft), fresh)

@@ -1,4 +1,5 @@
-"""What a run reports, in the order in which it happens. Rows count the sequences from 0."""
+"""What a run reports, in the order in which it happens. A `row` is the number of a sequence, from
+0."""
 
 from __future__ import annotations
 
@@ -71,9 +72,16 @@ class SequenceFailed:
 
 @dataclass(frozen=True)
 class Finished:
-    """Every sequence has ended: its tokens (eos left out), why, by which eos, the forward passes
-    over each of its canvases that became text, and how many times a canvas went through the
-    encoder, to go on behind it or to check it."""
+    """Every sequence has ended.
+
+    Attributes:
+        tokens: the tokens of each sequence, the eos left out.
+        finish_reasons: why each sequence ended.
+        stop_tokens: the eos that ended each sequence, or None.
+        steps: the forward passes over each canvas that became text, for each sequence.
+        encodings: how many times a canvas of each sequence went through the encoder, to go on
+            behind it or to check it.
+    """
 
     tokens: tuple[tuple[int, ...], ...]
     finish_reasons: tuple[FinishReason | Literal["error"], ...]

@@ -1,4 +1,4 @@
-"""Generating sequences canvas by canvas, each ending by itself. Letters: B sequences."""
+"""Generating sequences canvas by canvas, each ending by itself. Letters: B sequences, C canvas."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from mlx_diffgemma.errors import NumericalError, UsageError
 from mlx_diffgemma.model.cache import PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
-_LIKELY = 8192  # tokens of an answer; one that may take more mostly ends before
+_LIKELY = 8192  # tokens before which most answers end that may take more
 
 Constrain = Callable[[int, int], Layout | None]
-"""What a canvas must hold, by the row of its sequence and its number."""
+"""What a canvas must hold, by the row of its sequence and the number of the canvas."""
 Ends = Callable[[int, Sequence[int]], bool]
 """Whether a sequence ends with the tokens that it is about to gain, by its row; asked once for each
 canvas, in order."""
@@ -93,22 +93,27 @@ def generate_canvases(
     """Generate for B prompts of token ids at once, each with its own settings and end.
 
     Args:
+        prompts: the token ids of each of the B prompts.
         config: how to denoise, for all sequences or for each.
         noise: the randomness of each sequence, by its row (see `seeded`).
-        caches: a place for each sequence's prefix; what it has in common with the prompt is not
-            encoded again. None starts from nothing.
+        caches: a place for each sequence's prefix; the beginning that a held prefix has in common
+            with the prompt is not encoded again. None encodes every prompt as a whole.
         denoiser: what runs the passes; None takes the model's own.
         initial_canvas: [B][C] token ids that the first canvases start from instead of noise.
-        initial_noise: the share of them that gives way to noise; the canvases then enter the
-            schedule at the matching step. None changes nothing, and enters at the first.
+        initial_noise: the share of the initial tokens that gives way to noise; the canvases then
+            enter the schedule at the matching step. With None all initial tokens stay, and the
+            canvases enter the schedule at its first step.
         constrain: what each canvas must hold.
         ends: ends a sequence for other reasons than an eos; no further canvas is made of it.
+        prefill_step_size: most tokens of a prompt that are encoded at a time; None takes the
+            model's own number.
         marks: for each prompt, where to mark its prefix (see `encode`).
         keep_sound: whether the other sequences go on where the model returns values that are not
             finite for one, which ends with a `SequenceFailed`.
 
     Raises:
-        UsageError: `initial_canvas` or a layout does not fit, or a cache is another model's.
+        UsageError: `initial_canvas` or a layout does not fit, or a cache belongs to another model
+            or to other adapters.
         NumericalError: the model returned values that are not finite.
 
     Yields:
@@ -226,7 +231,7 @@ def canvas_length(model: DiffusionGemma, config: DiffusionConfig, room: int) -> 
 
 def reserved(model: DiffusionGemma, config: DiffusionConfig) -> int:
     """Positions to make room for behind a prompt: whole canvases, for as much of an answer as is
-    likely to be written. Behind more the prefix grows a canvas at a time."""
+    likely to be written. For a longer answer the prefix grows a canvas at a time."""
     length = config.canvas_length or model.config.canvas_length
     return -(-min(config.max_tokens, max(_LIKELY, length)) // length) * length
 

@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 
 _WAYS = 32  # tokens that are followed from one state, and states that are followed at a time
-_STATES = 256  # followed in all, or as many as have masks of
-_WORDS = 1 << 17  # so many words together: 16 masks at 262,144 words
+_STATES = 256  # most states that are followed in all
+_WORDS = 1 << 17  # most words of all their masks: 16 states at a vocabulary of 262,144
 
 
 class State(Protocol):
@@ -31,8 +31,9 @@ class State(Protocol):
 
 
 def look_ahead(state: State, depth: int, end: np.ndarray) -> list[np.ndarray]:
-    """Masks [W] of what may stand at the next `depth` positions, as far as that is known; at least
-    for the first. `end` [W] holds every eos; behind one of them stand others."""
+    """Masks [W] of the tokens that may stand at the next `depth` positions, or at fewer where no
+    more is known; there is one at least. `end` [W] is the mask of every eos; behind an eos only an
+    eos may stand."""
     masks: list[np.ndarray] = []
     front, ended, followed = [state], False, 0
     most = min(_STATES, _WORDS // len(end))
@@ -75,8 +76,8 @@ def tokens_in(mask: np.ndarray) -> list[int]:
 
 
 def few_tokens_in(mask: np.ndarray, most: int) -> list[int] | None:
-    """The tokens of a mask [W] uint32; None where there are more than `most`, which takes a
-    hundredth of the time of listing them all."""
+    """The tokens of a mask [W] uint32; None where there are more than `most`. To see that there are
+    more takes a hundredth of the time of listing them all."""
     # Every word that is not zero holds a token at least.
     if np.count_nonzero(mask) > most:
         return None

@@ -1,13 +1,14 @@
 """Denoising under a grammar: whatever the model drafts, what is committed matches.
 
-What the grammar forces is pinned, its next position restricted to what may follow, and what is
-known of those behind it is known to the model too (`lookahead.py`). The rest is denoised freely.
-After each step the draft is read from left to right, as far as it matches, and as much of it as
-stays the same and is certain is pinned. Where nothing is, the canvas may wait a few steps for the
-draft to get surer; when it has waited enough, what the model is surest to begin with is pinned, one
-token at least, and so many that what matches takes no more steps than a canvas without a grammar.
-So the passes over a canvas never exceed the tokens that the model has to choose by more than those
-few. Letters: C canvas, W words of a bit mask.
+What the grammar forces is pinned, the position behind it is restricted to what may follow, and so
+are those behind that as far as the grammar can tell (`lookahead.py`). The rest is denoised freely.
+After each step the draft is read from left to right, as far as it matches, and as much of it is
+pinned as stays the same and is certain. Where nothing is certain, the canvas may wait a few steps
+while the draft gets surer. When it has waited enough, or gets no surer, the beginning that the
+entropy bound accepts is pinned: one token at least, and so many that what matches takes no more
+steps than a canvas without a grammar. So the passes over a canvas exceed the tokens that the model
+has to choose by no more than the steps that the canvas may wait. Letters: C canvas, W words of a
+bit mask.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _STEPS_A_WAIT = 16  # of a schedule, for every step that a canvas may wait
 
 
 class BrokenOffError(DiffGemmaError):
-    """What went wrong on the way; `tokens` were written by then."""
+    """Writing under a grammar failed on the way; `tokens` had been written by then."""
 
     def __init__(self, message: str, tokens: list[int]) -> None:
         super().__init__(message)
@@ -46,7 +47,7 @@ class Matcher(Protocol):
     """Where a grammar stands after some tokens."""
 
     def matching(self, tokens: Sequence[int]) -> int:
-        """How many of the `tokens` (no eos among them) may follow."""
+        """How many of the `tokens` (no eos among them), from the first on, may follow."""
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Take in tokens that may follow."""
@@ -58,11 +59,12 @@ class Matcher(Protocol):
         """The tokens that must follow, as far as there is no choice."""
 
     def signature(self) -> Hashable:
-        """What may follow next and what must: mostly the same where the grammar stands alike."""
+        """What may follow next and what must, as a value that is mostly equal where the grammar
+        stands alike."""
 
     def way_out(self, most: int, *, thorough: bool = False) -> list[int] | None:
-        """At most `most` tokens that complete what was taken in; None where none are found, not
-        even with more work where `thorough`."""
+        """At most `most` tokens that complete what was taken in, or None where no such tokens are
+        found. With `thorough` more work goes into the search."""
 
     @property
     def may_end(self) -> bool:
@@ -78,9 +80,12 @@ class Matcher(Protocol):
 
 @dataclass(frozen=True)
 class MatchingSettings:
-    """Attributes:
-    eos: ids that end a sequence, and `end`, the one that fills a canvas behind it.
-    text: mask [W] of the tokens that may stand anywhere at all.
+    """The tokens that end and make up the sequences that a grammar holds.
+
+    Attributes:
+        eos: ids that end a sequence.
+        end: the eos that fills a canvas behind the end of its sequence.
+        text: mask [W] of the tokens that may stand anywhere at all.
     """
 
     eos: tuple[int, ...]
@@ -92,8 +97,11 @@ class _Match:
     """A sequence while it is written under a grammar.
 
     Attributes:
-        tokens: of the canvases that were committed, and `pinned`, those of the present one.
+        tokens: the tokens of the canvases that were committed.
+        pinned: the tokens of the present canvas that are decided.
         committed: what is to be reported of canvases that ended.
+        waits: for how many more steps the present canvas may wait.
+        unsure: mean entropy in nats of what matched of the last draft.
     """
 
     def __init__(
@@ -115,8 +123,8 @@ class _Match:
         self.hurried = False  # whether the present canvas was decided for want of steps
 
     def next_canvas(self, index: int) -> InFlight | None:
-        """A canvas number `index`, or one of those behind it where the grammar leaves it no choice
-        at all; None at the end of the sequence."""
+        """The canvas of number `index`, or one behind it where the grammar leaves no choice in that
+        canvas; None at the end of the sequence."""
         self.waits, self.unsure = self.config.max_denoising_steps // _STEPS_A_WAIT, np.inf
         self.hurried = False
         length = canvas_length(self.model, self.config, self._room())
@@ -196,7 +204,7 @@ class _Match:
         if self.waits and self.unsure < before:
             self.waits -= 1
             return 0
-        # As the entropy bound accepts: what is nearly independent of each other.
+        # The sampler's entropy bound accepts by the same rule tokens that are nearly independent.
         accepted = settled & (np.cumsum(entropy) - entropy <= self.config.entropy_bound)
         # What matches is to be written in the steps that a canvas without a grammar may take.
         due = -(-count // max(1, self.config.max_denoising_steps - canvas.passes))
@@ -257,8 +265,9 @@ def _pin(matcher: Matcher, pinned: list[int], tokens: Sequence[int], most: int) 
 def _layout(
     matcher: Matcher, pinned: Sequence[int], settings: MatchingSettings, length: int, room: int
 ) -> Layout:
-    """What is pinned, what may come next and what is known of the places behind, anything, and the
-    end where there is no more room."""
+    """The layout [C] of a canvas: first what is pinned, then what may come next and at the places
+    behind that as far as it is known, then places for any text, then the end where there is no more
+    room."""
     free = max(0, min(length, room) - len(pinned))
     row = [*pinned, *[FREE] * free, *[settings.end] * (length - len(pinned) - free)]
     ends = token_mask(settings.eos, 32 * len(settings.text))

@@ -21,6 +21,8 @@ from mlx_diffgemma.checks import check_integer
 
 
 class Purpose(IntEnum):
+    """What a draw is for, as a part of its key."""
+
     INITIAL = 0
     DRAW = 1
     RENOISE = 2
@@ -28,7 +30,7 @@ class Purpose(IntEnum):
 
 
 class Noise(Protocol):
-    """Where the canvases of a sequence get their randomness; tests put recorded draws there."""
+    """The randomness of the canvases of a sequence. Tests put recorded draws in its place."""
 
     def initial(self, canvas: int, length: int, vocab: int) -> mx.array:
         """[C] uniform token ids to start canvas number `canvas` from."""
@@ -82,7 +84,7 @@ def checked_seed(seed: int | None) -> int:
     """The seed given, or for None a fresh one, small enough to be typed again.
 
     Raises:
-        UsageError: it is negative or no integer.
+        UsageError: the seed is no integer from 0 to 2^128 - 1.
     """
     if seed is None:
         return secrets.randbelow(2**32)

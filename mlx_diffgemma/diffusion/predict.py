@@ -1,6 +1,6 @@
 """What a step asks of the model: not logits, but what follows from them.
 
-Letters: C canvas, N positions of all canvases of a batch, D hidden, V vocabulary.
+Letters: N positions of all canvases of a batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mlx_diffgemma.kernels.vocabulary import Row
 from mlx_diffgemma.model.cache import Prefix
 from mlx_diffgemma.model.diffusion_gemma import CanvasView, DiffusionGemma
 
-_GROUPED = 4  # token-expert pairs an expert from which MLX multiplies the tokens of one together
+_GROUPED = 4  # pairs of token and expert, for each expert, from which on MLX groups them by expert
 
 
 class Predict(Protocol):
@@ -29,7 +29,7 @@ class Predict(Protocol):
 
 
 class Predictor:
-    """Predictions of a model."""
+    """Computes the forward passes of a step with a model (see `Predict`)."""
 
     def __init__(self, model: DiffusionGemma) -> None:
         self.model = model

@@ -1,7 +1,7 @@
 """Named trade-offs between speed and fidelity to the reference, as settings of `DiffusionConfig`.
 
-Each adds to another. What they cost and gain on the demo model is in the README, with the command
-that measures it.
+Each profile but 'exact' adds settings to another one. The README has what was measured of profiles
+on the demo model, with the command that measures it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PROFILES: dict[str, dict[str, object]] = {
 }
 DEFAULT = "balanced"
 
-_FORMAT = 1  # of a profile's file
+_FORMAT = 1  # version of a profile's file
 _SUFFIX = ".json"
 
 
@@ -43,7 +43,8 @@ def profile_settings(profile: str, identity: Callable[[], str] | None = None) ->
     """The settings of a profile: one of `PROFILES`, or the file that `save_profile` wrote.
 
     Args:
-        identity: gives the fingerprint of the model that they are for; None asks for none.
+        identity: returns the fingerprint of the model that a file must be made for; None takes a
+            file made for any model.
 
     Raises:
         UsageError: there is no such profile, or the file is damaged or made for another model.

@@ -79,8 +79,9 @@ def entropy_bound(prediction: Prediction, canvas: Canvas) -> Proposal:
 
 
 def bound_of(canvas: Canvas) -> float:
-    """Nats of entropy that the next pass may accept: between `entropy_bound` and `late_bound` by
-    how far the schedule is, or `settled_bound` by how much of the canvas the last pass accepted."""
+    """Nats of entropy that the next pass may accept: `entropy_bound`, moved towards `late_bound` by
+    the share of the schedule that has passed, and then towards `settled_bound` by the share of the
+    canvas that the last pass accepted."""
     settings = canvas.settings
     bound = settings.entropy_bound
     if settings.late_bound is not None:
@@ -93,8 +94,8 @@ def bound_of(canvas: Canvas) -> float:
 def behind_end(
     draft: mx.array, entropy: mx.array, eos_token_ids: Sequence[int], certainty: float
 ) -> mx.array:
-    """[C] which positions of a draft [C] stand behind its first eos, where that is certain, which
-    is to say of less than `certainty` nats."""
+    """[C] which positions of a draft [C] stand behind its first eos, where the entropy [C] of that
+    eos is below `certainty`, both in nats."""
     is_eos = mx.zeros(draft.shape, mx.bool_)
     for token in eos_token_ids:
         is_eos = is_eos | (draft == token)
@@ -103,7 +104,8 @@ def behind_end(
 
 
 def along_runs(accepted: mx.array, sure: mx.array) -> mx.array:
-    """[C] what is accepted and all positions that are `sure` [C] and joined to it by such."""
+    """[C] the accepted positions, and the `sure` ones [C] that only sure positions part from an
+    accepted one."""
     places = mx.arange(accepted.shape[0])
     open_to_runs = sure | accepted
 

@@ -13,9 +13,9 @@ def as_shown(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A draft [C] and its entropies [C] in nats as the stop rule sees them.
 
-    With `stop_at_eos` it looks no further than the first eos of the draft that is certain: what
-    follows it is cut off at commit, and counts as settled. (Left out of the mean, it would delay
-    the stop.)
+    With `stop_at_eos` the rule looks no further than the first eos of the draft, where that is
+    certain: positions behind it are cut off at commit, and count as settled, with no entropy. (To
+    leave them out of the mean entropy would delay the stop.)
     """
     if not settings.stop_at_eos or not settings.eos_token_ids:
         return draft, entropy

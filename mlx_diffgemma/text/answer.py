@@ -39,7 +39,7 @@ class Said:
 
 
 class Answer:
-    """One answer, canvas by canvas.
+    """Reads one answer, canvas by canvas.
 
     Args:
         tokenizer: mlx-lm's wrapper or a Hugging Face tokenizer.
@@ -47,6 +47,9 @@ class Answer:
             and what stands in tool calls ends nothing.
         thinking: whether thinking was asked for.
         prompt: the token ids before the answer.
+
+    Raises:
+        UsageError: a stop string is empty, or no text.
     """
 
     def __init__(
@@ -62,7 +65,8 @@ class Answer:
         self._called = False
         self._pending = ""  # text that may begin a stop string
         # To find the token at which a stop string begins: the parts when nothing was last held
-        # back, how many tokens there were, the tokens since, and the characters given out since.
+        # back, how many tokens there were by then, the tokens since, and the characters given out
+        # since.
         self._before = self._parts.fork()
         self._settled = 0
         self._since: tuple[int, ...] = ()
@@ -79,7 +83,8 @@ class Answer:
         reason: Literal["stop", "length"] | None = None,
         stop_token: int | None = None,
     ) -> Said:
-        """Commit `tokens`; what became certain. With a `reason` the answer ends behind them."""
+        """Commit `tokens`, and return what became certain. With a `reason` the answer ends behind
+        them."""
         parts = self._parts.add(tokens)
         if reason is not None:
             parts += self._parts.finish(reason, stop_token)
@@ -94,7 +99,7 @@ class Answer:
         return bool(self._stops) and self._fork().add(tokens).stop_string is not None
 
     def parts(self) -> Parts:
-        """The parts committed so far, to read drafts by."""
+        """A copy of the parts committed so far, by which drafts can be read."""
         return self._parts.fork()
 
     def _fork(self) -> Answer:
@@ -149,7 +154,7 @@ class Answer:
 
     def _reach(self) -> int:
         """How many of the tokens since `_before` make the characters given out since. Tokens
-        behind those that have no text are among them."""
+        without text that follow those are counted with them."""
         start = self._before.fork()
         start.decide_like(self._parts)
         parts, tokens = start.fork(), self._since
@@ -194,7 +199,7 @@ def _text(parts: Sequence[Part]) -> str:
 
 def _first_stop(text: str, stops: Sequence[str]) -> tuple[int, str] | None:
     """Where the stop string begins that is complete first, and which it is; of several that end
-    together the longest. That is the same however the text is cut."""
+    together the longest. The result is the same however the text is cut into pieces."""
     found = [(place + len(stop), place, stop) for stop in stops if (place := text.find(stop)) >= 0]
     return min(found)[1:] if found else None
 

@@ -38,11 +38,11 @@ def render(
     prefilled: bool = False,
     **settings: Any,
 ) -> str:
-    """The prompt that a template makes of `messages`, the answer's turn opened (unless not
-    `open_turn`).
+    """The prompt that a template makes of `messages`.
 
     Args:
-        template: its text, or None for that of the tokenizer.
+        template: the template's text, or None for that of the tokenizer.
+        open_turn: whether the prompt ends with the opening of the answer's turn.
         prefilled: whether the last message is the beginning of the answer, which stays open.
         settings: what is handed to the template (`tools`, `enable_thinking`).
 

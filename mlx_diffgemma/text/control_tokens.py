@@ -64,9 +64,9 @@ class ControlTokens:
         return list(dict.fromkeys(match[0].strip() for match in self._whole.finditer(text)))
 
     def mark(self, value: Any, marker: str, whole: Sequence[str] = ()) -> Any:
-        """`value` (a message, a list of them, any JSON) with `marker` at the breaks of every
-        string in it, the keys of objects among them. A text spells the control tokens `whole` as
-        it did."""
+        """`value` (a message, a list of them, any JSON) with `marker` at the breaks of every string
+        in it, the keys of objects among them. The control tokens `whole` stay spelled as they
+        are."""
         if isinstance(value, str):
             kept = {m.start() + 1 for name in whole for m in re.finditer(re.escape(name), value)}
             return _marked(value, (at for at in self.breaks(value) if at not in kept), marker)
@@ -103,7 +103,7 @@ class ControlTokens:
         ids = self._encode(text)
         plain = ids
         if not self._forbidden.isdisjoint(ids):
-            # The vocabulary has a spelling as a plain entry: its pieces cannot be that.
+            # The vocabulary has a spelling as a plain entry, which the pieces of it are not.
             edges = [0, *self.breaks(text), len(text)]
             pieces = (text[a:b] for a, b in pairwise(edges))
             plain = [token for piece in pieces for token in self._encode(piece)]

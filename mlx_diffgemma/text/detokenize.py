@@ -22,10 +22,10 @@ _SHORT, _REMEMBERED = 4, 1 << 14  # tokens of a run, and runs, whose texts are r
 
 
 class StreamingText:
-    """The text of one answer, canvas by canvas.
+    """Turns the tokens of one answer into text, canvas by canvas.
 
-    All that `add` and `finish` return is the tokenizer's decoding of all tokens without special
-    ones. `tokenizer` is mlx-lm's wrapper or a Hugging Face tokenizer.
+    All that `add` and `finish` return, joined, is the tokenizer's decoding of all tokens without
+    the special ones. `tokenizer` is mlx-lm's wrapper or a Hugging Face tokenizer.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -37,7 +37,8 @@ class StreamingText:
         self._held: list[int] = []
 
     def add(self, tokens: Sequence[int]) -> str:
-        """Commit `tokens`; the text that became certain. A character comes whole or not yet."""
+        """Commit `tokens`, and return the text that became certain. A character is held back until
+        all of it is there."""
         pending = self._held + self._visible(tokens)
         ready, text = self._certain(pending)
         if ready:
@@ -46,7 +47,7 @@ class StreamingText:
         return text
 
     def finish(self) -> str:
-        """The text held back, incomplete characters as U+FFFD."""
+        """Return the text that was held back, with incomplete characters as U+FFFD."""
         text = self._decode(self._held)
         if self._held:
             self._go_on_behind(self._held[-1:])
@@ -54,14 +55,14 @@ class StreamingText:
         return text
 
     def peek(self, tokens: Sequence[int]) -> str:
-        """The text that `tokens` would add, incomplete characters as U+FFFD; nothing is
+        """The text that `tokens` would add, with incomplete characters as U+FFFD; nothing is
         committed."""
         return self._decode(self._held + self._visible(tokens))
 
     def token_strings(self, tokens: Sequence[int]) -> list[str]:
-        """`peek(tokens)` in one piece a token. A character of several tokens belongs to the last
-        of them, text held back so far to the first token, and special tokens have "" (but where
-        there is no other token to bear what was held back)."""
+        """`peek(tokens)` in one piece a token. A character of several tokens belongs to the last of
+        them, and text that was held back so far belongs to the first token that has text. Special
+        tokens have "", unless no other token is there to bear what was held back."""
         pieces = [""] * len(tokens)
         draft = copy(self)  # its lists are replaced, never changed
         shown = [index for index, token in enumerate(tokens) if token not in self._special]
@@ -128,7 +129,7 @@ def token_strings(tokenizer: Any, tokens: Sequence[int], before: Sequence[int] =
 
 
 class _Kept:
-    """What is looked up once for a Hugging Face tokenizer, which is known weakly.
+    """What is looked up once for a Hugging Face tokenizer, of which only a weak reference is kept.
 
     Attributes:
         skipped: the ids that the tokenizer leaves out of a text.

@@ -151,12 +151,12 @@ def text_of(message: Mapping[str, Any]) -> str:
 
 
 def with_plain_content(message: dict[str, Any]) -> dict[str, Any]:
-    """For templates that only print `content`: its parts joined."""
+    """A message whose content is its parts of text joined, for templates that only print it."""
     return {**message, "content": text_of(message)} if "content" in message else message
 
 
 def with_images(messages: Sequence[dict[str, Any]], images: Sequence[Any]) -> list[dict[str, Any]]:
-    """Messages with pictures before the text of the last one of a user.
+    """Messages with `images` before the content of the last message of a user.
 
     Raises:
         PromptError: there is no such message.
@@ -185,7 +185,7 @@ def media_in(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def with_places(
     messages: Sequence[dict[str, Any]], places: Iterable[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Messages with these parts in the place of those that `media_in` finds, in order."""
+    """Messages with the parts `places` in the place of those that `media_in` finds, in order."""
     given, found = iter(places), []
     for message in messages:
         content = message.get("content")

@@ -74,7 +74,7 @@ class _Within(Enum):
 
 
 class Parts:
-    """The parts of one answer, canvas by canvas.
+    """Reads the parts of one answer, canvas by canvas.
 
     All that `add` and `finish` return, with neighbours of one kind joined, is the same however the
     tokens are cut into canvases.
@@ -101,7 +101,7 @@ class Parts:
         self._name = ""
         self._space = ""  # white space that is part of a thought if more of it follows
         self._thinks = False  # whether the current thought has said something
-        self._thought = False  # whether any has
+        self._thought = False  # whether any thought has said something
         self._began: _Within | None = None  # what an undecided beginning turned out to be
         self._call: tuple[int, ...] = ()
         self._quoted = False
@@ -121,13 +121,13 @@ class Parts:
         )
 
     def add(self, tokens: Sequence[int]) -> list[Part]:
-        """Commit `tokens`; the parts that became certain."""
+        """Commit `tokens`, and return the parts that became certain."""
         self._take(self._folded(tokens))
         return self._taken()
 
     def _folded(self, tokens: Sequence[int]) -> list[int]:
-        """What waited and `tokens`, each mark of several tokens as its id; what may be the
-        beginning of one waits."""
+        """The tokens that waited and `tokens`, with each mark of several tokens as its id. Tokens
+        at the end that may begin such a mark wait."""
         spelled = self._markers.spelled
         if not spelled:
             return list(map(int, tokens))
@@ -166,7 +166,7 @@ class Parts:
     def finish(
         self, reason: Literal["stop", "length"], stop_token: int | None = None
     ) -> list[Part]:
-        """What was held back, and the end."""
+        """End the answer, and return what was held back and the end."""
         waited, self._waiting = self._waiting, ()
         self._take(waited)
         while self._within is _Within.CALL:
@@ -195,8 +195,8 @@ class Parts:
 
     def pieces(self, tokens: Sequence[int]) -> list[Piece]:
         """What was held back so far, then what each of `tokens` adds if the answer ends behind
-        them, [tokens + 1]; nothing is committed. Characters of several tokens belong to the last of
-        them; markers and the name of a channel have ""."""
+        them: one piece more than there are tokens. Nothing is committed. Characters of several
+        tokens belong to the last of them; markers and the name of a channel have ""."""
         whole = self.fork()
         whole.add(tokens)
         whole.finish("length")
@@ -215,7 +215,7 @@ class Parts:
         return pieces
 
     def fork(self) -> Parts:
-        """The same answer, to go on by itself."""
+        """An independent copy of the answer so far."""
         other = copy(self)
         other._text = copy(self._text)
         other._stream = other._text if self._stream is self._text else copy(self._stream)
@@ -260,7 +260,8 @@ class Parts:
             self._within = _Within.TEXT
 
     def _leave(self, *, cut: bool) -> None:
-        """Give out what was held back of what the answer is in. `cut`: the answer ends here."""
+        """Give out what was held back of the part that the answer is in. `cut` says whether the
+        answer ends here."""
         self._say(self._stream.finish())
         if self._within is _Within.UNDECIDED:
             self._out.append(Text(self._undecided))
@@ -299,7 +300,7 @@ class Parts:
         if name[:end] == _THOUGHT:
             self._within = _Within.THOUGHT
             return name[end:]
-        # Without a line of its own it is no name.
+        # Only what has a line of its own is a name.
         return name[end + 1 :] if name[end] == "\n" else name
 
     def _think(self, text: str) -> None:
@@ -354,7 +355,7 @@ def _piece(parts: Sequence[Part]) -> Piece:
 
 
 def _joined(parts: Sequence[Part]) -> list[Part]:
-    """Parts without empty texts, neighbours of one kind as one."""
+    """Parts without empty texts, with neighbours of one kind joined."""
     joined: list[Part] = []
     for part in parts:
         if isinstance(part, (Text, Thought)):

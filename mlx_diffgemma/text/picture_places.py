@@ -23,8 +23,8 @@ class PictureReader:
     """Reads the pictures of a prompt.
 
     Attributes:
-        config: that of the model; None where there is none, and pictures are refused.
-        image_tokens: most tokens of a picture; None takes the checkpoint's.
+        config: the config of the model; None where there is no model, and pictures are refused.
+        image_tokens: most tokens of a picture; None takes the checkpoint's own number.
     """
 
     config: ModelConfig | None = None
@@ -35,7 +35,7 @@ class PictureReader:
         """How the model's vision tower wants pictures.
 
         Raises:
-            PromptError: it has none.
+            PromptError: there is no model, or it has no vision tower.
         """
         if self.config is None:
             raise PromptError("pictures need a model; give encode_prompt its config, model.config.")
@@ -51,7 +51,7 @@ class PictureReader:
         `place` for each.
 
         Raises:
-            PromptError: one cannot be read.
+            PromptError: a picture cannot be read.
         """
         if part["type"] == "image":
             return [self._picture(part["image"])], place
@@ -114,7 +114,9 @@ class PictureReader:
         as many as it takes; where there is none, in front, behind a `bos`.
 
         Raises:
-            PromptError: there are other image tokens than the pictures take.
+            PromptError: there are other image tokens than the pictures take, or a picture cannot be
+                read.
+            UsageError: a video is among them, which needs the chat template.
         """
         if not images:
             return ids

@@ -3,7 +3,7 @@
 Sizes and pixels are those of transformers' Gemma 4 image processor (5.24, its form for Pillow):
 bicubic to the largest size of the same aspect ratio that has both sides a multiple of one soft
 token's and as many soft tokens as may be. Transparent parts are white here; the reference shows the
-colours that they hide.
+colours that they hide. Letters: P patches.
 """
 
 from __future__ import annotations
@@ -94,12 +94,13 @@ def read_picture(
         source: a path; the bytes of a file; a Pillow image; an array [height, width],
             [height, width, 1], [..., 3] or [..., 4] of uint8, of uint16, of booleans, or of numbers
             from 0 to 1; or a `Picture`, which is handed back.
-        soft_tokens: the most that it may take, one of `SOFT_TOKENS`; None takes the checkpoint's.
+        soft_tokens: most soft tokens of the picture, one of `SOFT_TOKENS`; None takes the
+            checkpoint's own number.
         name: what an error calls it; None takes its path, or "the picture".
 
     Raises:
         PromptError: it is no picture, damaged, or too large.
-        UsageError: `soft_tokens` is none of those.
+        UsageError: `soft_tokens` is none that the tower was trained for.
     """
     soft_tokens = checked_soft_tokens(soft_tokens, vision)
     if isinstance(source, Picture):
@@ -123,7 +124,7 @@ def checked_soft_tokens(soft_tokens: int | None, vision: VisionConfig) -> int:
     """Most soft tokens of a picture; None takes the checkpoint's own number.
 
     Raises:
-        UsageError: it is none that the tower was trained for.
+        UsageError: `soft_tokens` is no number that the tower was trained for.
     """
     if soft_tokens is None:
         return vision.soft_tokens

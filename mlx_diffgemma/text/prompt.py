@@ -81,7 +81,7 @@ def encode(
     config: ModelConfig | None = None,
     **settings: Any,
 ) -> Encoded:
-    """A prompt as the model reads it; one that is encoded already is that.
+    """A prompt as the model reads it; an `Encoded` prompt is returned as it is.
 
     Text of the user that spells a control token stays text, unless `markers` says otherwise. Only
     token ids are taken as they are.
@@ -91,7 +91,7 @@ def encode(
         prompt: a text, which becomes a user's turn; messages, as `{"role": ..., "content": ...}`;
             or token ids in a list, a tuple, an array or a `BatchEncoding`.
         how: the settings; None stands for the defaults.
-        config: that of the model (`model.config`), which pictures need.
+        config: the model's config (`model.config`), which pictures need.
         settings: fields of `PromptSettings` to put over `how`.
 
     Raises:
@@ -285,8 +285,9 @@ class _Chat:
         )
 
     def marked(self, controls: ControlTokens, marker: str, own: Sequence[str]) -> _Chat:
-        """The same, but that no text in it can spell a control token. In what the model said, the
-        markers `own` stay whole, by which the template finds the thoughts that it leaves out."""
+        """A copy of the chat in which no text can spell a control token. In what the model said,
+        the markers `own` stay whole, by which the template finds the thoughts that it leaves
+        out."""
         messages = [controls.mark(message, marker) for message in self.messages]
         for place, message in enumerate(self.messages):
             begun = self.prefilled and place == len(messages) - 1
@@ -321,8 +322,8 @@ def _encode_chat(
 def _encode_text(
     tokenizer: Any, chat: _Chat, template: str, place: tuple[str, str] | None = None
 ) -> tuple[list[int], str]:
-    """As `_encode_chat`, each picture being one token. `place` is a character that stands for one,
-    and the token's spelling."""
+    """The token ids of a chat in which each picture is one token, and the chat's text. `place` is
+    the character that stands for a picture, and the spelling of its token."""
 
     def put(rendered: str) -> str:
         return rendered if place is None else rendered.replace(*place)

@@ -19,8 +19,8 @@ class PromptSettings:
 
     Attributes:
         system_prompt: a system message before the others.
-        raw: use no chat template; the prompt is a text.
-        markers: control tokens that a raw prompt spells are control tokens, not text.
+        raw: whether the prompt is a text that goes to the model without the chat template.
+        markers: whether the control tokens that a raw prompt spells are control tokens, not text.
         thinking: whether the answer begins with a chain of thought; None leaves it to the template.
         tools: what the model may call: Python functions with type hints and a docstring, or objects
             that describe them. Calls come back as `tool_calls`, and results go in as messages.
@@ -28,10 +28,11 @@ class PromptSettings:
         prefill_response: the text that the model's turn begins with; it is part of the answer.
         images: pictures that stand before the text of the last turn of a user, beside those that
             messages hold as `{"type": "image", "image": ...}`: paths, the bytes of files, Pillow
-            images or arrays. Videos are parts `{"type": "video", "video": path}` here and there,
-            with "fps" and "max_frames" where the frames are to be others.
+            images or arrays. Videos are parts `{"type": "video", "video": path}` in `images` or in
+            messages; their keys "fps" and "max_frames" choose other frames than `read_frames` does
+            by itself.
         image_tokens: most tokens of a picture, one of 70, 140, 280, 560 and 1120; None takes the
-            checkpoint's. A frame of a video takes 70.
+            checkpoint's own number. A frame of a video takes 70 at most.
 
     Raises:
         UsageError: a setting is of another type, or two contradict each other.
@@ -64,7 +65,8 @@ class PromptSettings:
             check_integer("image_tokens", self.image_tokens, 1)
 
     def refuse_template(self, what: str) -> None:
-        """Raise UsageError where a setting needs the chat template; `what` uses none."""
+        """Raise UsageError where a setting needs the chat template, since `what`, as the error
+        calls the prompt, uses none."""
         for name, value in {
             "system prompt": self.system_prompt,
             "thinking mode": self.thinking,

@@ -15,12 +15,12 @@ from mlx_diffgemma.reading import is_there, os_reason, read_json, read_text, sho
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 _COPY = "copy it again from the original checkpoint"
-_CONTROL = re.compile(r"<\|\w+\|?>|<\w+\|>")  # and not `|>`, which is a word of some languages
+_CONTROL = re.compile(r"<\|\w+\|?>|<\w+\|>")  # `|>` alone is an operator of some languages
 
 
 class Tokenizer(TokenizerWrapper):
-    """mlx-lm's wrapper, but that its chat template thinks only when it is asked to: mlx-lm asks
-    for it where the vocabulary knows thoughts."""
+    """mlx-lm's wrapper with a chat template that turns thinking on only where the caller asks for
+    it. mlx-lm turns it on wherever the vocabulary has tokens around thoughts."""
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
         name = getattr(self, "_thinking_kwarg", "enable_thinking")
@@ -42,6 +42,7 @@ def load_tokenizer(
     Args:
         eos_token_ids: the ids that end an answer, beside the tokenizer's own eos.
         chat_template: a Jinja template, or a file that holds one, in place of the checkpoint's.
+        trust_remote_code: whether Python code in the folder may be run to read the tokenizer.
 
     Raises:
         CheckpointError: there is no tokenizer, or it is damaged.

@@ -24,7 +24,7 @@ class Frame:
 
     Attributes:
         pixels: [height, width, 3] uint8.
-        seconds: when it is shown.
+        seconds: the time at which it is shown, from the beginning of the video.
     """
 
     pixels: np.ndarray
@@ -42,8 +42,8 @@ def read_frames(
     """Frames of a video file.
 
     Args:
-        source: its path.
-        fps: frames of a second; None takes `max_frames` over the whole video.
+        source: the path of the file.
+        fps: frames to take of each second; None takes `max_frames` over the whole video.
         max_frames: most frames, which are spread over the whole video; None takes `MOST_FRAMES`.
 
     Raises:
@@ -91,7 +91,7 @@ def sampled(total: int, rate: float, fps: float | None, most: int) -> list[int]:
 
 
 def _taken(frames: Iterator[Any], wanted: list[int], rate: float) -> Iterator[Frame]:
-    """The frames of these numbers, the others passed over."""
+    """The frames of the `wanted` numbers, which ascend; the others are passed over."""
     number = -1
     for place in wanted:
         frame = next(islice(frames, place - number - 1, None), None)

@@ -85,6 +85,7 @@ def check_of(given: str) -> Holds:
     reads the answer from stdin exits with 0).
 
     Raises:
+        FileError: the file with the schema cannot be read.
         UsageError: the kind is unknown, or its value is no pattern or schema.
     """
     kind, _, value = given.partition(":")
@@ -147,10 +148,10 @@ class Judge:
     """How answers are marked, from 0 to 1.
 
     Attributes:
-        name: of the way.
+        name: the way of marking, which is "check", "exact" or "agreement".
         seeds: how often the reference answers each prompt, each time from another seed.
-        check: what an answer must pass; None where it must be a given text, or agree with those of
-            the reference.
+        check: what an answer must pass; None where an answer must be a given text, or agree with
+            the answers of the reference.
     """
 
     name: str
@@ -159,8 +160,12 @@ class Judge:
 
     @classmethod
     def of(cls, asks: Sequence[Ask], check: Holds | None, seeds: int) -> Judge:
-        """A check where one is given, the exact answers where they are known, else agreement with
-        the reference's answers from `seeds` seeds."""
+        """Marking by the check where one is given, by the exact answers where they are known, and
+        else by agreement with the reference's answers from `seeds` seeds.
+
+        Raises:
+            UsageError: agreement would be marked, for which `seeds` must be 2 at least.
+        """
         if check is not None:
             return cls("check", 1, check)
         if all(ask.answer is not None for ask in asks):
@@ -171,13 +176,14 @@ class Judge:
 
     @property
     def candidate_seed(self) -> int:
-        """The seed of a candidate's answers: the reference's own, so that the same noise is
-        compared; or one that no answer of the reference has, for agreement is not to come from it.
+        """The seed of a candidate's answers. It is the reference's own, so that answers from the
+        same noise are compared; where agreement counts, which must not come from the same noise, it
+        is a seed that no answer of the reference has.
         """
         return self.seeds if self.name == "agreement" else 0
 
     def marks(self, ask: Ask, text: str, reference: Sequence[str]) -> float:
-        """The mark of a candidate's answer, given the reference's."""
+        """The mark, from 0 to 1, of a candidate's answer, given the answers of the reference."""
         if self.check is not None:
             return float(self.check(text))
         if self.name == "exact":
@@ -185,15 +191,16 @@ class Judge:
         return float(np.mean([agreement(text, other) for other in reference]))
 
     def own_marks(self, ask: Ask, reference: Sequence[str]) -> float:
-        """The mark of the reference itself; where agreement counts, that among its answers."""
+        """The mark, from 0 to 1, of the reference itself; where agreement counts, the mean
+        agreement of its answers with each other."""
         if self.name != "agreement":
             return self.marks(ask, reference[0], reference)
         return float(np.mean([agreement(*pair) for pair in combinations(reference, 2)]))
 
 
 def agreement(one: str, other: str) -> float:
-    """How much of two texts is the same, in words and in order: from 0 to 1, for which they must be
-    equal."""
+    """The share of two texts that is the same words in the same order, by difflib's ratio. It is 1
+    only for equal texts."""
     if one == other:
         return 1.0
     a, b = one.split(), other.split()

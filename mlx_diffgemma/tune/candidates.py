@@ -25,4 +25,5 @@ CANDIDATES: dict[str, Settings] = {
     "bound, cool 16": {**SWIFT, "entropy_bound": 0.3, "cooling_steps": 16},
     "settled, cool 16": {**SWIFT, "settled_bound": 1.0, "cooling_steps": 16},
 }
-"""By name. What each is worth on the demo model is in the README and in CONTRIBUTING.md."""
+"""The candidates by name. README and CONTRIBUTING.md have what was measured of such rules on the
+demo model."""

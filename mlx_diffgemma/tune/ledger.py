@@ -21,10 +21,10 @@ class Trial:
     """One answer.
 
     Attributes:
-        text: of it.
+        text: the text of the answer.
         passes: forward passes over its canvases, by the decoder and by the encoder.
-        canvases: how many it took.
-        seconds: that they took, the prompt's encoding left out.
+        canvases: the number of its canvases.
+        seconds: the seconds that the answer took, the prompt's encoding left out.
     """
 
     text: str
@@ -37,11 +37,12 @@ class Ledger:
     """The answers by settings, seed and number of the prompt.
 
     Args:
-        path: of the file; None keeps them in memory alone.
-        of: what the answers depend on besides: the fingerprint of the model, and the prompts.
+        path: the path of the file; None keeps the answers in memory alone.
+        of: what the answers depend on besides, such as the fingerprints of the model and of the
+            prompts.
 
     Raises:
-        UsageError: the file holds answers of another model, or to other prompts.
+        UsageError: the file is damaged, or holds answers of another model or to other prompts.
     """
 
     def __init__(self, path: Path | None, of: Mapping[str, str]) -> None:
@@ -70,7 +71,7 @@ class Ledger:
             os.truncate(path, len(kept))
 
     def known(self, settings: Mapping[str, object], seed: int, count: int) -> list[Trial]:
-        """The answers to the first `count` prompts, as far as they go."""
+        """The answers to the first `count` prompts, up to the first prompt without one."""
         key = _key(settings)
         found: list[Trial] = []
         while len(found) < count and (trial := self._trials.get((key, seed, len(found)))):
@@ -80,7 +81,8 @@ class Ledger:
     def add(
         self, settings: Mapping[str, object], seed: int, first: int, trials: Sequence[Trial]
     ) -> None:
-        """Keep the answers to the prompts from number `first` on; they are on the disk then."""
+        """Keep the answers to the prompts from number `first` on. Where there is a file, they are
+        on the disk when this returns."""
         key = _key(settings)
         for number, trial in enumerate(trials, first):
             self._trials[key, seed, number] = trial
@@ -97,7 +99,7 @@ class Ledger:
 
 
 def fingerprint(asks: Sequence[Ask]) -> str:
-    """Equal for equal prompts in the same order."""
+    """A fingerprint of prompts, which is equal for equal prompts in the same order."""
     text = json.dumps([asdict(ask) for ask in asks], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -1,8 +1,8 @@
 """Successive halving: rules are dropped on few prompts, so that many are spent on few rules.
 
-https://arxiv.org/abs/1502.07943. A rule is worth the passes that an answer takes; it may be chosen
-only where its answers hold as often as the reference's, or less often by less than one standard
-error of the difference, on all prompts.
+The method is that of https://arxiv.org/abs/1502.07943. Rules are ranked by the passes that an
+answer takes. A rule may be chosen only where its answers hold as often as the reference's, or less
+often by less than one standard error of the difference, on all prompts.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Standing:
     """What is known of a rule.
 
     Attributes:
-        name: of the rule.
-        count: prompts that it answered.
-        mark: mean of the answers' marks.
-        difference: from the mean of the reference's on the same prompts.
+        name: the name of the rule.
+        count: number of the prompts that it answered.
+        mark: mean of the answers' marks, from 0 to 1.
+        difference: `mark` less the mean mark of the reference on the same prompts.
         error: standard error of the difference.
-        passes, canvases, seconds: means an answer.
+        passes, canvases, seconds: means of what an answer takes.
     """
 
     name: str
@@ -54,12 +54,13 @@ class Standing:
     @property
     def holds(self) -> bool:
         """Whether its answers are as good as the reference's, or worse by less than one standard
-        error. (A single answer lost and none won is a whole one.)"""
+        error. (A single answer lost and none won makes a difference of one standard error.)"""
         return self.difference >= 0 or self.difference > -self.error * (1 - 1e-9)
 
     @property
     def broken(self) -> bool:
-        """Whether they are worse beyond doubt, so few as they may be."""
+        """Whether its answers are worse than the reference's beyond doubt, few as the answers
+        are."""
         return self.difference < -_BROKEN * max(self.error, 1 / self.count)
 
 
@@ -68,10 +69,10 @@ class Progress:
     """A rule has answered some more prompts.
 
     Attributes:
-        name: of the rule.
-        done: answers given so far by all rules, those of earlier runs among them.
-        left: answers that are still to be given at most.
-        seconds_left: how long they are likely to take.
+        name: the name of the rule.
+        done: answers that all rules gave so far in this run.
+        left: the most answers that may still have to be given.
+        seconds_left: seconds that these answers are likely to take.
     """
 
     name: str
@@ -82,13 +83,19 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The rule to use: the cheapest that holds, or the reference; and all standings, the best
-    first."""
+    """The result of a race.
+
+    Attributes:
+        chosen: the name of the rule to use: the cheapest that holds, or the reference.
+        standings: what is known of each rule, the chosen one first, then those that hold, the
+            cheapest first.
+    """
 
     chosen: str
     standings: tuple[Standing, ...]
 
     def of(self, name: str) -> Standing:
+        """The standing of the rule of a name."""
         return next(each for each in self.standings if each.name == name)
 
 
@@ -97,8 +104,10 @@ class Race:
 
     Args:
         candidates: settings by name; one of them is `REFERENCE`.
+        asks: the prompts.
+        judge: how answers are marked.
         answer: the model.
-        ledger: what has been answered already.
+        ledger: what has been answered already; new answers are added to it.
     """
 
     def __init__(
@@ -131,8 +140,8 @@ class Race:
         yield from self._choose()
 
     def _later(self, alive: int, sizes: Sequence[int]) -> int:
-        """Answers at most of the rounds behind the first of `sizes`, if it begins with so many
-        rules."""
+        """The most answers that the rounds behind the first of `sizes` may take, where that round
+        begins with `alive` rules."""
         answers = 0
         for before, size in pairwise(sizes):
             alive = -(-alive // 2)
@@ -140,8 +149,8 @@ class Race:
         return answers
 
     def _choose(self) -> Iterator[Progress | Outcome]:
-        """Of all rules the cheapest that holds on all prompts. One that was dropped for another's
-        sake comes back where that does not hold in the end."""
+        """Choose the cheapest rule that holds on all prompts. A rule that was dropped in favour of
+        another comes back where the other does not hold in the end."""
         total, chosen = len(self.asks), REFERENCE
         cheapest = sorted(
             (self.standing(name) for name in self.candidates if name != REFERENCE),
@@ -180,7 +189,7 @@ class Race:
         )
 
     def _measure(self, name: str, size: int, later: int) -> Progress:
-        """Have a rule answer the first `size` prompts, as far as it has not."""
+        """Have a rule answer those of the first `size` prompts that it has not answered yet."""
         settings = self.candidates[name]
         seeds = range(self.judge.seeds) if name == REFERENCE else [self.judge.candidate_seed]
         for seed in seeds:
@@ -218,7 +227,8 @@ class Race:
 
 
 def rounds(prompts: int) -> list[int]:
-    """How many of the prompts each round asks: twice as many as the one before, all in the end."""
+    """How many of the prompts each round asks: about twice as many as the round before, and all of
+    them in the last one."""
     sizes = [prompts]
     while sizes[0] >= 2 * _FEWEST:
         sizes.insert(0, -(-sizes[0] // 2))

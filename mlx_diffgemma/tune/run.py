@@ -35,7 +35,8 @@ _PREFIX = 512  # tokens before the canvas whose floor is given
 
 
 class ModelAnswers:
-    """Answers of a model under any settings, one prompt at a time, as a user would wait for it."""
+    """Answers prompts with a model under any settings, one prompt at a time, as a user would wait
+    for them."""
 
     def __init__(
         self, model: DiffusionGemma, tokenizer: TokenizerWrapper, max_tokens: int | None
@@ -102,8 +103,8 @@ def chart(outcome: Outcome, way: str) -> Chart:
 
 
 def rows(outcome: Outcome, asks: Sequence[Ask]) -> list[tuple[str, ...]]:
-    """Name, prompts, mark, difference ± error, passes an answer and a canvas, seconds, milliseconds
-    a pass, verdict: of each rule."""
+    """The row of a table for each rule: name, prompts, mark, difference ± error, passes an answer,
+    passes a canvas, seconds an answer, milliseconds a pass, verdict."""
     own = outcome.of(REFERENCE)
     found: list[tuple[str, ...]] = []
     for each in outcome.standings:
