@@ -1,4 +1,4 @@
-"""What a model decided: from the logits of each question's labels to the answers.
+"""The answers of a model to typed questions, from the logits of each question's labels.
 
 Letters: R orders of the options, K options of a question.
 """
@@ -21,7 +21,8 @@ class Answer:
 
     Attributes:
         question: what was asked.
-        labels: what stood for each option in the canvas, [K]; empty where the options took turns.
+        labels: what stood for each option in the canvas, [K]; empty where the order of the options
+            was rotated, so that no label stood for one of them alone.
         log_probs: [draws, K] the logarithms of each draw's probabilities, in nats, before any
             calibration.
         probabilities: [K] the mean over the draws, calibrated where that was asked for; they sum
@@ -42,14 +43,16 @@ class Answer:
 
     @property
     def confidence(self) -> float:
-        """1 − H / ln K: 1 where one option has all the mass, and 0 where it is flat."""
+        """1 − H / ln K, with H the entropy of the probabilities in nats: 1 where one option has all
+        the mass, and 0 where all are alike."""
         p = np.array(self.probabilities)
         entropy = -(p * np.log(np.maximum(p, 1e-300))).sum()
         return float(np.clip(1 - entropy / np.log(len(p)), 0.0, 1.0))
 
     @property
     def score(self) -> float:
-        """The expected number of the option, from 0: of a score its expected level."""
+        """The expected number of the option, counted from 0, which for a score is the expected
+        level."""
         return float(np.dot(np.arange(len(self.probabilities)), self.probabilities))
 
     def as_json(self) -> dict[str, Any]:
@@ -77,7 +80,7 @@ class Decisions:
             options has such canvases of its own.
         passes: forward passes over a batch of canvases.
         prompt_tokens: tokens of the prompt, in one order of the options.
-        cached_tokens: how many of them were known from an earlier request.
+        cached_tokens: how many tokens of the prompt were known from an earlier request.
         seed: the seed of every random draw.
     """
 
@@ -92,7 +95,8 @@ class Decisions:
 def answer_from(
     question: Question, labels: Sequence[str], logits: np.ndarray, calibration: Calibration | None
 ) -> Answer:
-    """From the logits [R, draws, K] of a question's labels to the answer."""
+    """The answer to a question, from the logits [R, draws, K] of its labels. The R orders are
+    averaged in log space, and the draws as probabilities."""
     count = logits.shape[-1]
     orders = max(1, len(logits) // count * count)
     log_probs = log_softmax(logits[:orders])

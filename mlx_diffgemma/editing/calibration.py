@@ -1,8 +1,9 @@
 """Making probabilities agree with how often answers are right, per type of question.
 
-A temperature divides the log-probabilities, and a bias by label is added. Both are fitted by log
-loss, and what is reported is always held out: each fifth of the requests is judged by a fit on the
-other four. Letters: E examples, K options, L labels.
+A temperature divides the log-probabilities ("On Calibration of Modern Neural Networks",
+https://arxiv.org/abs/1706.04599), and a bias by label is added. Both are fitted by log loss, and
+what is reported is always held out: each fifth of the requests is judged by a fit on the other
+four. Letters: E examples, K options.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from mlx_diffgemma.reading import parse_object
 
 FOLDS = 5
 LEAST = 20
-"""Answers of a type from which it is calibrated, and of a label from which it gets a bias."""
+"""Fewest answers of a type for the type to be calibrated, and fewest answers that a label is right
+in for the label to get a bias."""
 BINS = 10
 _FORMAT = "mlx-diffgemma calibration 1"
-_RIDGE = 1.0  # of the biases, so that a label that is rare moves little
+_RIDGE = 1.0  # penalty on the biases, so that a label that is rare moves little
 _NEWTON = 50
 _SMALLEST = -50.0  # log-probability below which rounding decides
 
@@ -38,14 +40,14 @@ class Identified(Protocol):
 
 @dataclass(frozen=True)
 class Example:
-    """An answer beside the right one.
+    """What a model believed of a question, with the right answer.
 
     Attributes:
-        request: which request it was part of; those of one are held out together.
+        request: number of the request that asked; examples of one request are held out together.
         kind: the type of question.
-        labels: what stood for each option; empty where none stood for it alone.
-        log_probs: [K].
-        right: the number of the right option.
+        labels: what stood for each option, [K]; empty where no label stood for one of them alone.
+        log_probs: [K] the log-probability of each option, in nats.
+        right: the number of the right option, from 0.
     """
 
     request: int
@@ -60,7 +62,7 @@ class Marks:
     """How good probabilities are.
 
     Attributes:
-        count: E.
+        count: number of answers, E.
         accuracy: share of answers whose most probable option is right.
         log_loss: mean of −ln p of the right option, in nats.
         brier: mean of Σ (p − [right])² over the options.
@@ -79,7 +81,8 @@ class Marks:
 
     @classmethod
     def of(cls, log_probs: Sequence[np.ndarray], right: Sequence[int]) -> Marks:
-        """Those of E answers, [K] each."""
+        """The marks of E answers, from the log-probabilities [K] of each and the number of its
+        right option."""
         p = [np.exp(each) for each in log_probs]
         top = np.array([each.max() for each in p])
         hit = np.array([int(np.argmax(each)) == r for each, r in zip(p, right, strict=True)])
@@ -102,9 +105,10 @@ class Fit:
     """What is done to the answers of one type.
 
     Attributes:
-        temperature: by which log-probabilities are divided.
-        bias: what is added to those of an option by its label, in nats; empty for none.
-        before, after: how good the held-out probabilities were without and with it.
+        temperature: number that log-probabilities are divided by.
+        bias: what is added to the log-probability of an option by its label, in nats; empty for
+            none.
+        before, after: how good the held-out probabilities were without and with the fit.
     """
 
     temperature: float
@@ -119,8 +123,9 @@ class Calibration:
 
     Attributes:
         fits: by type; a type that is missing is left as it is.
-        settings: how the questions were looked at when it was fitted.
-        identity: what gives the fingerprint of the model that it is for.
+        settings: fields of `DecisionSettings` that the questions were asked with when it was
+            fitted.
+        identity: called for the fingerprint of the model that the calibration is for.
     """
 
     fits: Mapping[str, Fit]
@@ -132,7 +137,7 @@ class Calibration:
         """The fit of each type that has enough examples.
 
         Raises:
-            UsageError: none has.
+            UsageError: no type has enough.
         """
         counts = Counter(example.kind for example in examples)
         kinds = [kind for kind, count in counts.items() if count >= LEAST]
@@ -143,7 +148,8 @@ class Calibration:
         return cls(fits, asdict(settings), model.identity)
 
     def require_model(self, model: Identified) -> None:
-        """Raise UsageError unless it was fitted for this model, or one with the same weights."""
+        """Raise UsageError unless this calibration was fitted for `model`, or for one with the same
+        weights."""
         # Methods are equal where they are of the same model, and that takes no time to see.
         if self.identity != model.identity and self.identity() != model.identity():
             raise UsageError("this calibration belongs to another model; calibrate this one.")
@@ -156,7 +162,7 @@ class Calibration:
         return _calibrated(log_probs, 1 / fit.temperature, fit.bias, labels)
 
     def save(self, path: str | Path) -> None:
-        """Write it to a file that `load` reads.
+        """Write the calibration to a file that `load` reads.
 
         Raises:
             FileError: the file cannot be written.
@@ -183,7 +189,7 @@ class Calibration:
 
         Raises:
             FileError: the file cannot be read.
-            CheckpointError: it holds no calibration, or one for another model.
+            CheckpointError: the file holds no calibration, or one for another model.
         """
         try:
             data = parse_object(files.read_text(path), Path(path), mend="calibrate again")
@@ -237,8 +243,8 @@ def _calibrated(
 
 
 def _fit(examples: Sequence[Example]) -> Fit:
-    """Nothing, a temperature, or a temperature and biases: whichever loses least on what is held
-    out, and the simpler of two that lose alike."""
+    """The fit for examples of one type: none, a temperature, or a temperature and biases, whichever
+    has the least loss on what is held out, and the simpler of two whose loss is alike."""
     folds = np.array([example.request % FOLDS for example in examples])
     if len(set(folds.tolist())) < 2:
         folds = np.arange(len(examples)) % FOLDS
@@ -263,9 +269,10 @@ def _fit(examples: Sequence[Example]) -> Fit:
 
 
 def fit(examples: Sequence[Example], *, biased: bool) -> tuple[float, dict[str, float]]:
-    """The inverse of the temperature and the biases, by label, that lose least on the examples.
+    """The inverse of the temperature, and the biases by label in nats, with the least log loss on
+    the examples; without biases unless `biased`.
 
-    The loss, with the ridge on the biases, is convex in both: Newton's method finds its minimum.
+    The loss, with the penalty on the biases, is convex in both: Newton's method finds its minimum.
     Labels that are right fewer than `LEAST` times, or never wrong, get none.
     """
     labels = _labels(examples) if biased else []

@@ -1,4 +1,4 @@
-"""Typed decisions: many questions about a state, answered as probabilities from one look.
+"""Typed decisions: many questions about a state, answered as probabilities without writing.
 
 The state and the questions are the prompt; a canvas holds a line for each question, pinned but for
 one token, the label of the answer. Letters: R orders of the options, K options of a question.
@@ -63,9 +63,8 @@ def decide(
 ) -> Decisions:
     """How probable each answer to each question about a state is.
 
-    All questions are answered by one forward pass over as few canvases as hold them. What is pinned
-    costs no look at the vocabulary, and where an answer stands only the labels of its options are
-    looked at.
+    By default one forward pass over as few canvases as hold them answers all questions. In the last
+    pass logits are computed only where an answer stands, and only for the labels of its options.
 
     Args:
         state: what the questions are about, a text or any JSON; with pictures it may be empty.
@@ -83,6 +82,8 @@ def decide(
     Raises:
         UsageError: a setting or a question is wrong, or the vocabulary cannot write its labels.
         PromptError: the state is empty, or state and questions are longer than the context.
+        MemoryShortageError: the request takes more memory than the machine offers.
+        NumericalError: the model returned values that are not finite.
     """
     how = overridden(DecisionSettings(), settings)
     config = diffusion_config(model, max_denoising_steps=how.steps)
@@ -147,15 +148,17 @@ def calibrate(
     seed: int = 0,
     **options: Any,
 ) -> Calibration:
-    """What makes the probabilities of this model's answers agree with how often they are right.
+    """Fit a calibration that makes the probabilities of this model's answers agree with how often
+    they are right.
 
     Args:
         examples: each with a "state", its "questions", the right "answers" by name (true or false,
             the name of a choice, or the number of a level), and maybe a "frame".
+        seed: seed of the first example; each further example takes the next.
         options: those of `decide`, to be used alike when the calibration is applied.
 
     Raises:
-        UsageError: an example is malformed, or there are too few.
+        UsageError: an example is malformed, or there are too few of every type.
     """
     seed = checked_seed(seed)
     diffusion_config(model)
@@ -219,16 +222,17 @@ def _frames(
 
 
 def _unless_thinking(tokenizer: Any) -> bool | None:
-    """No thinking, where the template knows of any: the answer follows at once, behind the empty
-    channel where the template writes one."""
+    """False, for no thinking, where the chat template has a switch for it, and None where it has
+    none. The answer then follows at once, behind the empty channel of a thought where the template
+    writes one."""
     return False if "enable_thinking" in template_text(hf_tokenizer(tokenizer)) else None
 
 
 def _refuse_too_long(
     length_with: Callable[[int], int], questions: Sequence[Question], room: int
 ) -> NoReturn:
-    """Name the first question that does not fit; `length_with` counts the tokens of a prompt of so
-    many questions."""
+    """Raise a PromptError that names the first question that does not fit in `room` tokens, or the
+    state; `length_with` counts the tokens of a prompt of so many questions."""
     if length_with(0) > room:
         raise PromptError(
             f"the state takes {length_with(0)} tokens, and the model's context leaves {room} "
@@ -251,8 +255,9 @@ def _encoded(
     shared: int,
     step_size: int | None,
 ) -> tuple[list[Prefix], int]:
-    """The prefix of each prompt, and how many tokens of the first were known. All begin with the
-    same `shared` tokens, which are encoded once and remembered as a place to come back to."""
+    """The prefix of each prompt, and how many tokens of the first prompt the cache knew. All
+    prompts begin with the same `shared` tokens, which are encoded once and marked in the cache, so
+    that a later request can go on from there."""
     prefixes, known = [], 0
     for number, ids in enumerate(prompts):
         own = cache if number == 0 else cache.snapshot()

@@ -23,7 +23,7 @@ from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.prompt import Prompt
 
-_SCALES = (0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 2.0)  # candidate lengths, of the present one
+_SCALES = (0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 2.0)  # multiples of the present length
 _FROM_NOTHING = (1, 2, 4, 8, 12, 16, 24, 32)
 
 _PROMPT = """\
@@ -39,9 +39,9 @@ class Edited:
 
     Attributes:
         text: the whole text.
-        before: what it was.
+        before: the whole text as it was.
         lines: the first and the last line that were rewritten, from 1.
-        filled: what stands in their place.
+        filled: what stands in the place of these lines.
         cut: tokens behind the lines that did not fit in the canvas and went unseen.
         passes: forward passes over a canvas.
         seed: the seed of every random draw.
@@ -83,12 +83,13 @@ def edit(
 ) -> Edited:
     """Rewrite the lines from `lines[0]` to `lines[1]`, counted from 1, both included.
 
-    The end of the last of them stays. In a text whose lines all end in CRLF, so do the new ones.
+    The line end behind the last of these lines stays. In a text whose lines all end in CRLF, the
+    new lines do too.
 
     Args:
         strength: how much of the present text is noise at the start, from 0 to 1. 1 starts from
             noise alone; below 1, the canvas starts late in the schedule, and as many tokens as the
-            lines have now are written.
+            lines have now are written; 0 changes nothing.
         lengths: how many tokens the new lines may take; the model chooses among them.
         prompt: what to tell the model, in place of the instruction and the text.
         seed, config, settings: as for `stream_generate`.
@@ -97,7 +98,9 @@ def edit(
     Raises:
         UsageError: the lines are not in the text, do not fit in a canvas, or strength is out of
             range.
-        PromptError: the text is longer than the context.
+        PromptError: the prompt is empty or malformed, or the text is longer than the context.
+        MemoryShortageError: the request takes more memory than the machine offers.
+        NumericalError: the model returned values that are not finite.
     """
     check_text("text", text)
     check_text("instruction", instruction)
@@ -170,7 +173,7 @@ def around_lines(text: str, lines: tuple[int, int]) -> tuple[str, str, str]:
 
 
 def candidate_lengths(present: int, strength: float, canvas_length: int) -> list[int]:
-    """How many tokens the new lines may take in the place of `present` ones."""
+    """How many tokens the new lines may take in the place of `present` ones, in order."""
     if strength < 1.0 and present:
         return [present]
     lengths = {round(present * scale) for scale in _SCALES} if present else set(_FROM_NOTHING)

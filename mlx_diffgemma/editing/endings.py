@@ -1,11 +1,11 @@
 """The way out of a grammar: text that completes what was written so far.
 
-It is looked for in bytes, with a matcher of its own whose tokens are single bytes: that takes a
-few microseconds a step where a mask over a whole vocabulary takes milliseconds. What was found
-before is tried again first, with or without its beginning. Then the most fitting byte is taken each
-time. Then comes a search whose steps are the words that the grammar itself names, since no list of
-characters finds `hello` in `.*hello.*`. Every ending was matched to its end, and the work on each
-is bounded.
+A way out is looked for in bytes, with a matcher of its own whose tokens are single bytes: that
+takes a few microseconds a step where a mask over a whole vocabulary takes milliseconds. What was
+found before is tried again first, with or without its beginning. Then a walk takes the most fitting
+byte at each step. Last comes a search whose steps are the words that the grammar itself names,
+since no list of characters finds `hello` in `.*hello.*`. Every ending that is found was matched to
+its end, and the steps of the walks and the search are bounded.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ _TYPED = b"0,:1{[-.aA" + bytes(range(0x20, 0x7F)) + b"\n\t\r"
 _IN_STRUCTURE = bytes(dict.fromkeys(b'}]"' + _TYPED + bytes(range(256))))
 _IN_TEXT = bytes(dict.fromkeys(b'" }]' + _TYPED + bytes(range(256))))
 _QUOTE = ord('"')
-_TRIED = b'"}]0a ,A1@.:-/_\nDTZ'  # single steps of a search, behind what the grammar names
+_TRIED = b'"}]0a ,A1@.:-/_\nDTZ'  # bytes that a search tries after the words of the grammar
 _NAMED = 32  # words of a grammar that are tried
-_ALIKE = 4  # states that allow the same and are searched
-_WORK = 2500  # steps of one search, some 5 to 10 µs each
-_CLOSING = 600  # the same for one for the end of a string,
-_FILLED = 64  # and steps straight on from each of its states
-_THOROUGH = 40_000  # the same for one before anything is written
+_ALIKE = 4  # most states that allow the same and are searched
+_WORK = 2500  # steps of a search that is not thorough, some 5 to 10 µs each
+_CLOSING = 600  # steps of a search for the end of a string
+_FILLED = 64  # steps straight on from each state of a search for the end of a string
+_THOROUGH = 40_000  # steps of a thorough search
 _STRAIGHT = (32, 1024)  # steps straight on from a state of a search, first and where that failed
-_LONGEST = 4096  # bytes of an ending that no pattern is named for
-_REMEMBERED = 16  # endings
+_LONGEST = 4096  # steps of the walk that comes before any search
+_REMEMBERED = 16  # endings that are remembered
 _STAGES = 64  # strings that need a search of their own, in one ending
-_CUT = 64  # beginnings that a remembered ending may have lost
-_CANDIDATES = 96  # endings that are looked at, whether they fit
-_TOO_LONG = 12  # the same where the search is not thorough and none of them fits
+_CUT = 64  # most bytes of its beginning that a remembered ending may have lost
+_CANDIDATES = 96  # endings whose length is counted
+_TOO_LONG = 12  # endings that are too long, after which a search that is not thorough gives up
 
 _LITERAL = re.compile(r"(?:\\[^\w\s]|[^\\^$.|?*+()\[\]{}])+")
 _CLASS = re.compile(r"\[\^?((?:\\.|[^\]\\])+)\]")
@@ -69,9 +69,12 @@ class Endings:
         thorough: bool = False,
     ) -> bytes | None:
         """The first ending from the state of `matcher`, an `LLMatcher` of bytes, that takes at most
-        `most` tokens; None where none is found. A search is `thorough` once, before anything is
-        written: what it found is remembered. `length_of` counts the tokens of an ending, and is
-        None for one that the tokens cannot write."""
+        `most` tokens; None where none is found. The ending is remembered.
+
+        Args:
+            length_of: counts the tokens of an ending; None for one that the tokens cannot write.
+            thorough: whether to search longer, as is done before anything is written.
+        """
         self._work = _THOROUGH if thorough else _WORK
         too_long = 0
         for ending in islice(self._candidates(matcher), _CANDIDATES):
@@ -102,8 +105,8 @@ class Endings:
             yield from self._search(matcher, most, share)
 
     def _in_stages(self, walk: _Walk) -> Iterator[bytes]:
-        """Straight on until that leads nowhere, there search for the end of the string alone, and
-        so on: a way out of many strings, each with a pattern."""
+        """Go straight on until that leads nowhere, search there for the end of the string alone,
+        and go on from it: this leads out of many strings with a pattern each."""
         written = b""
         for _ in range(_STAGES):
             if walk.complete:
@@ -120,7 +123,8 @@ class Endings:
             walk = self._straight(state, _STRAIGHT[-1])
 
     def _remembered(self, matcher: Any) -> Iterator[bytes]:
-        """What is left of an ending after some of it was written; the latest, shortest first."""
+        """The rests of remembered endings that complete the text: those of the latest ending come
+        first, and of one ending the shortest."""
         for ending in reversed(list(self._found)):
             for start in range(min(len(ending) - 1, _CUT), -1, -1):
                 rest = ending[start:]
@@ -130,10 +134,12 @@ class Endings:
     def _search(
         self, matcher: Any, most: int, work: int, until: int | None = None
     ) -> Iterator[bytes]:
-        """Fewest steps first, those with more of what the grammar names before others, a few states
-        of a kind; from the first of each kind, `most` steps straight on too.
+        """Ways from the state of `matcher` that complete the text or, with `until`, after which
+        that byte may follow. At most `work` steps are taken.
 
-        What is found is complete, or with `until`, that byte may follow.
+        Ways of fewer steps come first, and those through more words of the grammar before others. A
+        few states of each kind are searched, and from the first of a kind a walk goes at most
+        `most` steps straight on.
         """
         order = count()
         queue: list[tuple[int, int, Any, tuple[bytes, ...]]] = [(0, next(order), matcher, ())]
@@ -178,13 +184,15 @@ class Endings:
 
 @dataclass(frozen=True)
 class _Walk:
-    """Where the most fitting byte each time leads to.
+    """A walk that took the most fitting byte at each step.
 
     Attributes:
-        written: all bytes that were taken, and `complete`, whether they lead to where they should.
-        steps: how many steps these were.
+        written: all bytes that were taken.
+        complete: whether they complete the text, or lead to the byte that was asked for.
+        steps: how many steps were taken.
         progress: how many bytes were taken when something else than before could follow for the
-            last time, and `state`, the matcher there.
+            last time.
+        state: the matcher after the first `progress` bytes.
     """
 
     written: bytes
@@ -195,8 +203,8 @@ class _Walk:
 
 
 def _straight(matcher: Any, most: int, until: int | None = None) -> _Walk:
-    """Take the most fitting byte each time, at most `most` times, until what was begun is complete
-    or the byte `until` may follow."""
+    """Take the most fitting byte, or what the grammar forces, at most `most` times, until the text
+    is complete or, with `until`, that byte may follow."""
     state, written, steps = matcher.deep_copy(), b"", 0
     mark, progress, before = matcher, 0, b""
     while not _done(state, until):
@@ -227,8 +235,8 @@ def _allows(mask: bytes, byte: int) -> bool:
 
 
 def _words(patterns: Iterable[str]) -> Iterator[bytes]:
-    """What the patterns name, the longest first: runs of plain characters, as they are and as JSON
-    writes them, and the first of each class."""
+    """The words that patterns name, the longest first: runs of plain characters, as they are and as
+    JSON writes them, and the first character of each class."""
     found: dict[str, None] = {}
     for pattern in patterns:
         for control, meant in _CONTROLS.items():

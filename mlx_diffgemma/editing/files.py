@@ -21,8 +21,8 @@ def read_text(path: str | Path) -> str:
     """A file as text, its line ends and byte-order mark included.
 
     Raises:
-        FileError: it cannot be read.
-        UsageError: it is not UTF-8.
+        FileError: the file cannot be read.
+        UsageError: the file is not UTF-8.
     """
     try:
         return Path(path).read_bytes().decode()
@@ -50,18 +50,18 @@ def check_writable(path: str | Path) -> None:
 
 
 def replace_text(path: str | Path, text: str, *, force: bool = False) -> list[str]:
-    """Replace what a file holds at one stroke: whoever looks, at whatever moment, and whatever
-    interrupts, finds the old text or the new one. Mode bits, owner, group and extended attributes
+    """Replace what a file holds in one rename: whoever reads it at any moment, even after an
+    interruption, finds the old text or the new one. Mode bits, owner, group and extended attributes
     stay as far as the system lets them; a symbolic link stays one.
 
     Args:
         force: whether a read-only file is replaced too.
 
     Returns:
-        What was lost, a sentence each: hard links, owner, extended attributes.
+        One sentence for each thing that was lost: hard links, owner, extended attributes.
 
     Raises:
-        FileError: it is read-only or cannot be written; the file is as it was.
+        FileError: the file is read-only or cannot be written; it is as it was.
     """
     if not force:
         check_writable(path)
@@ -96,7 +96,7 @@ def _take_over(target: Path, handle: int) -> list[str]:
             os.fchown(handle, known.st_uid, known.st_gid)
         except OSError:
             lost.append(f"{target.name} belongs to you now; its owner or group could not be kept.")
-    os.fchmod(handle, known.st_mode & 0o7777)  # behind the owner, which takes bits away
+    os.fchmod(handle, known.st_mode & 0o7777)  # after fchown, which takes bits away
     # Python knows extended attributes on Linux only.
     if hasattr(os, "listxattr"):
         kept = True

@@ -72,7 +72,7 @@ def fill(
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> FilledTemplate:
-    """Fill the slots of a template from left to right, each seen with the text on both its sides.
+    """Fill the slots of a template from left to right, each in sight of the text on both its sides.
 
     Args:
         template: as `parse_template` reads it.
@@ -82,8 +82,10 @@ def fill(
         on_step: called with the `DenoisingStep` after each step.
 
     Raises:
-        UsageError: the template is malformed, a slot cannot be satisfied, or does not fit.
-        PromptError: the text is longer than the context.
+        UsageError: the template is malformed, or a slot cannot be satisfied or does not fit.
+        PromptError: the prompt is empty or malformed, or the text is longer than the context.
+        MemoryShortageError: the request takes more memory than the machine offers.
+        NumericalError: the model returned values that are not finite.
     """
     check_text("template", template)
     check_lengths("lengths", lengths)
@@ -136,7 +138,7 @@ class _Filler:
     def fill(
         self, literals: Sequence[str], slots: Sequence[Slot], known: dict[str, Filled]
     ) -> Filled:
-        """What becomes of `slots[0]`; the others stand open, or hold what is known of them."""
+        """Fill `slots[0]`, while the other slots hold what is known of them or stand open."""
         literals, slots = _with_known(literals, slots, known)
         gaps = [self._gap(slot) for slot in slots]
         slot = slots[0]
@@ -161,7 +163,7 @@ class _Filler:
             return Gap((max(1, middle[len(middle) // 2]),), joins=False)
         if slot.kind == "regex":
             return Gap(self._lengths(self._matcher(slot)), joins=False)
-        kind: Any = slot.kind  # one of those of a vocabulary by now
+        kind: Any = slot.kind  # one that `Vocabulary.kind` knows, since the others returned
         return Gap(self.lengths, vocabulary.kind(kind), joins=False)
 
     def _choose(self, literals: Sequence[str], gaps: Sequence[Gap], slot: Slot) -> Filled:
@@ -189,7 +191,8 @@ class _Filler:
         )
 
     def _match(self, literals: Sequence[str], gaps: Sequence[Gap], slot: Slot) -> Filled:
-        """Pin what matches of each draft and restrict what comes next, as `generate_matching`."""
+        """Pin what matches of each draft and restrict what comes next, as `generate_matching`
+        does."""
         session, vocabulary = self.session, self.session.vocabulary
         matcher = self._matcher(slot)
         if self.closer.shortest(matcher, self.longest + 1) > self.longest:
@@ -247,7 +250,7 @@ class _Filler:
             matcher.advance(kept)
             given += kept
             if matcher.may_end and len(kept) < len(draft):
-                break  # what the model would go on with does not match, and it is complete
+                break  # the draft goes on with what does not match, and the text is complete
         text = vocabulary.decode(given)
         return Filled(text, tuple(given), tuple(entropy), steps, scores, converged)
 
@@ -257,7 +260,8 @@ class _Filler:
         )
 
     def _lengths(self, matcher: GrammarMatcher) -> tuple[int, ...]:
-        """How many tokens a pattern may take: as the slots may, but where it is known better."""
+        """How many tokens the text that matches a pattern may take: of the lengths of all slots
+        those that the grammar allows, or else the lengths that it is known to allow."""
         longest, ends = max(self.lengths), self._ends
         shortest = self.closer.shortest(matcher, self.longest)
         ahead = look_ahead(matcher, longest + 1, ends)
@@ -272,7 +276,7 @@ class _Filler:
         return fitting or tuple(able) or (max(1, shortest),)
 
     def _ahead(self, matcher: GrammarMatcher, depth: int) -> tuple[np.ndarray, ...]:
-        """Masks of the text that may stand at the next positions, as far as that is known."""
+        """Masks [W] of the text that may stand at the next positions, as far as that is known."""
         text = self.session.vocabulary.text
         return tuple(
             mask & text if place == 0 or (mask & text).any() else text
@@ -281,7 +285,7 @@ class _Filler:
 
     @property
     def _ends(self) -> np.ndarray:
-        """Mask of what ends a slot."""
+        """Mask [W] of the tokens that end a slot."""
         return token_mask(self.session.vocabulary.eos, self.session.vocabulary.size)
 
 

@@ -21,15 +21,16 @@ from mlx_diffgemma.text.tokenizer import hf_tokenizer
 
 ROUND = 16  # positions by whose multiples canvases grow
 _SIDES = [("yes", "no"), ("Yes", "No"), ("true", "false"), ("Y", "N"), ("1", "0")]
-_LONGEST = 4  # characters of a label that is no letter and no digit
+_LONGEST = 4  # most characters of a label that is taken from the vocabulary
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What one canvas says but for its answers.
+    """The text of one canvas, with a place left open for each answer.
 
     Attributes:
-        tokens: its token ids, `FREE` where an answer stands, without what fills the canvas up.
+        tokens: token ids of the text, `FREE` where an answer stands, without what fills the canvas
+            up.
         slots: by question, in the order of their places: the question's number, its place, and the
             token [K] of each option's label.
     """
@@ -52,7 +53,7 @@ def labels_for(
     the numbers of levels, letters, then digits and other short words of the vocabulary.
 
     Raises:
-        UsageError: the vocabulary has too few for a question, which is named.
+        UsageError: the vocabulary has too few labels for a question, which is named.
     """
     found = _labels_of(tokenizer)
     labels = []
@@ -113,7 +114,7 @@ def from_template(
 
     Raises:
         UsageError: the template is malformed, a question has not one place in it, a name is not one
-            token there, or it does not fit in `longest` tokens.
+            token there, or the frame does not fit in `longest` tokens.
     """
     literals, parsed = parse_template(template)
     names = [slot.name for slot in parsed]
@@ -149,8 +150,8 @@ def from_template(
 
 
 def length_of(frame: Frame, longest: int) -> int:
-    """The tokens of a canvas for a frame and the end behind it: a multiple of 16, or the
-    longest."""
+    """How many tokens a canvas for a frame and the end behind it has: a multiple of `ROUND`, but
+    at most `longest`."""
     return min(longest, -(-(len(frame.tokens) + 1) // ROUND) * ROUND)
 
 
@@ -161,7 +162,11 @@ def _checked(
     slots: Sequence[tuple[int, int, tuple[int, ...]]],
     questions: Sequence[Question],
 ) -> Frame:
-    """The frame of lines that were tokenized one by one, if the whole text has the same tokens."""
+    """The frame of lines that were tokenized one by one.
+
+    Raises:
+        UsageError: the whole text has other tokens.
+    """
     whole = vocabulary.encode(text)
     if whole != list(tokens):
         same = next((n for n, (a, b) in enumerate(zip(whole, tokens, strict=False)) if a != b), 0)
@@ -179,8 +184,12 @@ def _checked(
 def _slot(
     vocabulary: Vocabulary, question: Question, before: str, labels: Sequence[str], after: str
 ) -> tuple[list[int], int, tuple[int, ...]]:
-    """The tokens of a text with the first label in it, the place of the label, and the token of
-    each label there."""
+    """The tokens of a text with the first label in it, the place of the label, and the token [K] of
+    each label there.
+
+    Raises:
+        UsageError: a label is not one token there, or two are the same.
+    """
     found, whole, at = list[int](), list[int](), -1
     for label in labels:
         seen = _single(vocabulary, before, label, after)
@@ -220,9 +229,12 @@ def _single(
 
 
 class _Labels:
-    """What is known of the labels of a tokenizer. Those of one question are one token each in a
-    line among others, and leave the tokens around them alike: where a vocabulary joins letters with
-    the space before them, and digits not, the two cannot be options of one question."""
+    """What is known of the labels of a tokenizer.
+
+    The labels of one question are one token each in a line among others, and leave the tokens
+    around them alike: where a vocabulary joins letters with the space before them, but not digits,
+    a letter and a digit cannot be labels of one question.
+    """
 
     def __init__(self) -> None:
         self._tried: list[tuple[str, int, tuple[int, ...]]] = []
@@ -268,8 +280,8 @@ class _Labels:
 
 
 def _in_a_line(vocabulary: Vocabulary, label: str) -> tuple[int, tuple[int, ...]] | None:
-    """The token of a label in a line among others, and the tokens around it; None where it is none
-    of its own."""
+    """The token of a label in a line among others, and the tokens around it; None where the label
+    is not one token."""
     seen = _single(vocabulary, "1: A\n2: ", label, "\n3: A\n")
     return None if seen is None else (seen[0][seen[1]], tuple(_others(seen)))
 

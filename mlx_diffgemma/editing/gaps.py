@@ -25,7 +25,7 @@ class Filled:
     Attributes:
         text: what stands there now.
         tokens: its tokens in the canvas; the first and the last may also hold text around it.
-        entropy: nats of uncertainty of each of them.
+        entropy: nats of uncertainty of each of these tokens.
         steps: denoising steps of the canvas in which it was filled.
         scores: by candidate length, the model's confidence in it; empty where there was no choice.
         converged: whether its canvas was done before its steps were used up.
@@ -46,8 +46,8 @@ class Evidence:
     Attributes:
         around: log-probability of all that stands around the gaps.
         inside: mean confidence, the negative entropy, in what fills them.
-        alone: the same with nothing but noise around them: what these lengths bring by themselves;
-            None where it was not asked for.
+        alone: mean confidence in what fills the gaps with nothing but noise around them, which
+            these lengths bring by themselves; None where it was not asked for.
     """
 
     around: float
@@ -137,7 +137,7 @@ def choose_lengths(
 
 
 def read(session: Session, span: Span, done: Denoised) -> Filled:
-    """What a canvas holds in a gap."""
+    """What a canvas holds in the gap of `span`."""
     return Filled(
         text=span.bytes_in(session.vocabulary, done.tokens).decode(errors="replace"),
         tokens=tuple(done.tokens[span.start : span.stop]),
@@ -150,8 +150,8 @@ def read(session: Session, span: Span, done: Denoised) -> Filled:
 def look_at_lengths(
     session: Session, literals: Sequence[str], gaps: Sequence[Gap], *, alone: bool = False
 ) -> dict[tuple[int, ...], Evidence]:
-    """What speaks for each combination of lengths of the first gaps, in one pass over all of them;
-    with `alone`, in one more.
+    """What speaks for each combination of lengths of the first gaps, by one pass over all of the
+    combinations; with `alone`, by a second pass with nothing but noise around the gaps.
 
     That one pass shows how well a length fits is the idea of "Diffusion LMs Can Approximate Optimal
     Infilling Lengths Implicitly" (https://arxiv.org/abs/2602.00476), which takes off the bias that
@@ -160,7 +160,7 @@ def look_at_lengths(
     `scripts/bench_infill.py` compares them.
 
     Raises:
-        UsageError: none of them fits in the canvas.
+        UsageError: no length of the first gap fits in the canvas.
     """
     first = [n for n in sorted(set(gaps[0].lengths)) if n + 2 <= session.length]
     if not first:
@@ -214,7 +214,7 @@ def _inside(window: Window, count: int) -> list[int]:
 
 
 def _alone(window: Window, count: int) -> Layout:
-    """The same gaps with nothing but noise around them."""
+    """The layout of a window whose first `count` gaps have nothing but noise around them."""
     inside = set(_inside(window, count))
     return Layout(
         tuple(

@@ -16,15 +16,15 @@ from mlx_diffgemma.editing.schemas import enforceable
 from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import DiffGemmaError, UsageError
 
-_MASKS = 64  # that are remembered: 2 MB at 262,144 words
+_MASKS = 64  # masks that are remembered: 2 MB for a vocabulary of 262,144
 
 
 class Masks:
-    """The masks of one grammar by what was written: a draft that is read again, and the ways that
-    are looked ahead along again, need no mask anew.
+    """The masks of one grammar by what was written, so that a draft that is read again, or a way
+    that is looked ahead along again, needs no new mask. Letter: W words of a bit mask.
 
     Attributes:
-        computed: how many were made so far.
+        computed: how many masks were computed so far.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Masks:
         self._known: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()
 
     def of(self, written: tuple[int, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:
-        """The mask [W] after `written`, which nobody may write to."""
+        """The mask [W] after the tokens `written`; the array is read-only."""
         found = self._known.get(written)
         if found is None:
             found = self._known[written] = compute()
@@ -45,10 +45,10 @@ class Masks:
 
 
 class GrammarMatcher:
-    """Where a grammar stands; see `mlx_diffgemma.diffusion.matching.Matcher`.
+    """A `mlx_diffgemma.diffusion.matching.Matcher` of a grammar of llguidance.
 
     Attributes:
-        masks: those that this matcher and its copies made.
+        masks: the masks that this matcher and its copies share.
     """
 
     def __init__(
@@ -90,8 +90,10 @@ class GrammarMatcher:
         return int(self._inner.validate_tokens(list(tokens)))
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """Raises:
-        DiffGemmaError: the grammar has grown too complex to follow.
+        """Take in tokens that may follow.
+
+        Raises:
+            DiffGemmaError: the grammar has grown too complex to follow.
         """
         self._inner.consume_tokens(list(tokens))
         self._written += tuple(tokens)
@@ -136,8 +138,8 @@ class GrammarMatcher:
         )
 
     def way_out(self, most: int, *, thorough: bool = False) -> list[int] | None:
-        """At most `most` tokens that complete what was taken in; None where none are found, not
-        even with more work where `thorough`."""
+        """At most `most` tokens that complete what was taken in; None where none are found. If
+        `thorough`, the search for them takes more steps."""
         if self.may_end:
             return []
         if most < 1:
@@ -155,7 +157,8 @@ class GrammarMatcher:
         return None if found is None else ways[-1]
 
     def _tokens_of(self, ending: bytes) -> list[int] | None:
-        """The tokens of an ending, in the tokenizer's own way where the grammar takes it so."""
+        """The tokens of an ending, as the tokenizer splits it where the grammar takes that, or else
+        byte by byte; None where the grammar takes neither."""
         vocabulary = self._vocabulary
         singly = [vocabulary.single_bytes.get(byte, -1) for byte in ending]
         try:
@@ -173,11 +176,12 @@ class GrammarMatcher:
 def json_schema_matcher(
     vocabulary: Vocabulary, schema: Mapping[str, Any] | bool, *, lenient: bool = False
 ) -> GrammarMatcher:
-    """JSON that validates against `schema`, on one line, as `json.dumps` spaces it; if `lenient`,
-    keywords that cannot be enforced are ignored.
+    """A matcher of JSON that validates against `schema`, on one line, as `json.dumps` spaces it; if
+    `lenient`, keywords that cannot be enforced are ignored.
 
     Raises:
-        UsageError: the schema is malformed, unsatisfiable, or uses what cannot be enforced.
+        UsageError: the schema is malformed, unsatisfiable or, unless `lenient`, uses what cannot
+            be enforced.
     """
     from llguidance import LLMatcher
 
@@ -205,7 +209,8 @@ def _json_grammar(schema: Mapping[str, Any]) -> str:
 def regex_matcher(
     vocabulary: Vocabulary, pattern: str, what: str = "the regular expression"
 ) -> GrammarMatcher:
-    """Text that matches the whole of `pattern`, in Rust's regex syntax.
+    """A matcher of text that matches the whole of `pattern`, in Rust's regex syntax. An error calls
+    the pattern `what`.
 
     Raises:
         UsageError: the pattern is malformed or uses what cannot be enforced.
@@ -217,7 +222,7 @@ def regex_matcher(
 
 
 def choices_matcher(vocabulary: Vocabulary, choices: Sequence[str]) -> GrammarMatcher:
-    """One of the `choices`.
+    """A matcher of one of the `choices`.
 
     Raises:
         UsageError: there is none, one is empty, or the vocabulary lacks a character of one.

@@ -77,8 +77,10 @@ def infill(
         on_step: called with the `DenoisingStep` after each step.
 
     Raises:
-        UsageError: no hole, or lengths that do not fit the text or the canvas.
-        PromptError: the text is longer than the context.
+        UsageError: the text has no hole, or the lengths do not fit the text or the canvas.
+        PromptError: the prompt is empty or malformed, or the text is longer than the context.
+        MemoryShortageError: the request takes more memory than the machine offers.
+        NumericalError: the model returned values that are not finite.
     """
     check_text("text", text)
     check_text("hole", hole)
@@ -103,7 +105,7 @@ def split_at_holes(text: str, hole: str) -> list[str]:
     """The text around the holes: one piece more than there are holes.
 
     Raises:
-        UsageError: there is no hole.
+        UsageError: there is no hole, or its mark is empty.
     """
     if not hole:
         raise UsageError("the mark of a hole is empty; give some characters, such as [[?]].")
@@ -121,7 +123,8 @@ def lengths_of_holes(
     """The candidate lengths of each hole.
 
     Raises:
-        UsageError: there are none, one is below 1, or there are more or fewer than holes.
+        UsageError: a hole has no lengths or one below 1, or there are lengths for more or fewer
+            holes than the text has.
     """
     check_sequence("lengths", lengths)
     each = [item for item in lengths if not isinstance(item, int)]

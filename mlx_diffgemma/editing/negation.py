@@ -1,4 +1,4 @@
-"""What a JSON schema does not allow, said as a schema, and which schemas share no value."""
+"""Schemas of what a JSON schema does not allow, and a test whether two schemas share no value."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 from urllib.parse import unquote
 
 TYPES = ("null", "boolean", "number", "string", "array", "object")
-_REFERENCES = 32  # that are followed one after another
+_REFERENCES = 32  # references that are followed one after another
 
 Schema = Any  # a parsed schema: a dict, True or False
 
 
 class BeyondError(Exception):
-    """There is no exact form; the message says why, if there is more to say."""
+    """A schema has no exact form in what the grammar enforces; the message says why, if there is
+    more to say."""
 
 
 def resolved(reference: str, root: Schema) -> Schema | None:
@@ -38,7 +39,7 @@ def negated(schema: Schema) -> Schema:
     """A schema of just the values that `schema` does not allow.
 
     Raises:
-        BeyondError: it cannot be said.
+        BeyondError: there is no such schema in what the grammar enforces.
     """
     if isinstance(schema, bool):
         return not schema
@@ -50,7 +51,7 @@ def negated(schema: Schema) -> Schema:
 
 
 def _negated(key: str, schema: Mapping[str, Any]) -> list[Schema]:
-    """What breaks one keyword, in any of several ways."""
+    """Schemas of the values that break one keyword of `schema`; together they allow all of them."""
     value = schema[key]
     if key == "const":
         return _other_values([value])
@@ -109,7 +110,7 @@ def _typed(types: list[str]) -> list[Schema]:
 
 
 def _other_values(values: list[Any]) -> list[Schema]:
-    """All values but these."""
+    """Schemas that together allow all values but these."""
     if any(isinstance(value, (list, Mapping)) for value in values):
         raise BeyondError("that a value is not one array or object cannot be enforced")
     strings = [value for value in values if isinstance(value, str)]
@@ -133,7 +134,8 @@ def _other_values(values: list[Any]) -> list[Schema]:
 
 
 def _but(strings: Iterable[str]) -> str:
-    """A regular expression of all strings but these: along them, and off at any place."""
+    """A regular expression of all strings but these: it follows them character by character, and
+    may leave them at any place."""
     following: dict[str, set[str]] = {}
     for string in strings:
         if string:
@@ -152,7 +154,8 @@ def literal(text: str) -> str:
 
 
 def disjoint(one: Schema, other: Schema, root: Schema, left: int = _REFERENCES) -> bool:
-    """Whether it is easily seen that no value satisfies both."""
+    """Whether it is easily seen that no value satisfies both schemas. References are followed in
+    `root`, at most `left` one after another."""
     if one is False or other is False:
         return True
     if one is True or other is True or not left:
@@ -206,7 +209,7 @@ def _type_of(value: Any) -> str:
 
 
 def listed(schema: Schema) -> list[Any] | None:
-    """The values that a schema lists."""
+    """The values that a schema lists; None where it lists none."""
     if isinstance(schema, bool):
         return None
     values = [schema["const"]] if "const" in schema else schema.get("enum")
@@ -216,7 +219,7 @@ def listed(schema: Schema) -> list[Any] | None:
 
 
 def key_of(value: Any) -> str:
-    """The same for values that JSON Schema takes for equal."""
+    """A text that is the same for values that JSON Schema takes for equal."""
 
     def plain(item: Any) -> Any:
         if isinstance(item, float) and item.is_integer():

@@ -32,12 +32,15 @@ _PANEL = "Questions"  # heading of a command's help
 
 @dataclass(frozen=True)
 class DecisionSettings:
-    """How questions are looked at; the annotation of a field says what it means.
+    """How questions are asked; the annotation of a field says what it means.
 
     In the passes before the last the answers settle as those of a generation do: what the sampler
     accepts stays for the next pass, the rest is noise again, and the frame is pinned. Orders of
-    the options are averaged in log space; a question with fewer options than another goes through
-    its shifts as often as is whole.
+    the options are averaged in log space. A question with fewer options than another goes through
+    all of its shifts as many whole times as it can.
+
+    Raises:
+        UsageError: a setting is out of range.
     """
 
     draws: Annotated[int, Setting("Number of canvases of noise to average over.", panel=_PANEL)] = 1
@@ -78,8 +81,8 @@ class Question:
         kind: "noul" (whether a statement holds), "choice" (one of some names) or "score" (one of
             some levels).
         text: what is asked.
-        options: their names, in the order given: true and false of a noul, the names of a choice,
-            and the numbers from 0 on of a score, the lowest level first.
+        options: names of the options, in the order given: true and false of a noul, the names of a
+            choice, and the numbers from 0 on of a score, the lowest level first.
         meanings: what each option stands for; None where the name says it.
         legend: the levels of a score as they were given, by their number; empty otherwise.
     """
@@ -93,7 +96,7 @@ class Question:
 
     @property
     def title(self) -> str:
-        """How an error calls it."""
+        """How an error calls the question."""
         return f"question '{self.name}'"
 
     def shifted(self, shift: int) -> list[int]:
@@ -102,10 +105,11 @@ class Question:
         return [(place + shift) % count for place in range(count)]
 
     def index_of(self, answer: Any) -> int:
-        """Which option an answer means: true or false, the name of a choice, the number of a level.
+        """The number of the option that an answer means: true or false, the name of a choice, or
+        the number of a level.
 
         Raises:
-            UsageError: it is none of them.
+            UsageError: the answer is no option.
         """
         name = answer
         if self.kind == "noul" and isinstance(answer, bool):
@@ -146,8 +150,8 @@ def parse_json(text: str, what: str) -> Any:
     """JSON in which a key that stands twice is remembered, for `read_questions` to refuse.
 
     Raises:
-        NotJsonError: it is no JSON; `what` is what the line calls it.
-        UsageError: it is nested too deeply.
+        NotJsonError: the text is no JSON; the message calls it `what`.
+        UsageError: the JSON is nested too deeply.
     """
     try:
         return json.loads(text, object_pairs_hook=_Object)
@@ -161,10 +165,10 @@ def parse_json(text: str, what: str) -> Any:
 
 
 def read_questions(given: Any) -> list[Question]:
-    """The questions of an object of them by name, each checked.
+    """The questions of an object of questions by name, each checked.
 
     Raises:
-        UsageError: a question is malformed; the line names it.
+        UsageError: there is no question, or one is malformed; the message names it.
     """
     if not isinstance(given, Mapping) or not given:
         raise UsageError(
@@ -184,8 +188,8 @@ def state_text(state: Any) -> str:
     given, so that a state that grows at its end begins as it did before.
 
     Raises:
-        PromptError: it is empty.
-        UsageError: it is nested too deeply, or no JSON.
+        PromptError: the state is empty.
+        UsageError: the state is nested too deeply, or is no JSON.
     """
     text = state if isinstance(state, str) else _json_text(state, "the state")
     if state is None or state == {} or state == [] or not text.strip():
@@ -212,8 +216,8 @@ def listing(questions: Sequence[Question], labels: Sequence[Sequence[str]], shif
 
 
 def own_labels(question: Question, labels: Sequence[str], shift: int) -> list[str]:
-    """The labels in the order of the listing. Those of a choice mean nothing and belong to the
-    places of the list; those of a noul and of a score belong to the options."""
+    """The labels in the order of the listing. The labels of a choice mean nothing and belong to the
+    places of the list; the labels of a noul and of a score belong to the options."""
     if question.kind == "choice":
         return list(labels)
     return [labels[option] for option in question.shifted(shift)]

@@ -1,4 +1,4 @@
-"""Keywords of JSON Schema that the grammar does not know, said exactly in those that it knows.
+"""Exact forms of keywords of JSON Schema that the grammar does not know, in those that it knows.
 
 Each rule takes its keyword out of a schema and returns schemas that must hold besides: in place of
 `not`, of conditions, dependencies, `oneOf`, `contains`, unique items, names and numbers of
@@ -25,18 +25,18 @@ from mlx_diffgemma.editing.negation import (
     resolved,
 )
 
-_BRANCHES = 128  # of a rewriting by cases
-_ARRAYS = 400  # that are listed in place of an array with unique items
-_POSITIONS = 16  # where an item that an array must contain may stand
+_BRANCHES = 128  # most cases of a rewriting by cases
+_ARRAYS = 400  # most arrays that are listed in place of one with unique items
+_POSITIONS = 16  # most positions where an item that an array must contain may stand
 
 
 def _exceed(amounts: Iterable[int], most: int) -> bool:
-    """Whether the sum is above `most`; the first that shows it is the last that is looked at."""
+    """Whether the sum is above `most`; no amount is taken after the one that shows it."""
     return any(total > most for total in accumulate(amounts))
 
 
 def _unless(kind: str, cases: list[Schema]) -> list[Schema]:
-    """One of the cases, for values of one type only."""
+    """Schemas by which a value of the type `kind` satisfies one of the cases; others are free."""
     return [{"anyOf": [{"type": [name for name in TYPES if name != kind]}, *cases]}]
 
 
@@ -185,7 +185,7 @@ def _name_patterns(names: Schema) -> list[str]:
 
 
 def _property_count(schema: dict[str, Any], root: Schema) -> list[Schema]:
-    """All numbers of properties by cases, where all their names are known."""
+    """The numbers of properties that `minProperties` and `maxProperties` allow, by cases."""
     least, most = schema.get("minProperties", 0), schema.get("maxProperties")
     properties = schema.get("properties", {})
     required = set(schema.get("required", ()))
@@ -215,8 +215,9 @@ def _property_count(schema: dict[str, Any], root: Schema) -> list[Schema]:
 def _open_property_count(
     schema: dict[str, Any], optional: list[str], least: int, most: int | None
 ) -> list[Schema]:
-    """The same where other names are allowed; these are counted by the grammar, which does not
-    compare them with each other: of two, both may be the same."""
+    """The numbers of properties that are allowed, by cases, where properties may have names that
+    the schema does not list. The grammar counts these but does not compare their names with each
+    other, so two of them may be the same."""
     required = len(set(schema.get("required", ())))
     if least - required > 1:
         raise BeyondError("two properties or more can be asked for where all are named only")
@@ -254,7 +255,7 @@ def _unevaluated(key: str, keyword: str) -> Callable[[dict[str, Any], Schema], l
     return rule
 
 
-# In this order: what others look at comes first.
+# The order matters: a rule comes before the rules that look at what it leaves.
 RULES: dict[str, Callable[[dict[str, Any], Schema], list[Schema]]] = {
     "unevaluatedProperties": _unevaluated("unevaluatedProperties", "additionalProperties"),
     "unevaluatedItems": _unevaluated("unevaluatedItems", "items"),

@@ -1,4 +1,5 @@
-"""How large and how deep a JSON schema may be: looked at before anything is built from it."""
+"""How large and how deep a JSON schema may be, which is checked before anything is built from
+it."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from mlx_diffgemma.errors import UsageError
 
 _DEEPEST = 100  # levels of JSON
 _LARGEST = 200_000  # values
-_GROWN = 120, 1_000_000  # both when a schema is rewritten; llguidance reads at most 128 levels
+_GROWN = 120, 1_000_000  # levels and values when rewritten; llguidance reads at most 128 levels
 _NAMED = 64  # references that are no pointers, whose depth is not known
 _LEVELS = 256  # schemas within schemas, also by reference: each takes some 5 kB of stack
 
@@ -23,10 +24,11 @@ def refusal(place: str, reason: str) -> UsageError:
 
 
 def look_at(schema: Any, *, rewritten: bool = False) -> None:
-    """Refuse what is no JSON, too deep or too large, without calling anything on its depth.
+    """Refuse what is no JSON, too deep or too large, without recursion. A `rewritten` schema may be
+    larger and deeper.
 
     Raises:
-        UsageError: it is.
+        UsageError: the schema is no JSON, too deep or too large.
     """
     deepest, most = _GROWN if rewritten else (_DEEPEST, _LARGEST)
     waiting, seen = [(schema, 1)], 0
@@ -53,7 +55,11 @@ def look_at(schema: Any, *, rewritten: bool = False) -> None:
 
 def check_levels(root: Any) -> None:
     """Refuse what llguidance would follow too deep: it calls itself at every schema in a schema,
-    and at every reference that it has not seen."""
+    and at every reference that it has not seen.
+
+    Raises:
+        UsageError: the schema leads too deep, or has too many references by name.
+    """
     referenced: set[str] = set()
     inner_ids = has_inner_ids(root)
 

@@ -1,9 +1,10 @@
 """JSON schemas in the keywords that the grammar enforces.
 
-A schema comes from a request, so it is looked at before anything is built from it: its size, its
-depth, the shape of every keyword, numbers that a double cannot hold. What says nothing is left out,
-what can be said exactly in other keywords is (`rewriting.py`), and the rest is refused, or ignored
-where the finished answer is validated.
+A schema comes from a request, so its size, its depth, the shape of every keyword and numbers that a
+double cannot hold are checked before anything is built from it. Keywords that restrict nothing are
+left out. Keywords that have an exact form in others are rewritten (`rewriting.py`). All other
+keywords that the grammar does not enforce are refused, or ignored where the finished answer is
+validated.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mlx_diffgemma.editing.schema_limits import (
     refusal,
 )
 
-_MOST = 4096  # items, properties: more than an answer is looked for
+_MOST = 4096  # most items or properties that a schema may ask for
 _EXACT = 2**53  # beyond, not every integer is a double
 _WIDEST = 2**63
 _LARGEST_WHOLE = _WIDEST - 1
@@ -59,7 +60,7 @@ _TIME = (
     r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5]"
     "[0-9])"
 )
-# Written here: llguidance knows neither leap years nor minutes without a 60th second.
+# These are written here: llguidance knows neither leap years nor minutes without a 60th second.
 _FORMATS = {
     "date": f"^{_DATE}$",
     "time": f"^{_TIME}$",
@@ -78,7 +79,8 @@ class Enforceable:
     """A schema that llguidance can be given.
 
     Attributes:
-        ignored: what it does not say any more, by keyword and place; empty unless it was read
+        schema: the schema in keywords that llguidance enforces.
+        ignored: keywords that were left out, each with its place; empty unless the schema was read
             leniently.
     """
 
@@ -89,13 +91,14 @@ class Enforceable:
 def enforceable(
     schema: Any, fault: Callable[[str], str | None], *, lenient: bool = False
 ) -> Enforceable:
-    """`schema` in keywords that are enforced exactly; those that are not are ignored if `lenient`.
+    """`schema` in keywords that are enforced exactly; if `lenient`, the others are ignored.
 
     Args:
-        fault: why a regular expression cannot be used, or None.
+        fault: says why a regular expression cannot be used, or gives None.
 
     Raises:
-        UsageError: it is malformed, too large, allows nothing, or says what cannot be enforced.
+        UsageError: the schema is malformed, too large, allows nothing or, unless `lenient`, uses
+            what cannot be enforced.
     """
     look_at(schema)
     root = json.loads(json.dumps(schema, default=dict))
@@ -115,7 +118,7 @@ class _Reader:
     """Reads one schema.
 
     Attributes:
-        ignored: what was passed over.
+        ignored: keywords that were left out so far, each with its place.
     """
 
     def __init__(self, root: Any, fault: Callable[[str], str | None], lenient: bool) -> None:
@@ -129,7 +132,7 @@ class _Reader:
         self._factors = set[Decimal]()
 
     def read(self, schema: Any, place: str) -> Any:
-        """The schema that stands at `place`: an object, true or false."""
+        """The schema that stands at `place`, an object, true or false, in enforced keywords."""
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, Mapping):
@@ -154,7 +157,8 @@ class _Reader:
         return found
 
     def read_referenced(self, read: dict[str, Any]) -> None:
-        """Read, in place, what references name outside of where schemas stand."""
+        """Read, in place, the parts of a schema that references name and that `read` passed by,
+        since no schema stands there."""
         while self._targets:
             target, _ = self._targets.popitem()
             place = unquote(target[1:])
@@ -181,7 +185,11 @@ class _Reader:
             found["allOf"] = [*found.get("allOf", ()), *extra]
 
     def _refuse(self, found: dict[str, Any], keyword: str, place: str, reason: str) -> None:
-        """Leave out a keyword, where what comes out is looked at afterwards."""
+        """Leave out a keyword if the reading is lenient, since the answer is then validated.
+
+        Raises:
+            UsageError: the reading is not lenient.
+        """
         if not self._lenient:
             raise refusal(f"{place}/{_escaped(keyword)}", reason)
         self.ignored.append(f"{keyword} at {place or '/'}")
@@ -229,7 +237,8 @@ class _Reader:
         return value
 
     def _numbers(self, found: dict[str, Any], place: str) -> None:
-        """Refuse the numbers that would be rounded, and move the bounds that would be inwards."""
+        """Refuse numbers of `const` and `enum` that would be rounded and a `multipleOf` with too
+        many digits, and move bounds that would be rounded inwards."""
         for keyword in ("const", "enum"):
             inexact = next((n for n in _numbers_in(found.get(keyword)) if not _is_exact(n)), None)
             if inexact is not None:
@@ -271,7 +280,7 @@ class _Reader:
             reason = f"the bound {value} leaves no number that can be enforced"
             self._refuse(found, keyword, place, reason)
             return
-        # Less is allowed, never more: the doubles next to a bound that is none lie inside of it.
+        # A bound that is no double moves to the next one inwards: less is allowed, never more.
         widest = float(_WIDEST - 1024)
         near = float(max(-widest, min(widest, value)))
         if near < value and lower:

@@ -25,8 +25,8 @@ class Option:
 
 
 def comparable(options: Sequence[Option]) -> list[Option]:
-    """The same options, made longer by the token behind them where their lengths differ: a short
-    one that is the beginning of a long one must say that it ends there."""
+    """The options, made longer by the token behind them where their lengths differ: a short option
+    that is the beginning of a long one must say that it ends there."""
     if len({option.stop - option.start for option in options}) == 1:
         return list(options)
     return [replace(option, stop=option.stop + 1) for option in options]
@@ -35,8 +35,8 @@ def comparable(options: Sequence[Option]) -> list[Option]:
 def option_log_probs(
     session: Session, prefixes: Sequence[Prefix], options: Sequence[Option], draw: int = 0
 ) -> np.ndarray:
-    """Log-probability of each option, in nats, at temperature 1: of its first token with noise in
-    the place of all of them, of its second with the first pinned, and so on.
+    """Log-probability of each option, in nats, at temperature 1: the sum over its tokens, the first
+    with noise in the place of all of them, the second with the first pinned, and so on.
 
     Options of one token for the same place and surroundings share one canvas. `draw` numbers the
     noise; the row of an option says which of the `prefixes` it continues.

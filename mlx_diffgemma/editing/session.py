@@ -42,22 +42,26 @@ class Denoised:
 
 
 class Session:
-    """One request's use of a model; counts its forward passes.
+    """One request's use of a model, which counts its forward passes.
 
     Args:
-        seed, prefill_step_size, profile, config, prompt_settings, settings: as for
-            `stream_generate`.
+        seed, prefix_cache, prefill_step_size, denoiser, profile, config, prompt_settings, settings:
+            as for `stream_generate`.
         on_step: called with the `DenoisingStep` after each step.
 
     Raises:
         UsageError: a setting is unknown, out of range, or means nothing for a canvas of which a
             part is given.
+        PromptError: the prompt cannot be encoded.
 
     Attributes:
         passes: forward passes over a canvas so far, whatever the number of rows.
         seed: what every random draw follows from.
         prompt_settings: how prompts are encoded.
-        encode: the token ids of another prompt, by the same settings.
+        encode: gives the token ids of another prompt, by the same settings.
+        prompt: token ids of the prompt.
+        length: tokens of a canvas, C.
+        canvases: canvases that `denoise` has finished; their number picks the noise of the next.
     """
 
     def __init__(
@@ -121,13 +125,18 @@ class Session:
         self._on_step(step)
 
     def prefix(self, text_tokens: Sequence[int] = ()) -> Prefix:
-        """The prompt, followed by these tokens of the answer, encoded."""
+        """The prefix of the prompt and these tokens of the answer behind it, encoded.
+
+        Raises:
+            PromptError: they are longer than the context.
+        """
         ids = followed_by(self.prompt, text_tokens)
         fit_to_context(self.model, [ids], self.config)
         return self.encoded(ids)
 
     def encoded(self, ids: Sequence[int]) -> Prefix:
-        """These token ids encoded; what they begin with in common with the last ones is known."""
+        """The prefix of these token ids. What they have in common with those that the cache holds
+        is not encoded again."""
         for _ in encode(self.model, self.cache, ids, step_size=self._prefill_step_size):
             pass
         return self.cache.prefix
@@ -154,7 +163,7 @@ class Session:
         first_step: int = 1,
     ) -> Denoised:
         """Denoise one canvas that must be as `layout` says; `initial` is what it starts from
-        instead of noise, and the `watched` positions decide when it is done (all if None)."""
+        instead of noise [C], and the `watched` positions decide when it is done (all if None)."""
         counted = None
         if watched is not None:
             counted = np.isin(np.arange(self.length), list(watched))

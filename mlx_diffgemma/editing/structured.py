@@ -42,14 +42,14 @@ class Structured:
         text: the answer.
         tokens: its tokens.
         entropy: nats of uncertainty of each token when it was decided; 0 where there was no choice.
-        probability: of each token, likewise; 1 where there was no choice.
+        probability: probability of each token when it was decided; 1 where there was no choice.
         denoising_steps: steps of each canvas, those of the thought first.
         passes: forward passes over a canvas, all in all.
         seed: the seed of every random draw.
         thought: what was thought before the answer; "" for nothing.
         thought_tokens: the tokens of the thought, its markers among them.
-        converged: whether no canvas had to be decided, for want of steps, before the model was
-            sure; one of a thought, before its steps were used up.
+        converged: whether the model was sure of every canvas before it had to be decided for want
+            of steps, and every canvas of the thought was done before its steps were used up.
     """
 
     text: str
@@ -101,6 +101,9 @@ def generate_structured(
 
     Raises:
         UsageError: the constraint is malformed or impossible, or max_tokens is too small for it.
+        PromptError: the prompt is empty, malformed or longer than the context.
+        MemoryShortageError: the request takes more memory than the machine offers.
+        NumericalError: the model returned values that are not finite while it thought.
         UnmetConstraintError: the constraint grew too complex on the way, the thought took the
             tokens that the answer needs, the model failed, or no answer validates; it keeps the
             partial or last answer.

@@ -67,7 +67,7 @@ def parse_template(template: str) -> tuple[list[str], list[Slot]]:
 
 
 def _inner(template: str, start: int) -> tuple[str, int]:
-    """What a slot that begins at `start` says, and where it ends."""
+    """The text between the braces of a slot that begins at `start`, and the place behind it."""
     regex = re.compile(r"\{[^{}:/]*:/(.*?)/\}", re.DOTALL).match(template, start)
     if regex:
         return template[start + 1 : regex.end() - 1], regex.end()

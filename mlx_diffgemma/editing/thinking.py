@@ -1,4 +1,4 @@
-"""The thought before an answer that a constraint binds: it is written freely."""
+"""The thought before an answer under a constraint, which is written freely."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from mlx_diffgemma.text.parts import Parts, Thought
 
 @dataclass(frozen=True)
 class Thinking:
-    """Attributes:
-    tokens: of the thought, its markers among them; none where the model did not think.
-    text: what was thought.
-    steps: of each canvas that was denoised for it, also of one that opened no thought.
-    cut: whether the thought took more tokens than it may.
-    converged: whether each of these canvases was done before its steps were used up.
+    """A thought that a model wrote before its answer.
+
+    Attributes:
+        tokens: tokens of the thought, its markers among them; none where the model did not think.
+        text: what was thought.
+        steps: denoising steps of each canvas, also of one that opened no thought.
+        cut: whether the thought took more tokens than it may.
+        converged: whether each of these canvases was done before its steps were used up.
     """
 
     tokens: tuple[int, ...] = ()

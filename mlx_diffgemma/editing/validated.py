@@ -1,4 +1,5 @@
-"""Answers under schemas that say more than the grammar enforces: written, then validated."""
+"""Answers under schemas that say more than the grammar enforces: they are written, then
+validated."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from mlx_diffgemma.errors import DiffGemmaError, UsageError
 
 
 class Answer(Protocol):
-    """The part of an answer that is looked at."""
+    """An answer, as far as it is validated."""
 
     @property
     def text(self) -> str: ...
@@ -46,12 +47,12 @@ def first_valid(
     """The first of at most `tries` answers that validates in full.
 
     Args:
-        answer: writes one, with a seed.
-        seed: that of the first try; each further one takes the next.
+        answer: writes an answer under a schema, with a seed.
+        seed: seed of the first try; each further try takes the next.
 
     Raises:
-        UsageError: there is no try, or the schema is malformed.
-        UnmetConstraintError: none validates.
+        UsageError: `tries` is below 1, or the schema is malformed.
+        UnmetConstraintError: no answer validates.
     """
     if tries < 1:
         raise UsageError(f"there must be one try at least, not {tries}.")
@@ -74,10 +75,11 @@ def first_valid(
 
 
 def validator(schema: Mapping[str, Any] | bool) -> Callable[[Any], str]:
-    """What says in a line why a value does not satisfy `schema`, and nothing where it does.
+    """A function that says in a line why a value does not satisfy `schema`, and gives "" where it
+    does.
 
     Raises:
-        UsageError: the schema is malformed.
+        UsageError: the schema is malformed; or, of the function, it refers to what is unknown.
     """
     from jsonschema import Draft202012Validator, SchemaError
     from jsonschema.validators import validator_for

@@ -51,14 +51,14 @@ class Vocabulary:
     Attributes:
         pieces: [V] what each token stands for in a text; empty for control and reserved tokens.
         eos: the ids that end an answer.
-        end: the one of them that ends a turn where the tokenizer has one, and what fills a canvas
-            behind the answer.
+        end: the id of `eos` that ends a turn, or the first of `eos` where none does; it fills a
+            canvas behind the answer.
     """
 
     def __init__(self, tokenizer: Any, size: int, eos: Sequence[int]) -> None:
         if not eos:
             raise UsageError("eos_token_ids is empty, and an answer needs an end; name one.")
-        # What is kept knows the tokenizer weakly, or neither would ever be freed.
+        # `_Kept` refers to the tokenizer weakly, or neither would ever be freed.
         self._tokenizer = hf_tokenizer(tokenizer)
         self._kept = _kept_for(self._tokenizer, size, tuple(eos))
         self.size, self.eos = size, tuple(eos)
@@ -72,7 +72,7 @@ class Vocabulary:
         return b"".join(self.pieces[token] for token in tokens)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`; bytes that make up no character as U+FFFD."""
+        """The text of `tokens`, with U+FFFD for bytes that make up no character."""
         return self.bytes_of(tokens).decode(errors="replace")
 
     def spells(self, text: str) -> bool:
@@ -80,7 +80,11 @@ class Vocabulary:
         return self.bytes_of(self.encode(text)) == text.encode()
 
     def token_of(self, piece: bytes) -> int:
-        """The first token that stands for `piece`; there must be one."""
+        """The first token that stands for `piece`.
+
+        Raises:
+            ValueError: there is none.
+        """
         return self._kept.token_of(piece)
 
     @property
@@ -112,7 +116,7 @@ class Vocabulary:
 
     @property
     def grammar_tokenizer(self) -> Any:
-        """The same vocabulary for llguidance; a matcher needs this vocabulary while it is used."""
+        """This vocabulary for llguidance; a matcher needs the `Vocabulary` while it is used."""
         return self._kept.grammar_tokenizer
 
     @property
@@ -365,8 +369,8 @@ def _named(tokenizer: Any, joined: bytes, pattern: bytes) -> dict[int, str]:
 
 
 def _spell_byte_level(names: list[str]) -> list[bytes]:
-    """Byte-level BPE's way: a character for every byte; a name that holds any other character, as
-    those of added tokens may, stands for itself."""
+    """The bytes [V] of tokens whose names hold a character for every byte, as byte-level BPE writes
+    them; a name with any other character, as an added token may have, stands for itself."""
     table = _byte_level_table()
     codes = np.frombuffer("".join(names).encode("utf-32-le"), np.uint32)
     values = np.full(max(map(ord, table)) + 2, 256, np.uint16)

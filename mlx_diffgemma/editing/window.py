@@ -1,8 +1,8 @@
 """Where the canvas lies in a text with gaps.
 
 The gaps and what follows them must be in one canvas, since the prefix is causal. What comes before
-goes into the prefix as far as the canvas has no room for it; what comes after is cut where the
-canvas ends.
+the gaps goes into the prefix as far as the canvas has no room for it; what comes after them is cut
+where the canvas ends. Letter: W words of a bit mask.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Gap:
     """A place in a text that the model fills.
 
     Attributes:
-        lengths: how many tokens it may take; where there are several, the model chooses.
+        lengths: how many tokens it may take; where there are several lengths, the model chooses.
         allowed: mask [W] of what each of its positions may hold; None for any text.
         joins: whether its ends may share a token with the text around it.
         given: tokens that it begins with.
@@ -44,8 +44,8 @@ class Gap:
 
 @dataclass(frozen=True)
 class Span:
-    """Where a gap lies in the canvas, [start, stop), with the text that its first and its last
-    token may share with what is around it."""
+    """Where a gap lies in the canvas, from `start` to before `stop`. `before` and `after` are the
+    text around the gap that its first and its last token hold too."""
 
     start: int
     stop: int
@@ -54,7 +54,7 @@ class Span:
 
     @property
     def places(self) -> range:
-        """Its positions."""
+        """The positions of the gap in the canvas."""
         return range(self.start, self.stop)
 
     def bytes_in(self, vocabulary: Vocabulary, canvas: Sequence[int]) -> bytes:
@@ -82,7 +82,8 @@ class Window:
 
 @dataclass
 class _Cells:
-    """The whole text as positions: a token or `FREE`, and the masks of some."""
+    """The whole text as positions, each with a token or `FREE`, and masks [W] by position of what
+    some may hold."""
 
     tokens: list[int] = field(default_factory=list)
     allowed: dict[int, np.ndarray] = field(default_factory=dict)

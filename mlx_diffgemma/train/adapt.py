@@ -26,7 +26,8 @@ from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.train.config import TrainConfig
 
 DEFAULT_TARGETS = ("attention", "mlp")
-"""Attention and the dense MLP of every layer; not the MLP of the self-conditioning."""
+"""Modules that are trained where none are named: attention and the dense MLP of every layer, but
+not the MLP of the self-conditioning."""
 
 FROZEN = "router"
 _NO_ADAPTER = (FROZEN, "embedding")
@@ -34,18 +35,19 @@ _LAYERS = "model.decoder.layers."
 
 
 def prepare(model: DiffusionGemma, config: TrainConfig) -> tuple[str, ...]:
-    """Freeze `model` but for what `config` has trained, and put it into training mode.
+    """Freeze `model` but for what `config` asks to train, and put it into training mode.
 
-    LoRA and DoRA leave the base frozen, quantized or not; "full" trains the weights of the chosen
-    layers, or, with `num_layers` -1 and no keys, every weight. The router is always frozen. MLX's
-    global random state is set from `config.seed`.
+    LoRA (https://arxiv.org/abs/2106.09685) and DoRA (https://arxiv.org/abs/2402.09353) leave the
+    base frozen, quantized or not; "full" trains the weights of the chosen modules or layers, or,
+    with `num_layers` -1 and no keys, every weight. The router is always frozen. MLX's global
+    random state is set from `config.seed`.
 
     Returns:
         For adapters, the keys of mlx-lm's `lora_parameters` that name the chosen modules.
 
     Raises:
-        UsageError: a key matches nothing, there are not so many layers, or the weights to train
-            are quantized.
+        UsageError: a key matches nothing, the model has fewer layers than `num_layers`, or the
+            weights to train are quantized.
     """
     mx.random.seed(config.seed)
     keys = config.lora_parameters.keys
@@ -73,11 +75,11 @@ def target_modules(
     model: DiffusionGemma, selectors: Sequence[str], num_layers: int = -1
 ) -> list[str]:
     """The modules that take an adapter: those in the last `num_layers` layers (-1 for all), or in
-    no layer, that any of the selectors is about. Selectors are those of the converter's `--set`.
+    no layer, that any of the selectors names. Selectors are written as for the converter's `--set`.
 
     Raises:
-        UsageError: a selector matches nothing, or only what stays frozen; there are not so many
-            layers.
+        UsageError: a selector matches nothing, or only what stays frozen; the model has fewer
+            layers than `num_layers`.
     """
     kinds = (*ADAPTABLE, nn.Embedding, nn.QuantizedEmbedding)
     known = [path for path, module in model.named_modules() if isinstance(module, kinds)]
@@ -87,7 +89,12 @@ def target_modules(
 def chosen_paths(
     known: Iterable[str], selectors: Sequence[str], num_layers: int, total: int
 ) -> list[str]:
-    """`target_modules` of a model of `total` layers whose matrices have the paths `known`."""
+    """The paths that `target_modules` chooses in a model of `total` layers whose matrices have the
+    paths `known`.
+
+    Raises:
+        UsageError: as for `target_modules`.
+    """
     first = _first_layer(num_layers, total)
     within = tuple(f"{_LAYERS}{index}." for index in range(first, total))
     paths = [p for p in known if p.startswith(within) or not p.startswith(_LAYERS)]
@@ -104,8 +111,12 @@ def chosen_paths(
 def keys_of_modules(
     model: DiffusionGemma, paths: Iterable[str], num_layers: int
 ) -> tuple[str, ...]:
-    """mlx-lm's `keys` for modules: what all layers have in common by its name within a layer, as
-    far as these name nothing else; the rest by the path from the top."""
+    """The `keys` of mlx-lm's `lora_parameters` that name the modules at `paths`.
+
+    Modules of layers are named by their paths within a layer, and the others by their paths from
+    the top. Where the paths within a layer would name other modules too, all are named from the
+    top.
+    """
     wanted = set(paths)
     inside = (path.removeprefix(_LAYERS) for path in wanted if path.startswith(_LAYERS))
     short = sorted({path.partition(".")[2] for path in inside})
@@ -114,7 +125,7 @@ def keys_of_modules(
 
 
 def trainable_count(model: nn.Module) -> int:
-    """How many numbers are trained."""
+    """How many numbers the trainable parameters of `model` hold."""
     return sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
 
 
@@ -157,8 +168,8 @@ def _unfreeze(model: DiffusionGemma, num_layers: int, keys: Sequence[str] | None
 def adapter_config(
     config: TrainConfig, *, model: str, data: str, keys: Sequence[str], fingerprint: str
 ) -> dict[str, Any]:
-    """The content of `adapter_config.json`: every setting of the run under mlx-lm's name, and what
-    tells the base from others."""
+    """The content of `adapter_config.json`: every setting of the run under mlx-lm's name, and the
+    fingerprint that tells the base from other models."""
     settings = asdict(config)
     lora = dict(settings.pop("lora_parameters"))
     lora["keys"] = list(keys)

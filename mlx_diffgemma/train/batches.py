@@ -1,5 +1,5 @@
-"""From examples to batches, as a pure function of the settings and the number of the batch, so
-that a run that was stopped goes on with the batches that it would have had.
+"""From examples to batches, as a pure function of the examples, the settings and the number of the
+batch, so that a run that was stopped goes on with the batches that it would have had.
 
 Letters: B examples, S sequence positions, C canvas.
 """
@@ -19,21 +19,21 @@ from mlx_diffgemma.train.config import TrainConfig
 from mlx_diffgemma.train.examples import Batch, Example, Stream, Supply
 from mlx_diffgemma.train.noising import corrupt
 
-# What a random generator is for; with the seed and a number it makes the generator.
+# Purposes of random draws: a generator is seeded with the run's seed, a purpose and a number.
 _ORDER, _CANVAS, _NOISE = range(3)
 
-_LEAST_GRAIN = 16  # positions to whose multiple a sequence is padded, at least
+_LEAST_GRAIN = 16  # positions; a sequence is padded to a multiple of this or of more
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """An example and which canvas of its response is to be predicted."""
+    """An example, and the number from 0 of the canvas of its response that is to be predicted."""
 
     example: Example
     canvas: int
 
     def prefix(self, canvas_length: int) -> int:
-        """Positions before the canvas."""
+        """Number of positions before the canvas."""
         return self.example.prompt + self.canvas * canvas_length
 
 
@@ -44,9 +44,9 @@ class Sizes:
     Attributes:
         canvas: tokens of a canvas.
         vocabulary: number of token ids.
-        eos: ids that end a response. The one that ends it fills its last canvas; the first, where
-            none does.
-        context: most positions.
+        eos: ids that end a response. The last canvas of a response is filled up with the eos that
+            ends the response, or with the first of these ids where none ends it.
+        context: most positions of the model.
     """
 
     canvas: int
@@ -60,8 +60,11 @@ class Batches:
 
     Examples come shuffled (a stream comes as it is). They are taken in windows of
     `config.sorted_batches` batches and sorted by length within each, so that batches hold
-    sequences of like length; the batches of a window are then shuffled, `together` neighbours as
-    one: as many processes compute them at the same time and wait for each other.
+    sequences of like length. The batches of a window are then shuffled in groups of `together`
+    neighbours, since that many processes compute a group at the same time and wait for each other.
+
+    Raises:
+        UsageError: there are no examples; or, of `batches[n]`, an example cannot be trained on.
     """
 
     def __init__(
@@ -124,7 +127,11 @@ def check(example: Example, config: TrainConfig, sizes: Sizes) -> Example:
 def make_batch(
     drawn: Sequence[Drawn], config: TrainConfig, sizes: Sizes, rng: np.random.Generator
 ) -> Batch:
-    """Lay out and corrupt a batch. Its rows are shuffled, for the first of them are conditioned."""
+    """Lay out and corrupt a batch, its rows shuffled, since self-conditioning is for the first.
+
+    Raises:
+        UsageError: the pictures of the batch differ in size.
+    """
     drawn = [drawn[row] for row in rng.permutation(len(drawn))]
     clean = clean_canvases(drawn, sizes)
     corrupted, noise = corrupt(
@@ -140,7 +147,7 @@ def make_batch(
 
 
 def clean_canvases(drawn: Sequence[Drawn], sizes: Sizes) -> np.ndarray:
-    """The canvases [B, C], filled up with eos."""
+    """The clean token ids [B, C] of the canvases, filled up with eos."""
     clean = np.empty((len(drawn), sizes.canvas), int)
     for row, one in enumerate(drawn):
         last = one.example.tokens[-1]
@@ -159,7 +166,14 @@ def lay_out(
     noise: np.ndarray,
     conditioned: int,
 ) -> Batch:
-    """A batch of these canvases as they were corrupted, [B, C] at noise [B]."""
+    """A batch of canvases that were `corrupted` [B, C] at `noise` [B].
+
+    Args:
+        conditioned: of how many examples, from the first, the decoder sees its own guess.
+
+    Raises:
+        UsageError: the pictures of the batch differ in size.
+    """
     length = _padded(max(_needed(one, config, sizes.canvas) for one in drawn))
     with_loss = config.encoder_loss_weight > 0
     sequence = np.zeros((len(drawn), length), int)
@@ -184,10 +198,10 @@ def lay_out(
 
 
 def _pictures(drawn: Sequence[Drawn], length: int) -> dict[str, Any]:
-    """What a batch of sequences of `length` knows of pictures.
+    """The fields of a `Batch` about pictures, for sequences of `length`; none without pictures.
 
     Raises:
-        UsageError: they differ in size.
+        UsageError: the pictures differ in size.
     """
     spans = [(row, span) for row, one in enumerate(drawn) for span in one.example.pictures]
     if not spans:
@@ -214,7 +228,7 @@ def _pictures(drawn: Sequence[Drawn], length: int) -> dict[str, Any]:
 
 
 def _needed(one: Drawn, config: TrainConfig, canvas_length: int) -> int:
-    """Positions that the encoder has to read."""
+    """Number of positions that the encoder has to read."""
     if config.encoder_loss_weight > 0:
         return len(one.example.tokens)
     return one.prefix(canvas_length)
@@ -227,7 +241,11 @@ def _padded(length: int) -> int:
 
 
 def _shuffled(examples: Sequence[Example], seed: int) -> Stream:
-    """The examples over and over, each time in another order."""
+    """An endless stream of the examples, in another order each time they come round.
+
+    Raises:
+        UsageError: there are none.
+    """
     if not examples:
         raise UsageError("there is nothing to train on: the data is empty.")
     order = lru_cache(maxsize=2)(

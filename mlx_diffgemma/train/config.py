@@ -1,4 +1,4 @@
-"""How a model is trained: mlx-lm's names where they mean the same, ours for the rest."""
+"""Settings of a training run. Those that mean the same as in mlx-lm have mlx-lm's names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 SCHEDULES = ("cosine", "constant", "linear")
 KINDS = ("lora", "dora", "full")
 EVALUATED_NOISE = (0.2, 0.5, 0.8, 1.0)
-"""Noise levels at which held-out loss is measured."""
+"""Noise levels, as shares of corrupted tokens, at which held-out loss is measured."""
 
 
 _ADAPTERS, _STEPS, _OBJECTIVE, _REPORTS = "Adapters", "Steps", "Objective", "Reports"
@@ -28,7 +28,11 @@ _ADAPTERS, _STEPS, _OBJECTIVE, _REPORTS = "Adapters", "Steps", "Objective", "Rep
 
 @dataclass(frozen=True)
 class LoraParameters:
-    """mlx-lm's `lora_parameters`."""
+    """Settings of the adapters, which are mlx-lm's `lora_parameters`.
+
+    Raises:
+        UsageError: a setting is out of range.
+    """
 
     rank: Annotated[int, Setting("Rank of the adapters.", panel=_ADAPTERS)] = 16
     scale: Annotated[
@@ -59,14 +63,18 @@ class TrainConfig:
     """Settings of a training run; the annotation of a field says what it means.
 
     Attributes:
-        decay: share of the steps after the warm-up that the schedule takes, the last ones; before,
-            the rate stays at its peak, so that a run can still be made longer.
+        decay: share of the steps after the warm-up over which the schedule falls, which are the
+            last ones. Before them the rate stays at its peak, so that a run can still be made
+            longer.
         sorted_batches: batches that are drawn together and sorted by length, so that few positions
             are padding; 1 sorts nothing.
         optimizer_config: arguments for the optimizer by name, as in `mlx.optimizers`.
         lora_parameters: shape of the adapters.
-        compile: fuse the operations of a step (on a CPU with g++, a minute the first time, then
-            a tenth to a fifth faster); None for on a GPU only.
+        compile: whether the operations of a step are fused; None fuses them on a GPU only. On a
+            CPU that takes g++ and a minute the first time, and saves a tenth to a fifth after it.
+
+    Raises:
+        UsageError: a setting is out of range.
     """
 
     batch_size: Annotated[

@@ -1,8 +1,8 @@
 """Cross-entropy over a large vocabulary, a block of rows at a time.
 
-The logits of a long sequence take more memory than all the rest of a step. So each block's are made
-twice, for the loss and for its gradient, and each block waits for the one before it.
-Letters: N rows, D hidden, V vocabulary.
+The logits of a long sequence take more memory than all the rest of a step. So the logits of each
+block are computed twice, for the loss and for its gradient, and each block waits for the one before
+it. Letters: B examples, S sequence positions, N rows, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _Loss = Callable[..., mx.array]
 
 
 def cross_entropy(model: DiffusionGemma, hidden: mx.array, targets: mx.array) -> mx.array:
-    """Hidden states [B, S, D] and token ids [B, S] -> nats [B, S]."""
+    """Cross-entropy [B, S], in nats, of the token ids `targets` [B, S] under the logits of the
+    states `hidden` [B, S, D]."""
     rows = max(1, BLOCK // model.config.text.vocab_size)
     if targets.size <= rows:
         return nn.losses.cross_entropy(model.logits(hidden), targets)
@@ -48,8 +49,8 @@ def cross_entropy(model: DiffusionGemma, hidden: mx.array, targets: mx.array) ->
 
 
 def _in_blocks(loss: _Loss, rows: int, trained: bool) -> Any:
-    """`loss` of [N, D] and [N] in blocks of `rows`. Only where the weight is `trained` does it get
-    a gradient."""
+    """A function that computes `loss` [N] of hidden states [N, D], targets [N] and the head's
+    weight, `rows` rows at a time. The weight gets a gradient only where it is `trained`."""
 
     def forward(hidden: mx.array, targets: mx.array, weight: mx.array) -> mx.array:
         nats: list[mx.array] = []
@@ -85,7 +86,7 @@ def _in_blocks(loss: _Loss, rows: int, trained: bool) -> Any:
 
 
 def _after(x: mx.array, earlier: list[mx.array]) -> mx.array:
-    """`x`, to be computed with only once `earlier` is there: MLX would begin with all blocks."""
+    """`x`, made to wait for `earlier`, since MLX would otherwise begin all blocks at once."""
     if not earlier:
         return x
     (later,) = mx.depends([x], earlier)

@@ -1,7 +1,8 @@
 """Data in mlx-lm's formats, from JSON lines or a Hugging Face data set, as examples of token ids.
 
 A line holds `messages` (the last one is the response) and maybe `tools`, `prompt` and `completion`,
-or `text`. Text that spells a control token stays text. Every error names the file and the line.
+or `text`. Text that spells a control token stays text. An error about a record names its file and
+line, or its data set and row.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FORMATS = '{"messages": [...]}, {"prompt": "...", "completion": "..."} or {"text": "..."}'
 
 Records = Iterable[tuple[str, Any]]
-"""Where a record comes from, and what it holds."""
+"""Pairs of where a record comes from, as an error names it, and what it holds."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,16 @@ class Limits:
 def load_data(
     name: str, tokenizer: Any, limits: Limits, wanted: Sequence[str] = ("train", "valid")
 ) -> Splits:
-    """Read the wanted splits; one that does not exist is left empty, but for "train" and "test".
+    """Read the wanted splits; "valid" is left empty where it does not exist.
 
     Args:
         name: a folder with `train.jsonl`, `valid.jsonl`, `test.jsonl`, or a Hugging Face data set.
-        tokenizer: mlx-lm's wrapper.
-        wanted: of `SPLITS`.
+        tokenizer: mlx-lm's wrapper of a tokenizer.
+        wanted: names of `SPLITS`.
 
     Raises:
-        UsageError: the data is missing, empty, malformed or too long.
+        UsageError: a split other than "valid" is missing, or the data is empty, malformed or too
+            long.
         CheckpointError: the tokenizer has no chat template, or no token that ends an answer.
     """
     folder = Path(name).expanduser()
@@ -107,7 +109,7 @@ def load_data(
 
 
 class _Reader:
-    """Makes examples of records."""
+    """Turns records into examples."""
 
     def __init__(self, tokenizer: Any, limits: Limits) -> None:
         self._tokenizer, self._limits = tokenizer, limits
@@ -157,7 +159,8 @@ class _Reader:
         plain = self._controls.encode_text(text)
         framed = self._controls.encode_text(text, add_special_tokens=True)
         starts = (i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
-        before = framed[: next(starts)]  # the bos, or nothing: then the first token is given
+        # The prompt is the bos, or the first token of the text where no bos is written.
+        before = framed[: next(starts)]
         tokens = (*before, *plain, end_of_text(self._tokenizer))
         return Example(tokens, max(1, len(before)))
 

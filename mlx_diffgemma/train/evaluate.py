@@ -28,7 +28,12 @@ _SEED = 20_240  # the same canvases and noise at each evaluation, whatever the r
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Losses in nats a token: of the canvas by noise level, and of the encoder's next token."""
+    """Losses on held-out examples, in nats a token.
+
+    Attributes:
+        by_noise: canvas loss by the share of corrupted tokens.
+        encoder: next-token cross-entropy of the encoder; 0 where it has no weight.
+    """
 
     by_noise: dict[float, float]
     encoder: float
@@ -41,10 +46,11 @@ class HeldOut:
 def held_out_loss(
     model: DiffusionGemma, examples: Sequence[Example], config: TrainConfig, sizes: Sizes
 ) -> HeldOut:
-    """Loss on `config.val_batches` batches of `examples`, without self-conditioning; tokens are
-    replaced one by one. Canvases and noise are the same each time.
+    """Loss on `config.val_batches` batches of `examples`, without self-conditioning. Each token is
+    replaced on its own, never a span. Canvases and noise are the same at every call.
 
     Raises:
+        UsageError: an example is too long, or has ids outside the vocabulary.
         NumericalError: the loss is not finite.
     """
     limit = len(examples) if config.val_batches == -1 else config.val_batches * config.batch_size
@@ -71,7 +77,8 @@ def _losses(
     sizes: Sizes,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """The canvas loss at each noise level, and the encoder's loss."""
+    """The canvas loss at each level of `EVALUATED_NOISE` and, last, the encoder's loss, in nats a
+    token."""
     clean = clean_canvases(drawn, sizes)
     batch = lay_out(drawn, config, sizes, clean, np.zeros(len(drawn)), 0)
     hidden, kept = encode(model, batch)
@@ -94,7 +101,13 @@ def exact_rate(
     batch_size: int = 8,
     seed: int = 0,
 ) -> float:
-    """The share of `examples` whose response generation gives to the token, eos left out."""
+    """The share of `examples` whose response, up to its first eos, generation gives token for
+    token.
+
+    Args:
+        batch_size: examples that are generated together.
+        seed: what every random draw follows from.
+    """
     right = 0
     for at in range(0, len(examples), batch_size):
         part = examples[at : at + batch_size]

@@ -9,18 +9,19 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Report:
-    """Means over the optimizer steps since the last report.
+    """How the optimizer steps since the last report went; losses and norm are means over them.
 
     Attributes:
         step: optimizer steps done, from 1.
         loss: what is minimized: `canvas_loss` + weight · `encoder_loss`, in nats a token.
         canvas_loss: cross-entropy over the whole canvas.
         encoder_loss: next-token cross-entropy of the encoder; 0 where it has no weight.
-        learning_rate: of the last step.
-        grad_norm: before clipping.
-        tokens: of prompts and responses, seen since the run began (earlier sittings included).
+        learning_rate: rate of the last step.
+        grad_norm: norm of all gradients together, before clipping.
+        tokens: ids of sequences and canvases since the run began, earlier sittings included.
+        tokens_per_second, examples_per_second: pace without evaluations and saves.
         peak_memory: most memory held so far, in GB (1e9 bytes).
-        seconds_left: at the pace of this report.
+        seconds_left: seconds that the remaining steps take at the pace of this report.
     """
 
     step: int
@@ -42,8 +43,9 @@ class Evaluation:
 
     Attributes:
         step: optimizer steps done.
-        loss: mean canvas loss over the noise levels.
-        by_noise: canvas loss by the share of corrupted tokens.
+        loss: mean canvas loss over the noise levels, in nats a token; NaN where it was not
+            measured.
+        by_noise: canvas loss by the share of corrupted tokens; empty where it was not measured.
         encoder_loss: next-token cross-entropy of the encoder; 0 where it has no weight.
         exact: share of held-out responses that generation gives exactly; None if not asked for.
     """
@@ -57,7 +59,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Saved:
-    """The weights trained and the state of the run are on the disk, in `path`."""
+    """The trained weights are on the disk at `path`, and the state of the run is beside them."""
 
     step: int
     path: Path

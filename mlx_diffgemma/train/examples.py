@@ -20,9 +20,12 @@ class Example:
 
     Attributes:
         tokens: ids of the prompt followed by those of the response, which ends with an eos.
-        prompt: how many of them are the prompt.
+        prompt: how many of the tokens are the prompt.
         pictures: those whose image tokens are in the prompt; all examples of a batch have pictures
             of one size.
+
+    Raises:
+        UsageError: the prompt or the response is empty.
     """
 
     tokens: tuple[int, ...]
@@ -42,8 +45,8 @@ class Example:
 
 
 Stream = Callable[[int, int], Sequence[Example]]
-"""`stream(first, count)` gives the examples number `first` to `first + count` of an endless supply.
-What it returns may depend on these numbers only, so that a run that was stopped sees the same."""
+"""`stream(first, count)` gives `count` examples of an endless supply, from number `first` on. What
+it returns may depend on these numbers only, so that a run that was stopped sees the same."""
 
 Supply = Sequence[Example] | Stream
 
@@ -55,14 +58,15 @@ class Batch:
     Attributes:
         sequence: [B, S] clean ids, padded on the right: what the encoder reads.
         prefix: [B] where in `sequence` the canvas starts.
-        canvas: [B, C] clean ids, filled up with eos: what the decoder is to say.
+        canvas: [B, C] clean ids, filled up with eos: what the decoder is to predict.
         corrupted: [B, C] what the decoder sees.
         noise: [B] t, the share of tokens that were to be replaced.
         counted: [B, S - 1] whether the encoder's loss counts its guess at the next token; empty
             where that loss has no weight, for then the sequence ends with the prefix.
         conditioned: of how many examples, from the first, the decoder sees its own guess.
         tokens: how many ids the sequences and canvases hold, padding left out.
-        patches: [M, P, 3 · side²] numbers from 0 to 1, the pictures of all sequences.
+        patches: [M, P, 3 · side²] numbers from 0 to 1, the pictures of all sequences in patches of
+            side · side pixels.
         soft_places: [B, S] which of the M · N soft tokens stands at a position; −1 for none. Empty
             where there are no pictures.
         columns: patches in a row of each picture.

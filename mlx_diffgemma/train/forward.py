@@ -1,4 +1,4 @@
-"""The two passes as training runs them: the prefix whole, then a canvas for each sequence.
+"""The two passes of training: `encode` reads sequences whole, `decode` a canvas for each of them.
 
 The layers and masks are those of `model/`; in place of the prefix cache each layer keeps the keys
 and values of the whole sequence, through which gradients flow.
@@ -23,8 +23,10 @@ from mlx_diffgemma.train.recompute import recomputed
 
 
 def picture_masks(config: TextConfig, soft_places: mx.array, count: int) -> dict[str, mx.array]:
-    """Who sees whom in the encoder where pictures of `count` soft tokens stand, [B, 1, S, S]: every
-    token what came before it, in sliding layers the last of it, and all of its own picture."""
+    """Masks [B, 1, S, S] of the encoder by kind of layer, true where a position sees another, for
+    sequences with pictures of `count` soft tokens each at `soft_places` [B, S]. A position sees
+    itself and what came before, in sliding layers within the window only, and all of its own
+    picture."""
     place = mx.arange(soft_places.shape[1])
     apart = place[:, None] - place[None]
     picture = mx.where(soft_places < 0, -1, soft_places // count)
@@ -34,8 +36,12 @@ def picture_masks(config: TextConfig, soft_places: mx.array, count: int) -> dict
 
 
 def embed(model: DiffusionGemma, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
-    """The embeddings [B, S, D] of the sequences with their pictures, and who sees whom where there
-    are pictures."""
+    """The embeddings [B, S, D] of the sequences with their pictures, and the `picture_masks`, of
+    which there are none without pictures.
+
+    Raises:
+        PromptError: there are pictures, and the model has no vision tower.
+    """
     x = model.embed(batch.sequence)
     if not batch.soft_places.size:
         return x, {}
@@ -50,8 +56,8 @@ def embed(model: DiffusionGemma, batch: Batch) -> tuple[mx.array, dict[str, mx.a
 def encode(
     model: DiffusionGemma, batch: Batch, *, checkpoint: bool = False
 ) -> tuple[mx.array, list[KeysValues]]:
-    """Hidden states [B, S, D] of the sequences of a batch, and the keys and values of every
-    layer."""
+    """Hidden states [B, S, D] of the sequences of a batch, and the keys and values [B, H, S, Dh] of
+    every layer. With `checkpoint`, layers are computed again for the gradient."""
     x, masks = embed(model, batch)
     kept = []
     scalars = model.model.encoder.language_model.layers
@@ -73,7 +79,9 @@ def decode(
     checkpoint: bool = False,
 ) -> mx.array:
     """Hidden states [B, C, D] of canvases [B, C] that follow the first `prefix` [B] positions of
-    their sequences; `soft_embeddings` [B, C, D] is what an earlier pass expected."""
+    their sequences, whose keys and values are `kept`. `soft_embeddings` [B, C, D] are the expected
+    embeddings of an earlier pass, zeros if None. With `checkpoint`, layers are computed again for
+    the gradient."""
     x = model.embed(canvas)
     if soft_embeddings is None:
         soft_embeddings = mx.zeros_like(x)
@@ -95,7 +103,7 @@ def _encode_layer(
         queries, keys, values = attention.project(x)
         queries, keys = attention.rotate(queries, keys, 0)
         kept.extend((keys, values))
-        # Padding is on the right, where nobody looks.
+        # Padding is on the right, where no position that counts looks.
         sight = attention.causal if mask is None else mask
         return attention.output(attend(queries, keys, values, sight))
 

@@ -1,4 +1,4 @@
-"""Adapters into the weights. Letters: I input, O output, R rank, E experts."""
+"""Fuse adapters into the weights. Letters: I input, O output, R rank, E experts."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def fused_arrays(
     module: nn.Module, *, dequantize: bool = False, dtype: mx.Dtype | None = None
 ) -> dict[str, mx.array]:
     """The parameters of the layer that does what an adapted layer does: `weight`, with `scales` and
-    `biases` where it stays quantized. Computed in float32 and stored in `dtype` (None: that of the
-    layer)."""
+    `biases` where it stays quantized. They are computed in float32 and stored in `dtype`, or in the
+    layer's own type if None."""
     layer = module.linear
     quantized = hasattr(layer, "bits")
     if dtype is None:
@@ -51,7 +51,7 @@ def fused_arrays(
 
 
 def _fused_weight(module: nn.Module) -> mx.array:
-    """[O, I], or [E, O, I] of experts, in float32."""
+    """The weight [O, I], or [E, O, I] of experts, with its adapter added, in float32."""
     weight = plain_weight(module.linear)
     if weight.ndim == 3:  # A [E, R, I], B [E, O, R]
         return weight + module.scale * (module.lora_b @ module.lora_a)
@@ -62,7 +62,7 @@ def _fused_weight(module: nn.Module) -> mx.array:
 
 
 def plain_weight(layer: nn.Module) -> mx.array:
-    """The weight of a layer, dequantized, in float32."""
+    """The weight [O, I], or [E, O, I] of experts, of a layer, dequantized, in float32."""
     if not hasattr(layer, "bits"):
         return layer.weight.astype(mx.float32)
     affine = layer.mode == "affine"

@@ -38,13 +38,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "adamw": {"bias_correction": True},
     "adafactor": {"relative_step": False, "scale_parameter": False},
 }
-_DROPOUT = 3  # what a seed is for: beside those of `batches`
+_DROPOUT = 3  # purpose of a seed, besides the purposes in `batches`
 _ARRAYS = [field.name for field in fields(Batch) if field.type == "mx.array"]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of a step, from 1: a linear rise over `warmup` steps, then the schedule, of
-    which the share `decay` falls."""
+    """The learning rate of a step, counted from 1. It rises linearly over `warmup` steps, stays at
+    its peak, and falls as the schedule says over the share `decay` of the steps that are left."""
     if step <= config.warmup:
         return config.learning_rate * step / config.warmup
     if config.lr_schedule == "constant":
@@ -60,7 +60,7 @@ def make_optimizer(config: TrainConfig) -> optimizers.Optimizer:
     """The optimizer with its settings; its learning rate is set anew at each step.
 
     Raises:
-        UsageError: a setting that the optimizer does not know.
+        UsageError: `optimizer_config` has a setting that the optimizer does not know.
     """
     settings = {**_DEFAULTS.get(config.optimizer, {}), **config.optimizer_config}
     try:
@@ -71,7 +71,13 @@ def make_optimizer(config: TrainConfig) -> optimizers.Optimizer:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step computed; nothing is evaluated yet. The losses are means over its batches."""
+    """What a step computed; no array is evaluated yet.
+
+    Attributes:
+        losses: means over the step's batches, in nats a token: the objective, the canvas loss and
+            the encoder loss.
+        grad_norm: norm of all gradients together, before clipping.
+    """
 
     parameters: Tree
     optimizer_state: Tree
@@ -83,6 +89,9 @@ class Stepper:
     """Runs the steps of one model and one optimizer.
 
     Where several processes train together, each computes its share of the batches of a step.
+
+    Raises:
+        UsageError: `optimizer_config` has a setting that the optimizer does not know.
     """
 
     def __init__(self, model: DiffusionGemma, config: TrainConfig) -> None:
@@ -102,7 +111,7 @@ class Stepper:
     def step(
         self, number: int, parameters: Tree, state: Tree, batches: Sequence[Batch]
     ) -> StepResult:
-        """The step `number`, from 1, on all its batches."""
+        """Compute the step `number`, counted from 1, on all its batches."""
         results = []
         for place in range(processes.place(), len(batches), processes.count()):
             batch = batches[place]

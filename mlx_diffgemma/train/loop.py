@@ -1,4 +1,4 @@
-"""The training loop: a generator of events. It prints nothing."""
+"""The training loop: a generator of events, which prints nothing."""
 
 from __future__ import annotations
 
@@ -37,15 +37,18 @@ def train(
     Where several processes train together, the first of them evaluates and writes.
 
     Args:
-        train_examples: all there are, or a stream of them.
+        train_examples: all examples to train on, or a stream of them.
         valid_examples: held-out examples; none turns the evaluation of the loss off.
         folder: where `adapters.safetensors` (all trainable parameters) and the state go.
         resume: go on from the state in `folder`, where there is one.
-        generate_exact: gives the share of held-out responses that generation gets exactly.
+        generate_exact: called at every evaluation; gives the share of held-out responses that
+            generation gets exactly.
 
     Raises:
         UsageError: an example is too long, or the state is of another run.
-        NumericalError: the loss is not finite; the step is named.
+        CheckpointError, ConfigError: the state is damaged, or the model names no eos.
+        NumericalError: the loss, in training or on held-out examples, or its gradient is not
+            finite.
     """
     sizes = sizes_of(model)
     batches = Batches(train_examples, config, sizes, together=processes.count())
@@ -163,7 +166,8 @@ class _Clock:
         self._since += time.perf_counter() - stopped
 
     def add(self, figures: np.ndarray, tokens: int, examples: int) -> None:
-        """The losses and the norm of a step, and what it saw."""
+        """Add the losses and the gradient norm of a step, and how many tokens and examples it
+        saw."""
         self._figures.append(figures)
         self._tokens += tokens
         self._examples += examples

@@ -1,4 +1,4 @@
-"""Muon for a whole model: matrices by Muon, all else by Adam.
+"""Muon for a whole model: Muon updates the matrices, and Adam all else.
 
 `mlx.optimizers.Muon` takes a stack of experts for one flat matrix, and norms and the embedding need
 another optimizer. Letters: E experts, O output, I input.
@@ -17,17 +17,18 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # as published with Muon
 
 
 class Muon(optimizers.Optimizer):
-    """Momentum, orthogonalized: every matrix [O, I], and every one of a stack [E, O, I].
+    """Steps by orthogonalized momentum, of every matrix [O, I] and every one of a stack [E, O, I],
+    as in https://kellerjordan.github.io/posts/muon.
 
     The embedding, which is looked up and not multiplied, and vectors go by Adam, for which the
     learning rate is `others` times that of the matrices. Weight decay is decoupled and spares
     vectors.
 
     Args:
-        learning_rate: of the matrices, whose updates have singular values of about this size
+        learning_rate: rate of the matrices, whose updates have singular values of about this size
             (times √(O / I), where that is above 1).
         momentum, nesterov, ns_steps: as in `mlx.optimizers.Muon`.
-        betas, eps: of Adam.
+        betas, eps: settings of Adam.
     """
 
     def __init__(
@@ -96,7 +97,8 @@ class Muon(optimizers.Optimizer):
 
 
 def orthogonalize(matrices: mx.array, steps: int) -> mx.array:
-    """[..., O, I] with its singular values brought near 1, by Newton and Schulz's iteration."""
+    """Matrices [..., O, I] with their singular values brought near 1, by `steps` of Newton and
+    Schulz's iteration."""
     a, b, c = _NEWTON_SCHULZ
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.swapaxes(-1, -2) if is_tall else matrices

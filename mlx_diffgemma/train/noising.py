@@ -34,7 +34,11 @@ def corrupt_at(
     noise: np.ndarray,
     spans: np.ndarray,
 ) -> np.ndarray:
-    """The same at given noise levels [B]; `spans` [B] says who loses a span."""
+    """Replace tokens of clean canvases [B, C] by uniformly random ones at the levels `noise` [B].
+
+    Where `spans` [B] is true, one contiguous span of noise · C tokens is replaced, elsewhere each
+    token with probability noise.
+    """
     batch, length = canvas.shape
     size = np.rint(noise * length).astype(int)
     start = rng.integers(0, length - size + 1)[:, None]

@@ -1,4 +1,4 @@
-"""What is minimized.
+"""The objective that training minimizes.
 
 Letters: B examples, S sequence positions, C canvas, D hidden, V vocabulary.
 """
@@ -24,10 +24,10 @@ def loss(
     loss.
 
     The canvas loss is the mean cross-entropy over whole canvases, the tail of eos included; the
-    encoder's is that of the next token, over the positions that count. The first
-    `batch.conditioned` examples see what a first pass expected, the others zeros, as in the first
-    denoising step. No gradient goes into the first pass; the embedding gets that of the expectation
-    over its rows, as in the reference.
+    encoder loss is the mean cross-entropy of the next token over the positions of `batch.counted`.
+    In the first `batch.conditioned` examples the decoder sees the expected embeddings of a first
+    pass, in the others zeros, as in the first denoising step. No gradient goes into the first pass;
+    the embedding gets the gradient of the expectation over its rows, as in the reference.
     """
     hidden, kept = encode(model, batch, checkpoint=checkpoint)
     soft = expected_embeddings(model, batch, kept)
@@ -40,7 +40,8 @@ def loss(
 
 
 def encoder_loss(model: DiffusionGemma, hidden: mx.array, batch: Batch) -> mx.array:
-    """Mean cross-entropy of the next token over the positions that count; 0 where none is."""
+    """Mean cross-entropy of the next token, in nats, over the positions of `batch.counted`, given
+    the encoder's states `hidden` [B, S, D]; 0 where no position counts."""
     if batch.counted.shape[1] == 0:
         return mx.zeros(())
     nats = cross_entropy(model, hidden[:, :-1], batch.sequence[:, 1:])
@@ -51,8 +52,8 @@ def encoder_loss(model: DiffusionGemma, hidden: mx.array, batch: Batch) -> mx.ar
 def expected_embeddings(
     model: DiffusionGemma, batch: Batch, kept: list[KeysValues]
 ) -> mx.array | None:
-    """[B, C, D]: for the conditioned examples what a first pass without self-conditioning expects
-    at temperature 1, zeros for the others; None where no example is conditioned."""
+    """Embeddings [B, C, D] that a first pass without self-conditioning expects at temperature 1,
+    with zeros for the examples that are not conditioned; None where no example is."""
     rows = batch.conditioned
     if rows == 0:
         return None

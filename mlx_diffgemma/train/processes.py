@@ -29,15 +29,15 @@ def is_first() -> bool:
 
 
 def any_says(truth: bool) -> bool:
-    """Whether it is so in any of the processes; all of them have to ask."""
+    """Whether `truth` holds in any of the processes, every one of which has to call this."""
     return bool(mx.distributed.all_max(mx.array(truth, mx.int32)).item())
 
 
 def check_together(step: int, batches: int) -> None:
-    """Whether all begin at the same step, and can share the `batches` of one.
+    """Check that all processes begin at the same step, and can share the `batches` of a step.
 
     Raises:
-        UsageError: they cannot go on together.
+        UsageError: the processes cannot go on together.
     """
     processes = count()
     if batches % processes:
@@ -53,8 +53,8 @@ def check_together(step: int, batches: int) -> None:
 
 
 def local_hosts(count: int) -> list[list[str]]:
-    """Addresses on this machine for `count` processes: what the file MLX_HOSTFILE is to hold, as
-    JSON, while MLX_RANK says which of them one is."""
+    """Addresses on this machine for `count` processes. The file that MLX_HOSTFILE names is to hold
+    them as JSON, and MLX_RANK is to say which of the processes one is."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     hosts = [[f"127.0.0.1:{one.getsockname()[1]}"] for one in sockets]
     for one in sockets:

@@ -1,4 +1,5 @@
-"""What a run says while it goes: a line a report, a history on the disk, a chart of the loss."""
+"""What a run tells while it goes: a line for each event, a history on the disk, a chart of the
+loss."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ _TRAINED, _HELD_OUT = "#0b6bcb", "#c2410c"
 
 
 def line_of(event: Event, iters: int) -> str | None:
-    """What to say of an event; None for nothing."""
+    """The line that tells of an event in a run of `iters` steps; None where there is none."""
     if isinstance(event, Report):
         parts = [f"step {event.step}/{iters}", f"loss {event.loss:.4f}"]
         if event.encoder_loss:
@@ -44,7 +45,7 @@ def line_of(event: Event, iters: int) -> str | None:
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 20 min`."""
+    """Seconds for people, such as `45 s`, `12 min` or `3 h 20 min`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -67,7 +68,8 @@ class History:
             file.write(json.dumps(record) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
-        """All of them, by step; where a sitting went over steps again, what it saw last."""
+        """The reports and evaluations by step. Where a sitting went over steps again, its later
+        record replaces the earlier one."""
         path = self._folder / HISTORY
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         found = {(r["event"], r["step"]): r for r in _parsed(lines)}
@@ -116,15 +118,15 @@ def _parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 class Reporter:
-    """Passes what happens on to the services that mlx-lm knows (`wandb`, `swanlab`)."""
+    """Passes what happens on to the services that mlx-lm knows (`wandb`, `swanlab`).
+
+    Raises:
+        UsageError: a service is unknown, or its package is not installed.
+    """
 
     def __init__(
         self, services: str | None, project: str | None, folder: Path, config: Mapping[str, Any]
     ) -> None:
-        """
-        Raises:
-            UsageError: a service is unknown, or its package is not installed.
-        """
         self._callback: Any = None
         if not services:
             return

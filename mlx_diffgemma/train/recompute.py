@@ -1,8 +1,9 @@
-"""Gradient checkpointing: keep what goes into a layer, and compute the rest again for the gradient.
+"""Gradient checkpointing (https://arxiv.org/abs/1604.06174): keep what goes into a layer, and
+compute the rest again for the gradient.
 
-`mx.checkpoint` does the same, but lets the second pass over a layer begin as soon as the first one
-is done, and MLX, which goes breadth first, then holds several layers at once. Here it waits for
-the gradient that comes from above.
+`mx.checkpoint` does so too, but lets the second pass over a layer begin as soon as the first one is
+done, and MLX, which goes breadth first, then holds several layers at once. Here the second pass
+waits for the gradient that comes from the layer above.
 """
 
 from __future__ import annotations

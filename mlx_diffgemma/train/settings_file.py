@@ -14,7 +14,7 @@ RUN_KEYS = (
     "model", "revision", "data", "adapter_path", "resume_adapter_file", "test", "test_batches",
     "report_to", "project_name", "trust_remote_code", "eval_generate", "chat_template",
 )  # fmt: skip
-"""Keys about the run rather than the training."""
+"""Keys of a settings file that are about the run rather than the training."""
 
 _IGNORED = ("train", "config", "fingerprint")
 _SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}
@@ -24,7 +24,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The content of a settings file, checked by `normalized`.
 
     Raises:
-        UsageError: it cannot be read, or holds keys or values that mean nothing.
+        UsageError: the file cannot be read, or holds keys or values that mean nothing.
     """
     import yaml  # type: ignore[import-untyped]
 
@@ -55,7 +55,7 @@ def normalized(content: Mapping[str, Any]) -> dict[str, Any]:
     arguments by optimizer become ours.
 
     Raises:
-        UsageError: a key is unknown.
+        UsageError: a key is unknown, or a schedule or `lora_parameters` are malformed.
     """
     known = {field.name for field in fields(TrainConfig)}
     found: dict[str, Any] = {}
@@ -80,7 +80,11 @@ def normalized(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lora_parameters(content: Any) -> dict[str, Any]:
-    """`rank`, `scale`, `dropout` and `keys`, as far as they are given."""
+    """`rank`, `scale`, `dropout` and `keys`, as far as they are given.
+
+    Raises:
+        UsageError: a key is unknown, or the content is malformed.
+    """
     known = {field.name for field in fields(LoraParameters)}
     if not isinstance(content, Mapping):
         raise UsageError("lora_parameters must hold rank, scale, dropout and perhaps keys.")
@@ -99,7 +103,7 @@ def lora_parameters(content: Any) -> dict[str, Any]:
 
 
 def _schedule(content: Mapping[str, Any]) -> dict[str, Any]:
-    """mlx-lm's `lr_schedule`: name, arguments, warmup."""
+    """The settings that mlx-lm's `lr_schedule` of a name, arguments and a warm-up stands for."""
     name, arguments = content.get("name"), [_number(a) for a in content.get("arguments") or ()]
     if name not in _SCHEDULES or not arguments:
         raise UsageError(
@@ -117,7 +121,8 @@ def _schedule(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """YAML takes 1e-5 for a text."""
+    """The number that a text such as "1e-5" spells, since YAML takes 1e-5 for a text; any other
+    value as it is."""
     if not isinstance(value, str):
         return value
     try:

@@ -1,4 +1,4 @@
-"""A run on the disk: what was trained, and what it takes to go on as if nothing had happened.
+"""A run on the disk: what was trained, and what it takes to go on as if it had never stopped.
 
 `adapters.safetensors` holds the trainable parameters under their names, for `--adapter-path`;
 `state.safetensors` holds them again with the optimizer's state and how far the run is. Each file
@@ -26,7 +26,7 @@ ADAPTERS = "adapters.safetensors"
 STATE = "state.safetensors"
 _ANEW = "choose another folder to begin anew"
 
-# A run goes on with these as they were; the others may change.
+# These settings must stay as they were when a run goes on; the others may change.
 _FIXED = (
     "batch_size", "grad_accumulation_steps", "sorted_batches", "seed", "optimizer",
     "fine_tune_type", "num_layers",
@@ -37,7 +37,8 @@ Tree = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunState:
-    """A run after `step` optimizer steps, which saw `tokens` ids. The trees are of arrays."""
+    """A run after `step` optimizer steps, which saw `tokens` ids. `parameters` and `optimizer` are
+    trees of arrays: what is trained, and the state of the optimizer."""
 
     step: int
     tokens: int
@@ -46,7 +47,7 @@ class RunState:
 
 
 def save(folder: Path, state: RunState, config: TrainConfig) -> None:
-    """Write both files."""
+    """Write `adapters.safetensors` and `state.safetensors` into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     parameters, optimizer = _flat(state.parameters), _flat(state.optimizer)
     arrays = {f"parameters.{name}": value for name, value in parameters.items()}
@@ -58,11 +59,11 @@ def save(folder: Path, state: RunState, config: TrainConfig) -> None:
 
 def load(folder: Path, parameters: Tree, config: TrainConfig) -> RunState | None:
     """The state in `folder`, or None where there is none. `parameters` are the model's trainable
-    ones, which those of the state must be like.
+    ones, whose names and shapes the state must have.
 
     Raises:
         CheckpointError, ConfigError: the file is damaged.
-        UsageError: it is of another run.
+        UsageError: the state is of a run with other settings or parameters.
     """
     path = folder / STATE
     if not path.exists():
@@ -116,5 +117,5 @@ def _replace(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) 
 
 def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
-    mx.eval(loaded[0])  # the file is replaced later, so nothing may be left on it
+    mx.eval(loaded[0])  # the file is replaced later, so no array may still have to be read from it
     return loaded

@@ -1,8 +1,7 @@
 """What memory training takes, in bytes counted from the shapes; 1 GB is 1e9 bytes.
 
-Counted is what a step holds at its peak: weights, what is trained with gradients and optimizer,
-what the backward pass needs of the forward pass, and the logits. Letters: S sequence positions,
-C canvas, D hidden, V vocabulary, K experts per token.
+The count is of what a step holds at its peak: weights, what is trained with gradients and
+optimizer, what the backward pass needs of the forward pass, and the logits.
 """
 
 from __future__ import annotations
@@ -21,10 +20,11 @@ from mlx_diffgemma.train.config import TrainConfig
 from mlx_diffgemma.train.cross_entropy import BLOCK
 
 _OPTIMIZER_COPIES = {"adam": 2, "adamw": 2, "muon": 1, "sgd": 1, "adafactor": 0.1}
-# Float32 copies of logits alive at once, loss and gradient, as MLX was seen to hold them: of all,
-# where they are one block, and of a block else; on a CPU, whose forms take more, and on a GPU.
+# Float32 copies of logits that MLX was seen to hold at once for loss and gradient, by the bytes of
+# an activation (4 on a CPU, 2 on a GPU): of all logits where they are one block, and of one block
+# where they are several.
 _LOGIT_COPIES = {4: (13, 20), 2: (7, 15)}
-_GUESS_COPIES = 3  # in the first pass, for the examples that see their own guess
+_GUESS_COPIES = 3  # copies of logits in the first pass, for the examples that see their own guess
 _TRANSIENT = 3.5  # copies of a layer's activations while its gradient is computed
 
 
@@ -33,12 +33,13 @@ class TrainingMemory:
     """Bytes that a training step holds at its peak.
 
     Attributes:
-        weights: of the base.
+        weights: weights of the base.
         trained: the adapters; 0 where the weights themselves are trained.
-        gradients: of what is trained; twice where batches are accumulated.
-        optimizer: its state.
-        activations: kept for the backward pass, and of one layer while its gradient is computed.
-        logits: of canvas and encoder, with their gradient.
+        gradients: gradients of what is trained; twice where batches are accumulated.
+        optimizer: state of the optimizer.
+        activations: what is kept for the backward pass, and what one layer takes while its gradient
+            is computed.
+        logits: logits of canvas and encoder, with their gradient.
     """
 
     weights: int
@@ -70,7 +71,7 @@ def estimate(
 
     Args:
         weights: bytes of the base.
-        activation_bytes: of a number between layers: 2, or 4 on a CPU.
+        activation_bytes: bytes of a number between layers, which are 2, or 4 on a CPU.
 
     Raises:
         UsageError: a target matches nothing.
@@ -111,7 +112,11 @@ def _logits(shapes: ModelConfig, config: TrainConfig, length: int, activation_by
 
 
 def trained_numbers(shapes: ModelConfig, config: TrainConfig) -> int:
-    """How many numbers are trained."""
+    """How many numbers a run trains.
+
+    Raises:
+        UsageError: a target matches nothing.
+    """
     return sum(_trained(shapes, config))
 
 
@@ -131,10 +136,11 @@ def activation_bytes() -> int:
 
 
 def require(needed: TrainingMemory, name: str, config: TrainConfig) -> None:
-    """Stop before a run that cannot end well.
+    """Refuse a run of the model `name` that needs more memory than this machine has.
 
     Raises:
-        MemoryShortageError: with the numbers, and what to do.
+        MemoryShortageError: the memory does not suffice; the message gives the numbers, and what to
+            do.
     """
     mends = [] if config.grad_checkpoint else ["--grad-checkpoint"]
     mends += [f"a --batch-size below {config.batch_size}"] if config.batch_size > 1 else []
