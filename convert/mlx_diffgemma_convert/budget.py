@@ -1,4 +1,4 @@
-"""A mixed recipe of a wanted size: the bits go where the model misses them most.
+"""A mixed recipe of a wanted size: more bits go to the modules that lose most by having fewer.
 
 Each group of modules (one class in one layer) is quantized alone to each format, and the
 divergence of the canvas logits from the source's is its sensitivity. From the best format
@@ -39,8 +39,10 @@ class Group:
     """The modules of one class in one layer.
 
     Attributes:
-        selector: as `--set` spells it.
-        formats: those that fit all of its modules, from the largest to the smallest.
+        selector: the group as `--set` spells it.
+        paths: paths of its modules.
+        weights: number of their weights.
+        formats: formats that fit all of its modules, from the largest to the smallest.
     """
 
     selector: str
@@ -54,7 +56,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Choice:
-    """A mixed recipe: the format of each group, and what to expect of it."""
+    """A mixed recipe.
+
+    Attributes:
+        formats: format of each group, by its selector.
+        nbytes: bytes of the whole model.
+        expected_kl: sum of the divergences of all groups, in nats.
+    """
 
     formats: Mapping[str, Format]
     nbytes: int
@@ -91,8 +99,8 @@ def sensitivities(
     reference: Reference,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[tuple[str, Format], float]:
-    """Divergence of the model with one group in one format, all else as it is, for every group and
-    format. The model is as before afterwards.
+    """Divergence in nats of the model with one group in one format and all else as it is, by the
+    group's selector and the format. The model is as before afterwards.
 
     Raises:
         UsageError: the model is quantized, so there is nothing to compare with.
@@ -117,7 +125,7 @@ def sensitivities(
 
 
 def _rounded(weight: mx.array, fmt: Format) -> mx.array:
-    """A weight as it comes back from a format."""
+    """A weight after it was quantized to a format and dequantized again."""
     packed = mx.quantize(weight.astype(mx.bfloat16), **fmt.parameters)
     back = mx.dequantize(*packed, **fmt.parameters).astype(weight.dtype)
     mx.eval(back)
@@ -127,7 +135,10 @@ def _rounded(weight: mx.array, fmt: Format) -> mx.array:
 def choose(
     groups: Sequence[Group], costs: Mapping[tuple[str, Format], float], fixed: int, budget: int
 ) -> Choice:
-    """The greedy choice. `fixed` bytes go to what is never quantized.
+    """Choose the formats of all groups greedily, so that the model fits in `budget` bytes.
+
+    `costs` holds the divergences that `sensitivities` gives; `fixed` bytes go to what is never
+    quantized.
 
     Raises:
         UsageError: even the smallest formats do not fit.
@@ -159,7 +170,8 @@ def choose(
 
 
 def rules_of(choice: Choice) -> list[str]:
-    """The choice as rules: what most layers of a class have, then the exceptions."""
+    """The choice as rules: for each class, the format of most of its groups, then the
+    exceptions."""
     rules = []
     for kind in QUANTIZABLE_CLASSES:
         of_kind = {s: f for s, f in choice.formats.items() if s.rpartition(".")[2] == kind}

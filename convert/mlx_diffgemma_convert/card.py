@@ -1,4 +1,5 @@
-"""The model card: what this repository is, made from what, how large, how exact, how to run it."""
+"""The model card: what a repository holds and is made from, its size and errors, and how to run
+it."""
 
 from __future__ import annotations
 
@@ -16,7 +17,11 @@ CARD = "README.md"
 
 
 def write_card(plan: Plan, records: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """Write `README.md`; `records` are those of the tensors, by name."""
+    """Write `README.md` into `folder`; `records` holds the record of each tensor, by name.
+
+    Raises:
+        CheckpointError: the source's own card cannot be read.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     origin = _source_card(plan)

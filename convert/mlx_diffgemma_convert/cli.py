@@ -1,4 +1,5 @@
-"""`mlx-diffgemma-convert`: convert (the default), verify, measure. Heavy imports come when used."""
+"""`mlx-diffgemma-convert`: convert (the default), verify, upload and measure. Heavy modules are
+imported only by the command that needs them."""
 
 from __future__ import annotations
 

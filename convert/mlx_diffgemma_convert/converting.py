@@ -29,7 +29,12 @@ from mlx_diffgemma_convert.source import FolderSource, Source
 
 
 def run_convert(conversion: Conversion, *, as_json: bool = False) -> None:
-    """Plan, and unless only that is wanted, convert and upload."""
+    """Plan a conversion and, unless only the plan is wanted, convert and upload.
+
+    Raises:
+        CheckpointError: the source cannot be read, is damaged or has changed, or there is no room.
+        UsageError: options contradict each other, or the target may not be written.
+    """
     if conversion.recipe == "list":
         print_recipes()
         return
@@ -107,7 +112,11 @@ def chosen_recipe(conversion: Conversion) -> tuple[Recipe, list[Rule]]:
 
 
 def named_recipe(name: str) -> Recipe:
-    """A recipe by name, or from a JSON file that `measure --budget` wrote."""
+    """A recipe by name, or from a JSON file that `measure --budget` wrote.
+
+    Raises:
+        UsageError: there is no such recipe, or the file holds none.
+    """
     if name in RECIPES:
         return RECIPES[name]
     try:
@@ -156,14 +165,15 @@ def _plan(source: Source, recipe: Recipe, rules: list[Rule], conversion: Convers
 
 
 def print_recipes() -> None:
-    """The table of recipes, on stdout."""
+    """Print the table of recipes on stdout."""
     for name, recipe in RECIPES.items():
         print(f"{name:8} {'  '.join(map(str, recipe.rules))}")
 
 
 @contextmanager
 def progress_bar(plan: Plan, quiet: bool) -> Iterator[Progress]:
-    """One bar over all source bytes, on stderr, and the tensor at work."""
+    """Show a bar over all source bytes and the tensor at work on stderr, unless `quiet`. Gives the
+    function that moves the bar."""
     if quiet:
         yield lambda target, source_bytes: None
         return
@@ -193,7 +203,11 @@ def progress_bar(plan: Plan, quiet: bool) -> Iterator[Progress]:
 
 
 def run_verify(folder: Path, source: str | None, revision: str | None, as_json: bool) -> None:
-    """Check a folder, and compare it with its source if that is given."""
+    """Check a folder, and compare it with its source where one is given.
+
+    Raises:
+        CheckpointError: a file or a tensor is not as it should be.
+    """
     from mlx_diffgemma_convert.verify import compare_with_source, verify
 
     found = verify(folder)
@@ -207,7 +221,11 @@ def run_verify(folder: Path, source: str | None, revision: str | None, as_json: 
 
 
 def run_upload(folder: Path, repository: str, dry_run: bool, as_json: bool) -> None:
-    """Upload a folder that is sound."""
+    """Check a folder, then upload it.
+
+    Raises:
+        CheckpointError: the folder is not as it was written, or the upload fails.
+    """
     from mlx_diffgemma_convert.verify import verify
 
     verify(folder)

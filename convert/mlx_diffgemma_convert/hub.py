@@ -35,8 +35,11 @@ def open_source(
     """The checkpoint that a user names: a folder or a repository.
 
     Args:
-        downloads: where shards are fetched to that are deleted after use; None keeps them in the
-            hub's own cache.
+        model: path of a folder, or "owner/name".
+        revision: branch, tag or commit of a repository.
+        downloads: folder for shards that are deleted after use; None keeps them in the hub's own
+            cache.
+        retries: new attempts where the network is lost.
 
     Raises:
         CheckpointError: there is no such checkpoint.
@@ -106,7 +109,8 @@ class HubSource:
         self.tensors = self._headers(api)
 
     def shard_path(self, shard: str) -> Path:
-        """The shard as a file. The one after it is fetched meanwhile, unless room is short."""
+        """The shard as a file. The next shard is fetched meanwhile, unless shards are deleted after
+        use."""
         ahead = self._ahead.pop(shard, None)
         self.announce(f"fetching {shard}")
         path = ahead.result() if ahead is not None else self._fetch(shard)
@@ -122,11 +126,12 @@ class HubSource:
             (self._downloads / shard).unlink(missing_ok=True)
 
     def identities(self) -> dict[str, Any]:
-        """None: the commit says it all."""
+        """No identities: files of one commit never change."""
         return {}
 
     def room_needed(self, shards: Collection[str]) -> list[tuple[Path, int]]:
-        """What downloading `shards` takes: all of them, or the largest where each is deleted."""
+        """The folder that `shards` go to, and the bytes that they take there: those of all that are
+        missing, or those of the largest where each is deleted after use."""
         from huggingface_hub import constants, try_to_load_from_cache
 
         if self._downloads is not None:
@@ -193,7 +198,8 @@ class HubSource:
         )
 
     def _insist(self, what: str, call: Callable[[], _T]) -> _T:
-        """Try again where the network is at fault (a download goes on where it stopped)."""
+        """What `call` returns, tried again where the network is at fault; a download goes on where
+        it stopped."""
         otherwise = (
             f"cannot be converted: {what} cannot be fetched ({{}}); check the network, then run "
             "the same command again: it goes on where it stopped"

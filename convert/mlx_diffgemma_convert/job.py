@@ -26,7 +26,13 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a conversion did."""
+    """What a conversion did.
+
+    Attributes:
+        target: the folder that was made.
+        source_bytes, stored_bytes: bytes of the weights that were read and written.
+        resumed_files: files of weights that an earlier run had finished.
+    """
 
     target: Path
     source_bytes: int
@@ -35,7 +41,11 @@ class Outcome:
 
 
 def check_target(target: Path, source_folder: Path | None) -> None:
-    """Raise UsageError if nothing may be written there."""
+    """Check that `target` may be made.
+
+    Raises:
+        UsageError: it is the source itself, or it exists already.
+    """
     if source_folder is not None and target.resolve() == source_folder.resolve():
         raise UsageError(f"{target} is the source itself; choose another --mlx-path.")
     if target.exists():
@@ -49,10 +59,12 @@ def convert(
     restart: bool = False,
     progress: Progress = lambda target, source_bytes: None,
 ) -> Outcome:
-    """Carry out a plan. `journal` is that of the target, entered.
+    """Carry out a plan. `journal` is the journal of the target, locked by its context.
 
     Raises:
-        CheckpointError, UsageError: the source is broken or has changed, there is no room, ...
+        CheckpointError: the source is damaged or has changed, the result does not verify, or there
+            is no room.
+        UsageError: the settings differ from those of the run that is to go on.
     """
     if journal.published(plan):
         journal.discard()
@@ -79,7 +91,8 @@ def convert(
 
 
 class _Watch:
-    """Passes progress on, keeps the journal, and lets go of source shards that are done with."""
+    """Passes progress on, keeps the journal, and releases source shards that are not needed
+    again."""
 
     def __init__(self, plan: Plan, journal: Journal, reader: ShardReader, tell: Progress) -> None:
         self._plan, self._journal, self._reader = plan, journal, reader
@@ -104,7 +117,7 @@ class _Watch:
         self.release()
 
     def release(self) -> None:
-        """Let go of source shards whose every tensor is on the disk in its new form."""
+        """Release the source shards whose tensors are all on the disk in their new form."""
         recorded = self._journal.recorded()
         left = [target for target in self._plan.targets if target.name not in recorded]
         needed = {shard for target in left for shard in target.shards}

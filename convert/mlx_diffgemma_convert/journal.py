@@ -1,4 +1,4 @@
-"""What has been done, on disk, so that a conversion that was interrupted goes on.
+"""The record on disk of what a conversion has done, so that an interrupted one can go on.
 
 Everything is made in `TARGET.partial`, next to the target: `result/` becomes the target in one
 rename at the end, `journal.json` says which files of it are finished and how much of the current
@@ -25,7 +25,19 @@ from mlx_diffgemma_convert.stream import Written, source_digest
 
 
 class Journal:
-    """The partial folder of one conversion, held locked while in use (as a context manager)."""
+    """The partial folder of one conversion, locked while its context is open.
+
+    Attributes:
+        target: the folder to make.
+        folder: the partial folder.
+        result: folder in it that becomes the target.
+        downloads: folder in it for source shards that are deleted after use.
+        done: finished files, each with its size, checksum and the records of its tensors.
+        current: the file that is being written, or None.
+
+    Raises:
+        UsageError: on entering, the folder cannot be made, or another conversion uses it.
+    """
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -72,8 +84,8 @@ class Journal:
         return self._file.exists()
 
     def published(self, plan: Plan) -> bool:
-        """Whether an earlier run of the plan was stopped between its last two steps: the target is
-        complete, only this folder was not removed."""
+        """Whether an earlier run of the plan was stopped between its last two steps, so that the
+        target is complete and only the partial folder is left."""
         if not (self.target.exists() and self.begun) or self.result.exists():
             return False
         return bool(self._read()["fingerprint"] == plan.fingerprint)
@@ -82,7 +94,7 @@ class Journal:
         """The journal of an earlier run.
 
         Raises:
-            CheckpointError: it is damaged.
+            CheckpointError: the journal is damaged.
         """
         mend = "add --restart to begin anew"
         state = read_object(self._file, mend=mend)
@@ -95,8 +107,8 @@ class Journal:
         """Begin, or go on where an earlier run of the same plan stopped.
 
         Raises:
-            CheckpointError: the source is not what it was.
-            UsageError: the settings are not what they were.
+            CheckpointError: the source has changed since that run, or its journal is damaged.
+            UsageError: the settings are not those of that run.
         """
         if restart:
             self.discard()
@@ -143,7 +155,11 @@ class Journal:
             raise self._changed(plan, f"{plan.source.name} has changed")
 
     def _compare_content(self, plan: Plan) -> None:
-        """Shards that look touched since are read again, as far as their content is known."""
+        """Read shards that look changed since the earlier run again, and compare checksums.
+
+        Raises:
+            CheckpointError: the content of a shard has changed, or is not known.
+        """
         before, now = self._state["identities"], plan.source.identities()
         touched = {shard for shard, identity in now.items() if before.get(shard) != identity}
         if not touched:
@@ -185,7 +201,7 @@ class Journal:
         disk.write_atomically(self._file, json.dumps(state).encode())
 
     def publish(self) -> None:
-        """Give the result its name; from here on the conversion is done."""
+        """Give the result its final name, and remove the partial folder's content."""
         disk.sync(self.result)
         self.result.rename(self.target)
         disk.sync(self.target.parent)

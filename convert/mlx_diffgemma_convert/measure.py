@@ -38,8 +38,8 @@ class Divergence:
 
     Attributes:
         kl: Kullback-Leibler divergence in nats at each noise level, without self-conditioning.
-        kl_conditioned: the same with self-conditioning.
-        flips: share of positions whose likeliest token is another one.
+        kl_conditioned: this divergence in nats at each noise level, with self-conditioning.
+        flips: share of positions whose likeliest token is not the source's.
     """
 
     kl: tuple[float, ...]
@@ -54,7 +54,16 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Measured:
-    """One line of the report."""
+    """What was measured of one model.
+
+    Attributes:
+        name: the model as the user named it.
+        nbytes: bytes of its weights.
+        bits_per_weight: mean over the weights of text, without those of the vision tower.
+        divergence: from the source; None for the source itself.
+        steps_per_canvas: mean number of denoising steps.
+        exact: share of answers equal to the known ones; None where none is known.
+    """
 
     name: str
     nbytes: int
@@ -71,8 +80,9 @@ class Measured:
 
 
 class Reference:
-    """What the source thinks of every probe, on the disk: it is too large for memory where the
-    vocabulary is, and source and converted model need not be in memory at the same time."""
+    """The source's log probabilities for every probe, kept on the disk: with a large vocabulary
+    they do not fit into memory, and source and converted model need not be loaded at the same
+    time."""
 
     def __init__(self, folder: Path, probes: Sequence[Probe], config: DiffusionConfig) -> None:
         self._folder, self.probes, self.config = folder, probes, config
@@ -83,7 +93,7 @@ class Reference:
                 np.save(self._file(number, view), np.array(log_p))
 
     def compare(self, model: DiffusionGemma) -> Divergence:
-        """How far `model` is from what was recorded."""
+        """Divergence of `model` from the model that was recorded."""
         views = 2 * len(LEVELS)
         kl, flips, count = np.zeros(views), 0.0, 0
         for number, probe in enumerate(self.probes):
@@ -107,7 +117,7 @@ class Reference:
 def reference_of(
     model: DiffusionGemma, tokenizer: Any, tasks: Sequence[Task], seed: int
 ) -> Iterator[Reference]:
-    """Probe the source; its answers stay on the disk while the context lasts."""
+    """Probe the source; its log probabilities stay on the disk while the context is open."""
     config = diffusion_config(model)
     with tempfile.TemporaryDirectory() as folder:
         reference = Reference(

@@ -27,7 +27,11 @@ _UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2*
 def run_measure(
     source: str, converted: Sequence[str], measurement: Measurement, *, as_json: bool = False
 ) -> None:
-    """Measure what was named; find a mixed recipe if a budget is given."""
+    """Measure the models that are named, and find a mixed recipe where a budget is given.
+
+    Raises:
+        UsageError: options contradict each other, or the budget is too small.
+    """
     if not converted and measurement.budget is None:
         raise UsageError("name converted models to compare with the source, or give --budget.")
     if measurement.plot and not converted:
@@ -79,7 +83,11 @@ def run_measure(
 def find_recipe(
     source: str, tasks: Sequence[Task], budget: int, seed: int
 ) -> tuple[Choice, list[str]]:
-    """The mixed recipe that diverges least within `budget` bytes."""
+    """The mixed recipe that a greedy choice finds within `budget` bytes, and its rules.
+
+    Raises:
+        UsageError: the source is quantized, or the budget is too small.
+    """
     from mlx_diffgemma.checkpoint.locate import locate
     from mlx_diffgemma.generation import load
     from mlx_diffgemma_convert.budget import choose, groups_of, rules_of, sensitivities
@@ -98,7 +106,11 @@ def find_recipe(
 
 
 def parse_size(text: str) -> int:
-    """Bytes from `14GB` or `1.4MB`."""
+    """The number of bytes in a size such as `14GB` or `1.4MB`.
+
+    Raises:
+        UsageError: `text` is no size.
+    """
     for unit, factor in _UNITS.items():
         if text.endswith(unit):
             try:
@@ -185,5 +197,5 @@ def write_plot(path: Path, points: Sequence[Point]) -> None:
 
 
 def _free(labels: Sequence[tuple[float, float]], x: float, y: float) -> bool:
-    """Whether a label there would lie on none of those placed before it."""
+    """Whether a label at (x, y) would lie on none of `labels`."""
     return all(abs(x - other_x) > 90 or abs(y - other_y) > 14 for other_x, other_y in labels)

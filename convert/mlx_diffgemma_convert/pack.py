@@ -1,4 +1,4 @@
-"""One block of rows: from source bytes to the bytes that are stored, and how much was lost.
+"""How one block of rows becomes the bytes that are stored, and how much is lost by it.
 
 A block is small enough (a few MB) that several in flight stay far below the memory promised, and
 holds whole rows, so that blocks are packed independently and give what the whole would give.
@@ -69,7 +69,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Packed:
-    """The bytes of a block by part, and the loss."""
+    """The bytes of a block by part ("weight", "scales", "biases"), and what storing them lost."""
 
     block: Block
     parts: Mapping[str, np.ndarray]
@@ -77,7 +77,7 @@ class Packed:
 
 
 def blocks(target: Target) -> Iterator[Block]:
-    """A target in blocks, the last one smaller."""
+    """The blocks of a target; the last one may be smaller than the others."""
     row_bytes = max(1, target.source_bytes // max(target.rows, 1))
     step = max(1, _BLOCK_BYTES // row_bytes)
     for start in range(0, target.rows, step):
@@ -85,7 +85,8 @@ def blocks(target: Target) -> Iterator[Block]:
 
 
 def pack(block: Block, raw: Mapping[str, np.ndarray]) -> Packed:
-    """Turn the bytes of a block into what is stored. Runs in any thread, each on its own stream.
+    """Turn the bytes of a block into what is stored. Any thread may call it; each has its own
+    stream.
 
     Raises:
         CheckpointError: a weight is not finite, in the source or after conversion, or does not
@@ -117,7 +118,7 @@ def pack(block: Block, raw: Mapping[str, np.ndarray]) -> Packed:
 def compare(
     weight: mx.array, arrays: tuple[mx.array, ...], fmt: Format, name: str, every: int = 1
 ) -> Loss:
-    """Dequantize every `every`-th row and compare.
+    """Dequantize every `every`-th row and compare it with `weight` (rows x columns).
 
     Raises:
         CheckpointError: a difference is larger than the format allows.
@@ -192,10 +193,10 @@ def _kept(block: Block, raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _in_dtype(values: mx.array, dtype: str, name: str) -> mx.array:
-    """Finite values in another type.
+    """Finite values as `dtype`.
 
     Raises:
-        CheckpointError: one of them does not fit.
+        CheckpointError: a value does not fit the type.
     """
     if values.dtype == MX_DTYPES[dtype]:
         return values
@@ -219,7 +220,7 @@ def _check_fits(values: mx.array, dtype: str, name: str) -> None:
 
 
 def to_mx(data: np.ndarray, dtype: str, columns: int) -> mx.array:
-    """Bytes as a matrix of rows."""
+    """Bytes of the type `dtype` as a matrix, rows x `columns`."""
     unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[ITEM_BYTES[dtype]]
     array = mx.array(data.view(unsigned).reshape(-1, columns))
     return array if MX_DTYPES[dtype] == array.dtype else array.view(MX_DTYPES[dtype])

@@ -1,8 +1,8 @@
 """What will be written, worked out from the headers of the source before a weight is read.
 
-A target is one parameter of the output: a matrix (or stack of them, seen as rows x columns) that is
-filled from pieces of source tensors. So whole tensors, stacks of gates and ups, and one tensor per
-expert all go the same way.
+A target is one parameter of the output: a matrix (or a stack of them, seen as rows x columns) that
+is filled from pieces of source tensors. So whole tensors, stacks of gates and ups, and one tensor
+per expert are all handled alike.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class Target:
 
     Attributes:
         name: its name in MLX.
-        shape: unquantized.
-        format: how it is stored ("none": in `dtype`).
-        dtype: of the values, or of the scales where they are floats.
+        shape: its shape before quantization.
+        format: how it is stored; one that does not quantize stores it in `dtype`.
+        dtype: type of the values, or of scales that are floats.
         parts: pieces of the source by part: "weight" and, where that is quantized, "scales" and
             "biases".
-        source_format: how the source stores it, if quantized.
+        source_format: format in which the source stores it; None where it is not quantized.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Target:
         return list(dict.fromkeys(p.tensor.name for part in self.parts.values() for p in part))
 
     def stored(self, hugging_face: bool = False) -> tuple[Stored, ...]:
-        """The tensors of the output file that hold it."""
+        """The tensors of the output file that hold the parameter."""
         if not self.format.quantized:
             name = to_hugging_face(self.name) if hugging_face else self.name
             return (Stored(name, self.dtype, self.shape),)
@@ -121,7 +121,7 @@ class Plan:
     Attributes:
         shards: the targets of each file, in the order in which they are written.
         fingerprint: equal for two plans that write the same bytes from the same headers.
-        settings: what of the fingerprint the user chose, for messages.
+        settings: the part of the fingerprint that the user chose, for messages.
     """
 
     source: Source
@@ -166,12 +166,12 @@ def make_plan(
     Args:
         recipe: formats of the modules; ignored when dequantizing.
         dtype: "bf16", "fp16" or "fp32" for what is not quantized; None keeps what the source has.
-        dequantize: the source is quantized, the output is not.
-        keep_formats: every module keeps the format in which the source stores it; the recipe is
-            only a name then.
-        hugging_face: write the names of the reference implementation.
+        dequantize: whether the source is quantized and the output is not.
+        keep_formats: whether every module keeps the format in which the source stores it; the
+            recipe is only a name then.
+        hugging_face: whether to write the names of the reference implementation.
         shard_size: most bytes of a file.
-        vision: whether the vision tower comes along.
+        vision: whether the output holds the vision tower.
 
     Raises:
         CheckpointError: a tensor is missing, extra or of the wrong shape.
@@ -317,8 +317,8 @@ def _check_packed(
 def _packed_vision(
     config: ModelConfig, gathered: Mapping[str, list[SourceTensor]]
 ) -> dict[str, Format]:
-    """The format of every packed matrix of the vision tower, by path. Nothing else says what its
-    shapes are, so the config is believed."""
+    """The format of every packed matrix of the vision tower, by path. It is taken from the config,
+    since no expected shapes are known to check it with."""
     formats = {}
     for name in gathered:
         path = module_path(name)
@@ -330,7 +330,7 @@ def _packed_vision(
 def _unpacked(
     name: str, fmt: Format, gathered: Mapping[str, list[SourceTensor]], dtype: str | None
 ) -> Target:
-    """A packed matrix of the vision tower as a plain one."""
+    """The target that stores a packed matrix of the vision tower as a plain one."""
     path, packed = module_path(name), gathered[name][0]
     shape = (*packed.shape[:-1], packed.columns * 32 // fmt.bits)
     tensors = {part: gathered.get(f"{path}.{part}", []) for part in _PARTS}
@@ -346,8 +346,8 @@ def _unpacked(
 
 
 def _other(recipe: Recipe) -> Format:
-    """What becomes of parameters that are never quantized, norms and the like: a recipe that makes
-    plain numbers of all else converts them too."""
+    """The format of parameters that are never quantized, such as norms: a recipe that makes plain
+    numbers of all modules converts these parameters too."""
     plain = (r.format for r in recipe.rules if r.selector == "all" and r.format.mode in FLOATS)
     return next(plain, Format(KEEP))
 

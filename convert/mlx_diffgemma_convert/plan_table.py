@@ -1,4 +1,4 @@
-"""What a recipe makes of a checkpoint, before anything is fetched or written."""
+"""The table that `--plan` shows: sizes and memory of a result before any weight is fetched."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def peak_memory(plan: Plan) -> int:
 
 
 def summary(plan: Plan) -> dict[str, Any]:
-    """The table for machines."""
+    """The plan for machines: sizes in bytes, the smallest Macs in GB, and the rows of the table."""
     stored, needed = plan.stored_bytes(), peak_memory(plan)
     as_is, raised = memory.smallest_mac(needed)
     return {

@@ -36,7 +36,7 @@ PROMPTS = (
     "Give the JSON of a user with a name, an e-mail address and three hobbies.",
 )
 LEVELS = (0.9, 0.6, 0.3)
-_LOGITS = 1 << 25  # most logits of one batch, C x V x prompts
+_LOGITS = 1 << 25  # most logits of one batch, P x C x V
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,9 @@ def make_probes(
 def log_probabilities(
     model: DiffusionGemma, probe: Probe, config: DiffusionConfig
 ) -> Iterator[mx.array]:
-    """What a model thinks of the canvases of a probe, [P, C, V] at the temperature of the level:
-    for each level without self-conditioning, then with what it expected itself."""
+    """Log probabilities [P, C, V] of a model for the canvases of a probe, at the temperature of the
+    noise level: for each level without self-conditioning, then with the model's own soft
+    embeddings of the pass before."""
     prefixes = [_prefix(model, prompt) for prompt in probe.prompts]
     for level, canvas in zip(LEVELS, probe.canvases, strict=True):
         temperature = config.t_min + (config.t_max - config.t_min) * level
@@ -139,7 +140,12 @@ def _prefix(model: DiffusionGemma, prompt: Sequence[int]) -> Prefix:
 
 @dataclass(frozen=True)
 class Generated:
-    """How generation went: denoising steps of each canvas, and the share of exact answers."""
+    """How generation went.
+
+    Attributes:
+        steps_per_canvas: mean number of denoising steps.
+        exact: share of answers equal to the known ones; None where none is known.
+    """
 
     steps_per_canvas: float
     exact: float | None

@@ -49,7 +49,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Read the record back.
 
     Raises:
-        CheckpointError: it is missing, or not as it was written.
+        CheckpointError: the record is missing or unreadable, or not as it was written.
     """
     path = folder / RECORD
     try:

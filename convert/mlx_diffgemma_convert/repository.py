@@ -65,7 +65,8 @@ def weight_index(plan: Plan) -> dict[str, Any]:
 
 
 def write_side_files(plan: Plan, folder: Path) -> dict[str, str]:
-    """Write config and index, copy the rest; returns the sha256 of each file, the card's too."""
+    """Write config and index, and copy the other files of the source. Returns the sha256 of each
+    file, including that of the model card."""
     for name, content in (("config.json", converted_config(plan)), (INDEX, weight_index(plan))):
         write_atomically(folder / name, json_bytes(content))
     names = ["README.md", "config.json", INDEX]
@@ -76,7 +77,7 @@ def write_side_files(plan: Plan, folder: Path) -> dict[str, str]:
 
 
 def json_bytes(content: Any) -> bytes:
-    """JSON as it is laid out in every file that is written here."""
+    """JSON in the layout of every file that the converter writes."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 

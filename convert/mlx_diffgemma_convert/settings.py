@@ -16,7 +16,7 @@ _RESULT, _WEIGHTS, _NETWORK = "Result", "Formats of weights", "Network"
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion: of what, into what, and where to.
+    """What to convert, into which formats, and where to.
 
     Raises:
         UsageError: a number is out of range.

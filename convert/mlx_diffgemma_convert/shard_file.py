@@ -15,7 +15,8 @@ from mlx_diffgemma_convert.plan import Stored
 
 
 def header_bytes(tensors: Iterable[Stored], kind: str) -> bytes:
-    """Length and header of a file that holds `tensors` one after the other."""
+    """The bytes of the length and the header of a file that holds `tensors` one after the other;
+    `kind` is its "format" ("mlx" or "pt")."""
     header: dict[str, object] = {"__metadata__": {"format": kind}}
     position = 0
     for tensor in tensors:
@@ -32,7 +33,8 @@ def header_bytes(tensors: Iterable[Stored], kind: str) -> bytes:
 
 
 class ShardFile:
-    """Writes to `path` with `.part` behind it, and gives it its name when all is on the disk."""
+    """Writes to a file named `path` with `.part` behind it, which gets the name `path` when all of
+    it is on the disk."""
 
     def __init__(self, path: Path, tensors: Iterable[Stored], kind: str, keep: int = 0) -> None:
         """Begin a file; `keep` bytes of an earlier `.part` are taken over."""
@@ -66,11 +68,11 @@ class ShardFile:
             view = view[self._file.write(view) :]
 
     def sync(self) -> None:
-        """What was written is on the disk when this returns."""
+        """Wait until all that was written is on the disk."""
         os.fsync(self._file.fileno())
 
     def finish(self) -> str:
-        """Put the file in place; returns its sha256."""
+        """Put the file in place. Returns its sha256."""
         self.sync()
         self._file.close()
         disk.put_in_place(self._partial, self._path)

@@ -1,7 +1,7 @@
 """Where the weights come from: the headers of safetensors files, and bytes read from them.
 
-Nothing is mapped into memory: rows are read into a buffer of the caller's, so that what is resident
-is what is being worked on.
+Nothing is mapped into memory: rows are read into a buffer of the caller's, so that only the rows
+that are worked on are in memory.
 """
 
 from __future__ import annotations
@@ -71,16 +71,16 @@ class Source(Protocol):
         """The shard as a file, fetched if need be."""
 
     def release(self, shard: str) -> None:
-        """The shard is not needed again."""
+        """Note that the shard is not needed again."""
 
     def identities(self) -> dict[str, Any]:
-        """Size and time of change of the shards that may change under us."""
+        """Size and time of change of the shards that may change during a conversion, by name."""
 
     def room_needed(self, shards: Collection[str]) -> list[tuple[Path, int]]:
-        """Folders and how many bytes will be downloaded into them, to read `shards`."""
+        """The folders that reading `shards` downloads to, each with a number of bytes."""
 
     def card(self) -> Path | None:
-        """Its README, if it has one."""
+        """The checkpoint's README, or None."""
 
     def side_files(self) -> Mapping[str, Path]:
         """Everything but weights, index and config that belongs to the checkpoint, by name."""
@@ -102,7 +102,7 @@ class FolderSource:
         return self.folder / shard
 
     def release(self, shard: str) -> None:
-        """A user's own file stays."""
+        """Do nothing: a file of the user stays where it is."""
 
     def identities(self) -> dict[str, Any]:
         """Size and time of change of each shard."""
@@ -110,7 +110,7 @@ class FolderSource:
         return {shard: [stat.st_size, stat.st_mtime_ns] for shard, stat in stats.items()}
 
     def room_needed(self, shards: Collection[str]) -> list[tuple[Path, int]]:
-        """Nothing is downloaded."""
+        """An empty list: a folder needs no downloads."""
         return []
 
     def card(self) -> Path | None:
@@ -208,7 +208,11 @@ class ShardReader:
         self._files: dict[str, tuple[io.FileIO, int]] = {}
 
     def read(self, tensor: SourceTensor, row: int, out: np.ndarray) -> None:
-        """Fill `out` (bytes) with rows of `tensor` from `row` on."""
+        """Fill `out` (bytes) with rows of `tensor` from `row` on.
+
+        Raises:
+            CheckpointError: the file ends before the rows do.
+        """
         file, data = self._open(tensor.shard)
         file.seek(data + tensor.start + row * tensor.row_bytes)
         view = out.data.cast("B")
@@ -227,7 +231,7 @@ class ShardReader:
         return self._files[shard]
 
     def close(self, shard: str | None = None) -> None:
-        """Close one shard, or all."""
+        """Close one shard, or all where it is None."""
         for name in [shard] if shard is not None else list(self._files):
             opened = self._files.pop(name, None)
             if opened is not None:
@@ -241,7 +245,7 @@ class ShardReader:
 
 
 def tensors_digest(source: Source) -> str:
-    """A checksum of what the headers say: names, types, shapes, places."""
+    """A checksum of the names, types, shapes and places that the headers give."""
     described = [
         [t.name, t.shard, t.dtype, list(t.shape), t.start] for t in source.tensors.values()
     ]

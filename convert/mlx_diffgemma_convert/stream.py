@@ -1,4 +1,4 @@
-"""The pipeline: one thread reads and takes checksums, some pack, the caller's writes.
+"""The pipeline: one thread reads and takes checksums, others pack, and the caller's thread writes.
 
 Blocks are read, packed and written in the order of the plan, only a few in flight, so memory is
 bounded whatever the size of the checkpoint.
@@ -38,8 +38,8 @@ class Written:
 
     Attributes:
         size: bytes that are on the disk.
-        sha256: of a finished file.
-        tensors: by target name: format, source tensors, checksum of the source bytes, loss.
+        sha256: checksum of a finished file, else "".
+        tensors: records by target name: format, source tensors, checksum of the source bytes, loss.
     """
 
     size: int
@@ -48,16 +48,17 @@ class Written:
 
 
 class Observer(Protocol):
-    """Who hears of what happens to a file while it is written."""
+    """What is told of the progress of a file that is being written."""
 
     def progress(self, target: Target, source_bytes: int) -> None:
-        """Another block of `target` is written, made from so many bytes."""
+        """Note that another block of `target`, made from `source_bytes` bytes, is written."""
 
     def note(self, written: Written) -> None:
-        """So much is on the disk for good."""
+        """Note how much of the file is on the disk for good."""
 
     def leaves(self, target: Target) -> bool:
-        """`target` is written. True asks for a note: a source shard is not needed any more."""
+        """Note that `target` is written. Returns True where a source shard is not needed any more,
+        so that `note` is to be called."""
 
 
 def write_shard(
@@ -68,7 +69,11 @@ def write_shard(
     observer: Observer,
     begun: Written | None = None,
 ) -> Written:
-    """Write one file of the plan to `path`, going on from `begun` where that is still there."""
+    """Write one file of the plan to `path`, going on from `begun` where its bytes are still there.
+
+    Raises:
+        CheckpointError: a source shard is damaged, or a weight cannot be stored in its format.
+    """
     targets = plan.shards[file]
     stored = [s for target in targets for s in target.stored(plan.hugging_face)]
     kind = "pt" if plan.hugging_face else "mlx"
@@ -140,7 +145,8 @@ class _Behind:
 def packed_blocks(
     targets: Iterable[Target], reader: ShardReader, digests: dict[str, Any]
 ) -> Generator[Packed, None, None]:
-    """The blocks of `targets`, in order; `digests` gets the running checksum of each source."""
+    """The packed blocks of `targets`, in order; `digests` takes in the running checksum of the
+    source bytes of each target."""
     waiting: deque[Future[Packed]] = deque()
     readers = ThreadPoolExecutor(1, "read")
     packers = ThreadPoolExecutor(min(2, os.cpu_count() or 1) if cpu.is_device() else 1, "pack")
@@ -153,7 +159,7 @@ def packed_blocks(
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-    finally:  # where all went well nothing is left; else nobody waits for a download to end
+    finally:  # after an error, nobody waits for a download to end
         for pool in (readers, packers):
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -165,7 +171,7 @@ def _pack_read(block: Block, raw: Future[Mapping[str, np.ndarray]]) -> Packed:
 def read_block(
     block: Block, reader: ShardReader, digests: dict[str, Any]
 ) -> Mapping[str, np.ndarray]:
-    """The source bytes of a block, by part."""
+    """The source bytes of a block, by part; `digests` takes them into its target's checksum."""
     target = block.target
     digest = digests.setdefault(target.name, sha256())
     raw = {}
@@ -176,7 +182,7 @@ def read_block(
 
 
 def read_rows(pieces: Iterable[Piece], start: int, stop: int, reader: ShardReader) -> np.ndarray:
-    """Rows of a target, gathered from its pieces."""
+    """The bytes of the rows of a target from `start` to `stop`, gathered from its pieces."""
     wanted = [p for p in pieces if p.target_row < stop and p.target_row + p.rows > start]
     row_bytes = wanted[0].tensor.row_bytes
     out = np.empty((stop - start) * row_bytes, np.uint8)
@@ -189,7 +195,7 @@ def read_rows(pieces: Iterable[Piece], start: int, stop: int, reader: ShardReade
 
 
 def source_digest(target: Target, reader: ShardReader) -> str:
-    """The checksum of the source bytes of a target, read anew."""
+    """The sha256 of the source bytes of a target, which are read for it."""
     digests: dict[str, Any] = {}
     for block in blocks(target):
         read_block(block, reader, digests)

@@ -1,4 +1,5 @@
-"""Is a converted checkpoint as it was written, complete, finite, and close to its source?"""
+"""Checks that a converted checkpoint is as it was written, complete, finite, and close to its
+source."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ _CHUNK = 1 << 23
 
 @dataclass(frozen=True)
 class Verified:
-    """What was looked at."""
+    """How much was checked: files, tensors, and bytes of the weights."""
 
     files: int
     tensors: int
@@ -60,7 +61,7 @@ def verify(folder: Path) -> Verified:
     that every tensor is there in its shape and holds no NaN or infinity.
 
     Raises:
-        CheckpointError: naming the file or the tensor.
+        CheckpointError: a file or a tensor, which the message names, is not so.
     """
     record = read_record(folder)
     for name, digest in record["files"].items():
@@ -81,7 +82,8 @@ def verify(folder: Path) -> Verified:
 
 
 def _check_shard(path: Path, entry: Mapping[str, Any]) -> dict[str, SourceTensor]:
-    """One pass over a file, for its checksum and for numbers that are not finite."""
+    """Read a file once, and check its checksum and that its numbers are finite. Returns its
+    tensors."""
     _exists(path)
     if path.stat().st_size != entry["size"]:
         raise CheckpointError(
@@ -140,7 +142,7 @@ def compare_with_source(folder: Path, source: Source) -> Loss:
     allows, the others are equal to the bit (after the change of type that was asked for).
 
     Raises:
-        CheckpointError: naming the tensor.
+        CheckpointError: a tensor, which the message names, differs by more than that.
     """
     record = read_record(folder)
     plan = make_plan(

@@ -1,1 +1,1 @@
-"""How fast is it, where does the time go, and how far is that from the floor?"""
+"""Benchmarks: how fast the model is, where the time goes, and what the device could do at best."""

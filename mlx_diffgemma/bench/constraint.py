@@ -29,8 +29,9 @@ class ConstraintCost:
     """A step under one kind of constraint.
 
     Attributes:
-        seconds: median of one step. On a CPU, of the time that this program was given.
-        ratio: by that of the same step without a constraint.
+        name: of the kind of constraint; "none" is the step without one.
+        seconds: median of one step; on a CPU, seconds of processor time.
+        ratio: `seconds` over those of the same step without a constraint.
     """
 
     name: str
@@ -46,8 +47,10 @@ def measure_constraints(
     repeats: int = 5,
     seed: int = 0,
 ) -> tuple[ConstraintCost, ...]:
-    """Time a step of one canvas, always from the same tokens, since what stands there decides how
-    many experts are read."""
+    """Time a step of one canvas without a constraint and under each kind of constraint, in turns.
+
+    Every step starts from the same tokens, since the tokens decide how many experts are read.
+    """
     length = config.canvas_length or model.config.canvas_length
     vocab = model.config.text.vocab_size
     (view,) = canvas_views(model, length, prefix, 1, seed)
@@ -66,7 +69,7 @@ def measure_constraints(
     layouts = _layouts(tokens, vocab)
     runs: dict[str, Callable[[], object]] = {"none": partial(step, under(None))}
     runs |= {name: partial(step, under(layout)) for name, layout in layouts.items()}
-    # What a layout works out for itself, it works out once.
+    # A layout keeps what it works out, so this run makes a new one for every step.
     of_a_grammar = list(layouts.values())[-1]
     runs["the same, made anew each step"] = lambda: step(under(replace(of_a_grammar)))
     clock = time.process_time if cpu.is_device() else time.perf_counter

@@ -3,8 +3,8 @@
 A wait costs nothing on a CPU and a GPU much, so a step that is fast here may starve there. Inside
 `counted`, everything by which a Python program can wait for MLX, or read from an array, is counted.
 Inside `as_on_a_gpu`, a model asks for what it asks of a GPU: kernels are launched, and
-products, norms, rotations and attention are one operation each. What comes out is ones of the right
-shape and type, there when the inputs are.
+products, norms, rotations and attention are one operation each. Each of these returns ones of the
+right shape and type, which depend on its inputs.
 """
 
 from __future__ import annotations
@@ -149,16 +149,16 @@ class GpuWork:
 
 @contextmanager
 def as_on_a_gpu(*, fresh: bool = True) -> Iterator[GpuWork]:
-    """Inside, what a GPU has kernels for hands out ones without computing anything: a model is
-    certain of token 1 then, wherever it is asked. Attention also takes the memory of its scores, as
-    it does for heads of a size that Metal has no fused kernel for.
+    """Inside, every operation that a GPU has kernels for returns ones without computing anything,
+    so a model is certain of token 1 at every position. Attention also takes the memory of its
+    scores, as it does for heads of a size that Metal has no fused kernel for.
 
     Compiled functions that are traced inside keep the stand-ins, so a model that is compiled is to
     be used nowhere else.
 
     Args:
-        fresh: whether results take memory of their own, as they do on a device. Without it they are
-            made once a shape, and each stands in a graph as a single node.
+        fresh: whether results take memory of their own, as they do on a device. Where it is false,
+            results of one shape share one array, which is a single node of a graph.
     """
     work = GpuWork()
     made: dict[tuple[tuple[int, ...], mx.Dtype], mx.array] = {}
@@ -289,7 +289,7 @@ def _arrays(*given: Any) -> list[mx.array]:
 
 
 def _once_there(results: list[mx.array], inputs: Sequence[mx.array]) -> list[mx.array]:
-    """`results` that are not there before `inputs` are."""
+    """`results` as arrays that MLX makes after `inputs`."""
     return list(mx.depends(results, list(inputs)))
 
 

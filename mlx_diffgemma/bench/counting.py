@@ -2,8 +2,7 @@
 
 An operation is a multiplication or an addition. Counted are the products (everything else is small)
 and the bytes of weights and of the prefix cache, each read once: what a machine with room for all
-activations on the chip would still have to do. Letters: C canvas, L prefix, S new prefix positions,
-D hidden, V vocabulary, E experts, K per token, H heads, Dh head size.
+activations on the chip would still have to do.
 """
 
 from __future__ import annotations
@@ -19,9 +18,11 @@ from mlx_diffgemma.config import AttentionConfig, ModelConfig, TextConfig
 
 @dataclass(frozen=True)
 class Cost:
-    """Attributes:
-    operations: multiplications and additions.
-    bytes: read from memory.
+    """What some work takes at least.
+
+    Attributes:
+        operations: multiplications and additions.
+        bytes: bytes read from memory.
     """
 
     operations: float = 0.0
@@ -36,7 +37,8 @@ class Weights:
     """How the weights of a model are stored.
 
     Attributes:
-        formats: of every quantized module, by its path.
+        config: shapes of the model.
+        formats: format of every quantized module, by its path.
         item: bytes of a weight that is not quantized, and of an activation.
     """
 
@@ -45,7 +47,7 @@ class Weights:
     item: int
 
     def bytes_by_class(self) -> dict[str, float]:
-        """Bytes of all modules of a class (see `module_class`)."""
+        """Bytes of all modules of each class, by the name that `module_class` gives it."""
         sizes: dict[str, float] = {}
         for name, shape in expected_shapes(self.config).items():
             path = module_path(name)
@@ -57,7 +59,8 @@ class Weights:
 
 
 def layers_cost(weights: Weights, canvas: int, prefix: int, batch: int = 1) -> Cost:
-    """One pass of a canvas through self-conditioning and all layers, in the decoder."""
+    """Cost of one pass through self-conditioning and all layers of the decoder, of `batch` canvases
+    of `canvas` positions, each behind `prefix` tokens."""
     text, tokens = weights.config.text, batch * canvas
     operations = 2.0 * tokens * 3 * text.hidden_size * text.intermediate_size  # self-conditioning
     cached = 0.0
@@ -70,14 +73,15 @@ def layers_cost(weights: Weights, canvas: int, prefix: int, batch: int = 1) -> C
 
 
 def vocabulary_cost(weights: Weights, canvas: int, batch: int = 1) -> Cost:
-    """Head and exact self-conditioning product, the table read once for both."""
+    """Cost of the head and of the exact self-conditioning product; both read the table once."""
     text = weights.config.text
     product = 2.0 * batch * canvas * text.vocab_size * text.hidden_size
     return Cost(2 * product, weights.bytes_by_class()["embedding"])
 
 
 def prefill_cost(weights: Weights, length: int, step_size: int, batch: int = 1) -> Cost:
-    """Encoding a prompt, `step_size` positions at a time, each chunk reading all weights."""
+    """Cost of encoding `batch` prompts of `length` tokens, `step_size` positions at a time; each
+    chunk reads the weights again."""
     text, total = weights.config.text, Cost()
     for start in range(0, length, step_size):
         new = min(step_size, length - start)
@@ -105,7 +109,7 @@ def _weights_per_token(text: TextConfig, sizes: AttentionConfig) -> int:
 
 
 def _attention(sizes: AttentionConfig, pairs: float) -> float:
-    """Scores and weighted values of so many pairs of a query and a key."""
+    """Operations of the scores and weighted values of `pairs` pairs of a query and a key."""
     return 4.0 * pairs * sizes.num_heads * sizes.head_dim
 
 
@@ -116,7 +120,8 @@ def _triangle(positions: int, window: int) -> int:
 
 
 def _layer_bytes(weights: Weights, tokens: int) -> float:
-    """Weights of all layers, of the experts only those that so many tokens are likely to choose."""
+    """Bytes of the weights of all layers; of the experts, those that `tokens` tokens are likely to
+    choose."""
     text, sizes = weights.config.text, weights.bytes_by_class()
     missed = (1 - text.top_k_experts / text.num_experts) ** tokens
     return sizes["attention"] + sizes["mlp"] + sizes["router"] + sizes["experts"] * (1 - missed)

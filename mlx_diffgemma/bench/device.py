@@ -1,4 +1,4 @@
-"""The device, and what it can do at best: measured here, not looked up."""
+"""The device and what it can do at best, as it is measured on this machine."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ _COPY_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class Device:
-    """Attributes:
-    name: of the processor, as MLX gives it.
-    mlx: version of MLX.
-    dtype: in which the product was measured.
-    operations: per second, in the largest product tried.
-    bandwidth: bytes per second, read and written, of a large copy.
-    blas: what OpenBLAS calls itself where it was put under MLX, else None.
+    """The default device of a process, and its peaks.
+
+    Attributes:
+        name: of the processor, as MLX gives it.
+        mlx: version of MLX.
+        dtype: type of the numbers in the product that was measured.
+        operations: operations per second, the most of all products tried.
+        bandwidth: bytes per second, read and written, of a large copy.
+        blas: what OpenBLAS calls itself where it was put under MLX, else None.
     """
 
     name: str
@@ -40,7 +42,8 @@ class Device:
 
 
 def measure_device(dtype: mx.Dtype, blas: str | None = None) -> Device:
-    """The default device of this process, its peaks measured."""
+    """Measure the default device of this process: products in `dtype`, and a copy. `blas` is what
+    OpenBLAS calls itself where it was put under MLX."""
     info = mx.device_info()
     kind = "GPU" if mx.default_device().type == mx.DeviceType.gpu else "CPU"
     return Device(

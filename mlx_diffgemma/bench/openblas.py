@@ -12,7 +12,7 @@ VARIABLE = "MLX_DIFFGEMMA_OPENBLAS"
 
 
 def load_openblas(path: str) -> str:
-    """Put the library at `path` in front of the BLAS that MLX brings; returns what it calls itself.
+    """Put the library at `path` in front of the BLAS that MLX brings. Returns what it calls itself.
 
     Its symbols have to be there before MLX is loaded, so nothing may have imported MLX yet.
 

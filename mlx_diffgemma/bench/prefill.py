@@ -15,11 +15,14 @@ from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
 @dataclass(frozen=True)
 class PrefillReport:
-    """Attributes:
-    length: tokens of the prompt.
-    tokens_per_second: of all sequences together.
-    floor_seconds: what its operations and bytes take at the device's peaks.
-    beyond_weights: most bytes held beside the weights, the prefixes included.
+    """How long prompts of one length took to encode.
+
+    Attributes:
+        length: tokens of each prompt.
+        seconds: median for all sequences together.
+        tokens_per_second: tokens of all sequences per second.
+        floor_seconds: seconds that the operations and bytes take at the device's peaks.
+        beyond_weights: most bytes held beside the weights, the prefixes included.
     """
 
     length: int
@@ -42,7 +45,7 @@ def measure_prefill(
     """Encode random prompts of several lengths, `batch` of them one after the other."""
     reports = []
     for length in lengths:
-        # The first run, which also warms up, tells what is held.
+        # The first run warms up, and its memory is measured.
         peak = peak_bytes(lambda n=length: encoded(model, n, batch, seed))  # type: ignore[misc]
         seconds = median_seconds(
             lambda n=length: encoded(model, n, batch, seed),  # type: ignore[misc]

@@ -43,8 +43,8 @@ _TEXT: dict[str, dict[str, Any]] = {
         "sliding_window": 1024,
         "top_k_experts": 8,
     },
-    # Its vocabulary and canvas under layers so small that a CPU can run them: here the pass over
-    # the vocabulary is nearly all there is to a step.
+    # The release's vocabulary and canvas with layers so small that a CPU can run them: the pass
+    # over the vocabulary takes nearly all of a step.
     SMALL: {
         **_COMMON,
         "global_head_dim": 64,
@@ -67,13 +67,13 @@ PRESETS = tuple(_TEXT)
 
 
 def config_like(name: str, layers: int | None = None) -> dict[str, Any]:
-    """A parsed `config.json` with the shapes of `name`: a preset, or a local folder with one.
+    """A parsed `config.json` with the shapes of `name`: a preset, or a local folder that holds one.
 
-    With `layers`, only so many: the first ones, but the last is always the model's last, so that
-    both kinds of attention are in it (from two layers on).
+    Where `layers` is given, the model keeps that many: the first ones, except that the last is
+    always the model's last, so that from two layers on both kinds of attention are in it.
 
     Raises:
-        UsageError: there are no such shapes, or not so many layers.
+        UsageError: `name` is neither a preset nor such a folder, or the model has fewer layers.
     """
     if name in _TEXT:
         config: dict[str, Any] = {

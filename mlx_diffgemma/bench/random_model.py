@@ -2,7 +2,6 @@
 
 How long a step takes depends on the shapes of the weights, not on their values. But the values are
 chosen so that the model predicts as a trained one does halfway: a few likely tokens a position.
-Letters: V vocabulary, E experts.
 """
 
 from __future__ import annotations
@@ -46,11 +45,11 @@ def chosen_dtype(name: str | None) -> mx.Dtype:
 
 
 def chosen_recipe(bits: int | None, recipe: str | None) -> Recipe:
-    """All modules in `bits`, or a recipe of the converter by its name; neither leaves the weights
-    unquantized.
+    """The recipe that puts all modules in `bits`, or a recipe of the converter by its name. Where
+    both are None, the weights stay unquantized.
 
     Raises:
-        UsageError: both are given, or one that there is not.
+        UsageError: both are given, or there is no such format or recipe.
     """
     if bits is not None and recipe is not None:
         raise UsageError("--bits and --recipe both say how to quantize: drop one.")
@@ -83,8 +82,8 @@ def random_model(
 
 
 def blank_model(config: ModelConfig, recipe: Recipe, dtype: mx.Dtype) -> DiffusionGemma:
-    """As `random_model`, but every weight is zero, and none takes memory: what a model asks of the
-    device follows from shapes alone.
+    """A `DiffusionGemma` whose weights are all zero and take no memory, in `recipe`'s formats and
+    with activations in `dtype`: what a model asks of the device follows from shapes alone.
 
     Raises:
         UsageError: a format's groups do not divide the rows of a module.

@@ -15,13 +15,13 @@ from mlx_diffgemma.bench.steps import StepReport
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What was measured.
+    """The model that was measured.
 
     Attributes:
         name: as the user gave it.
-        layers: of how many.
-        format: of the weights: a recipe, "4 bits", "unquantized", or "as stored".
-        weights: bytes.
+        layers: number of its layers.
+        format: format of its weights: a recipe, "4 bits", "unquantized", or "as stored".
+        weights: bytes of its weights.
         random: whether the weights were drawn at random.
     """
 
@@ -37,7 +37,7 @@ class BenchReport:
     """Everything that one run measured; `speeds` with a checkpoint, `limits` with random weights.
 
     Attributes:
-        profile: which one the step was measured under.
+        profile: name of the profile under which the step was measured.
         load: how busy the machine was, as its average number of runnable processes per core over
             the last minute; None where the system does not say.
     """

@@ -27,8 +27,8 @@ from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
 NAME = "mlx-vlm"
 KNOWN = "0.7.10"
-DEFAULT_SAMPLER = "confidence-threshold"  # its own, at temperature 0
-OUR_SAMPLER = "entropy-bound"  # its version of what the checkpoint asks for, at temperature 1
+DEFAULT_SAMPLER = "confidence-threshold"  # what mlx-vlm takes by default, at temperature 0
+OUR_SAMPLER = "entropy-bound"  # mlx-vlm's form of the checkpoint's sampler, at temperature 1
 
 _MAX_STEPS = 48
 _CONFIDENT = 0.9
@@ -39,8 +39,8 @@ class RivalReport:
     """One denoising step of two programs on equal weights, run in turns.
 
     Attributes:
-        name: of the other program, with its version and sampler.
-        ours_seconds, theirs_seconds: medians.
+        name: name of the other program, with its version and sampler.
+        ours_seconds, theirs_seconds: median seconds of a step.
         ratio: ours / theirs.
         ours_beyond_weights, theirs_beyond_weights: most bytes held beside the weights, each
             measured alone.
@@ -55,7 +55,11 @@ class RivalReport:
 
 
 def rival_version() -> str:
-    """Raises CheckpointError where mlx-vlm is not installed."""
+    """The version of mlx-vlm that is installed.
+
+    Raises:
+        CheckpointError: mlx-vlm is not installed.
+    """
     try:
         return version(NAME)
     except PackageNotFoundError:
@@ -65,7 +69,11 @@ def rival_version() -> str:
 
 
 def rival_model(model: DiffusionGemma) -> Any:
-    """Their model on our arrays: nothing is copied."""
+    """mlx-vlm's model on the arrays of `model`, of which nothing is copied.
+
+    Raises:
+        CheckpointError: mlx-vlm is not installed.
+    """
     rival_version()
     theirs = import_module("mlx_vlm.models.diffusion_gemma")
     raw = both_spellings(model.config.raw)
@@ -82,7 +90,7 @@ def rival_model(model: DiffusionGemma) -> Any:
 
 
 class RivalStepper:
-    """Runs their denoising steps, one a call, on the canvas that follows a random prefix."""
+    """Runs mlx-vlm's denoising steps, one a call, on a random canvas behind the prefix `ids`."""
 
     def __init__(
         self, rival: Any, ids: list[int], sampler: str = DEFAULT_SAMPLER, seed: int = 0
@@ -113,7 +121,7 @@ class RivalStepper:
         )
 
     def __call__(self) -> None:
-        """The next step; as in theirs, self-conditioning is evaluated by the step that uses it."""
+        """Run the next step. As in mlx-vlm, the step that uses self-conditioning evaluates it."""
         if self._left == 1:
             self._begin()
         loop, rival = self._loop, self._rival
@@ -162,10 +170,10 @@ def compare_steps(
     seed: int = 0,
     samplers: tuple[str, ...] = (DEFAULT_SAMPLER,),
 ) -> tuple[RivalReport, ...]:
-    """Our step, as `config` has it, against theirs with each of their samplers, in turns.
+    """Time our step under `config` and mlx-vlm's with each of `samplers`, in turns.
 
     Raises:
-        CheckpointError: mlx-vlm is not installed, or is another than the one known here.
+        CheckpointError: mlx-vlm is not installed, or its version works otherwise than `KNOWN`.
     """
     installed = rival_version()
     try:
@@ -178,7 +186,7 @@ def compare_steps(
         def theirs(sampler: str) -> RivalStepper:
             return RivalStepper(rival, ids, sampler, seed)
 
-        # One at a time, as each keeps something from step to step.
+        # Each is measured alone, as it keeps arrays from step to step.
         ours_beyond = _beyond_weights(model, ours())
         beyond = {name: _beyond_weights(model, theirs(name)) for name in samplers}
         times = alternate({"": ours(), **{name: theirs(name) for name in samplers}}, repeats)

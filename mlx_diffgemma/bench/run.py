@@ -46,14 +46,22 @@ class Plan:
     """What to measure.
 
     Attributes:
-        prefill: lengths of the prompts to encode; the prefix of a step has `prefix` tokens.
-        profile: under which to measure steps; all profiles are compared beside it.
+        prefill: lengths of the prompts to encode, in tokens.
+        prefix: tokens before the canvas of a step.
+        batch: sequences computed together.
+        canvas_length: tokens of a canvas; None takes the model's own.
+        repeats: measurements, of which the median counts.
+        seed: number that random draws follow from.
+        profile: name of the profile of the steps; the report compares all profiles as well.
         vocabulary_pass: the form of the pass over the vocabulary in the step that is taken apart,
             by its name; None takes the model's own.
+        prompt: text that a checkpoint answers.
+        max_tokens: most tokens of an answer; None takes the default.
         constraints: whether to run steps with and without a constraint.
         rival: whether to run mlx-vlm beside it.
         twin: an autoregressive model to run mlx-lm with.
         blas: what OpenBLAS calls itself where it was loaded.
+        say: called with the name of each measurement as it begins.
     """
 
     prefill: tuple[int, ...] = (512,)
@@ -82,10 +90,12 @@ def run_bench(
     weights_format: str = "as stored",
     tokenizer: TokenizerWrapper | None = None,
 ) -> BenchReport:
-    """Measure `model`; without a `tokenizer` its weights are random, and nothing is generated.
+    """Measure `model`. A `tokenizer` of None says that the weights are random, so that no answer is
+    generated.
 
     Raises:
-        UsageError, CheckpointError: something asked for is not there.
+        UsageError: a setting is out of range or names something unknown.
+        CheckpointError: a program or model to compare with is missing or cannot be run.
     """
     chosen_pass = None
     if plan.vocabulary_pass is not None:

@@ -28,8 +28,12 @@ class ProfileSpeed:
     """An answer under one profile, its prompt's time left out.
 
     Attributes:
-        steps: denoising steps of all canvases.
-        tokens_per_second: the median of the repeats; the counts are those of the last.
+        profile: name of the profile.
+        tokens: tokens of the last answer.
+        canvases: canvases of the last answer.
+        steps: denoising steps of all canvases of the last answer.
+        tokens_per_second: median over all repeats.
+        tokens_per_forward: tokens of the last answer for each of its forward passes.
     """
 
     profile: str
@@ -45,8 +49,9 @@ class ProfileLimit:
     """What a profile takes at most, where random weights say nothing of how many steps it needs.
 
     Attributes:
+        max_steps: most denoising steps of a canvas.
         seconds: median of one step.
-        canvas_seconds: of a canvas that uses up its steps.
+        canvas_seconds: seconds of a canvas that uses up its steps.
     """
 
     profile: str
@@ -60,8 +65,11 @@ class TwinReport:
     """An autoregressive model on the same prompt.
 
     Attributes:
+        name: name of the other program and of its model.
+        tokens: tokens of its last answer.
+        tokens_per_second: median speed of its answers, the first token left out.
         ours_tokens_per_second: None where there is no answer of ours to compare with.
-        ratio: ours / theirs.
+        ratio: our tokens per second over theirs, or None.
     """
 
     name: str
@@ -72,7 +80,7 @@ class TwinReport:
 
 
 class Answerer:
-    """Answers the same prompt again and again under one profile, with one seed a call."""
+    """Answers the same prompt again and again under one profile; each call takes the next seed."""
 
     def __init__(
         self,
@@ -116,7 +124,7 @@ def measure_profiles(
     repeats: int = 3,
     seed: int = 0,
 ) -> tuple[ProfileSpeed, ...]:
-    """Answer `prompt` under each profile, in turns."""
+    """Answer `prompt` `repeats` times under each profile, in turns, after one answer to warm up."""
     answerers = {
         name: Answerer(model, tokenizer, prompt, profile=name, max_tokens=max_tokens, seed=seed)
         for name in profiles
@@ -145,7 +153,7 @@ def measure_limits(
     repeats: int = 5,
     seed: int = 0,
 ) -> tuple[ProfileLimit, ...]:
-    """Time a step of each profile, in turns, and multiply by its cap."""
+    """Time a step of each profile, in turns, and multiply it by the most steps of a canvas."""
     configs = {name: config.override(**profile_settings(name)) for name in profiles}
     steppers = {
         name: Stepper(model, each, prefix=prefix, batch=batch, seed=seed)
@@ -168,10 +176,10 @@ def compare_twin(
     max_tokens: int = 256,
     repeats: int = 3,
 ) -> TwinReport:
-    """mlx-lm's own generation with an autoregressive model, in turns with ours.
+    """Run mlx-lm's own generation with an autoregressive model, in turns with ours.
 
     Raises:
-        CheckpointError: the model cannot be found, or mlx-lm cannot load it.
+        CheckpointError: the model cannot be found, mlx-lm cannot load it, or it answers nothing.
     """
     from mlx_lm import load
     from mlx_lm import stream_generate as stream

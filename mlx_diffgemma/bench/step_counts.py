@@ -1,7 +1,6 @@
 """What a denoising step asks of a GPU, or of this machine, counted without either being timed.
 
 The weights are zeros that take no memory, so the release's own shapes can be counted anywhere.
-Letters: N positions of all canvases, D hidden, W words of a bit mask.
 """
 
 from __future__ import annotations
@@ -38,25 +37,27 @@ from mlx_diffgemma.model.diffusion_gemma import CanvasView, DiffusionGemma
 
 Form = Literal["gpu", "cpu"]
 CONSTRAINTS = ("none", "fixed", "text", "grammar")
-"""Nothing; every second position fixed; a set of allowed tokens at every position; and a grammar
-that is read on from each step to the next."""
+"""Names of what a canvas is held to: nothing; every second position is fixed; every position has a
+set of allowed tokens; a grammar is read on from each step to the next."""
 
-_STEPS = 6  # with what settles among them
+_STEPS = 6  # enough that some positions settle on the way
 _CONTROL = 8  # ids at the beginning that no text holds, but for 1, which stands for text here
 _LETTERS = 20  # tokens that the grammar lets follow
 
 
 @dataclass(frozen=True)
 class StepCount:
-    """A step, of several the one that takes the most unless it is said otherwise.
+    """What a denoising step asks for: the most of several steps, unless an attribute is an average.
+
+    Nodes, kernels and products are a GPU's alone, and None where a CPU's forms were counted.
 
     Attributes:
         waits: how often the host waits for the device or reads from it, on average.
         async_evals: graphs handed to the device, on average.
         layers: nodes of the graph of self-conditioning and all layers.
         vocabulary: nodes of the graph of the pass over the vocabulary.
-        rest: nodes of what a step queues beside both.
-        kernels: launches of kernels of ours.
+        rest: nodes of what a step queues beside layers and vocabulary.
+        kernels: launches of kernels of this program.
         products: products of matrices.
         beside: most bytes held beside weights and prefixes. MLX on this machine queues few
             operations ahead; a device that is behind with many holds more.
@@ -84,9 +85,16 @@ def count_step(
     constraint: str = "none",
     steps: int = _STEPS,
 ) -> StepCount:
-    """Count the steps of canvases behind `prefix` tokens each, the first step left out of what is
-    an average. `form` says whose forms the layers take: this machine's ("cpu") compute what they
-    do, so large shapes take their time; nodes and kernels are a GPU's alone."""
+    """Count steps of `batch` canvases, each behind `prefix` tokens; averages leave the first step
+    out.
+
+    Args:
+        form: whose forms the layers take. Those of "cpu" are computed on this machine, so large
+            shapes take their time; those of "gpu" are only counted.
+        dtype: type of the activations; None takes bfloat16 for "gpu" and float32 for "cpu".
+        constraint: one of `CONSTRAINTS`; a grammar holds a single canvas whatever `batch` is.
+        steps: steps to count.
+    """
     dtype = dtype or (mx.bfloat16 if form == "gpu" else mx.float32)
     length = settings.canvas_length or config.canvas_length
     settings = replace(settings, max_tokens=max(settings.max_tokens, length))
@@ -119,7 +127,7 @@ def count_step(
     if form == "cpu":
         return StepCount(waits, async_evals, None, None, None, None, None, beside)
     with as_on_a_gpu() as work:
-        # What is compiled launches its kernels without saying so.
+        # Launches inside compiled functions are not noted, so this model is not compiled.
         step, kernels, products = stepper(made()), [0], [0]
         step()
         for _ in range(steps):
@@ -181,7 +189,7 @@ class _Watched:
     ) -> tuple[mx.array, tuple[tuple[KeysValues, ...], ...]]:
         hidden, kept = self.model.decode_keeping(canvases)
         self.layers.append(nodes(hidden).total())
-        # What follows is counted by itself.
+        # An evaluated graph does not count again in the graph that follows.
         mx.eval(hidden, kept)
         return hidden, kept
 
@@ -198,7 +206,7 @@ class _Watched:
         return seen
 
     def looking(self) -> Any:
-        """A context in which what else is queued is counted too."""
+        """A context in which the graphs that go to `mx.async_eval` are counted as `rest`."""
         queue = mx.async_eval
 
         def noted(*args: Any) -> None:

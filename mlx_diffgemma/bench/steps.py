@@ -1,8 +1,10 @@
 """How long a denoising step takes, as the loop runs it, and where the time goes.
 
-Everything is measured through `generate_canvases`, so that what is measured is what a user gets:
-whole steps with the model; the pass over the vocabulary with a model whose `decode` costs nothing;
-the rest (noise, sampler, stop rule, what goes to the host) with predictions that cost nothing.
+Whole steps run through `generate_canvases`, so that what is measured is what a user gets. The
+layers are timed by `decode` alone. The pass over the vocabulary is a step with a model whose layers
+cost nothing, less the rest: noise, sampler, stop rule, and what goes to the host. The rest is a
+step whose predictions cost nothing.
+
 Letters: C canvas, N positions of all canvases, D hidden.
 """
 
@@ -51,9 +53,10 @@ class Part:
     """One part of a step.
 
     Attributes:
-        seconds: measured.
-        operations, bytes: that it needs at least; 0 where nothing is counted.
-        floor_seconds: what they take at the device's peaks.
+        name: "layers", "vocabulary pass" or "rest".
+        seconds: median, as it was measured.
+        operations, bytes: least work that the part needs; 0 where nothing is counted.
+        floor_seconds: seconds that this work takes at the device's peaks.
     """
 
     name: str
@@ -69,12 +72,12 @@ class StepReport:
 
     Attributes:
         batch, canvas, prefix: sequences, tokens drafted by each, and tokens before them.
-        seconds: of a whole step, measured in one piece; the parts, each measured by itself, need
-            not add up to it.
+        seconds: median of a whole step, measured in one piece; the parts, each measured by itself,
+            need not add up to it.
         parts: layers, vocabulary pass, rest.
         waits: how often the host waits for the device or reads from it in a step, on average.
         peak_memory: most bytes held during steps, weights included.
-        beyond_weights: the same without the weights.
+        beyond_weights: most bytes held during steps, weights left out.
     """
 
     batch: int
@@ -102,7 +105,8 @@ def vocabulary_pass_named(name: str) -> VocabularyPass:
 
 @contextmanager
 def using_pass(model: DiffusionGemma, chosen: VocabularyPass | None) -> Iterator[None]:
-    """Inside, `model` passes over the vocabulary as `chosen` does; as before where it is None."""
+    """Inside, `model` passes over the vocabulary as `chosen` does, or as it did where that is
+    None."""
     own = model.vocabulary_pass
     model.vocabulary_pass = chosen or own
     try:
@@ -207,8 +211,8 @@ def _part(name: str, seconds: float, cost: Cost, device: Device) -> Part:
 def _decoding(
     model: DiffusionGemma, canvas: int, prefix: int, batch: int, seed: int
 ) -> tuple[Callable[[], None], mx.array]:
-    """What runs all layers on canvases behind prefixes, and the hidden states [N, D] that come
-    out."""
+    """A function that runs all layers on random canvases behind prefixes, and the hidden states
+    [N, D] that they give."""
     views = canvas_views(model, canvas, prefix, batch, seed)
     hidden = model.decode(views)
     mx.eval(hidden)
@@ -218,7 +222,8 @@ def _decoding(
 def canvas_views(
     model: DiffusionGemma, canvas: int, prefix: int, batch: int, seed: int
 ) -> list[CanvasView]:
-    """Random canvases after a first pass, each behind a random prefix."""
+    """`batch` random canvases of `canvas` tokens with soft embeddings, as after a first pass, each
+    behind a random prefix of `prefix` tokens."""
     prefixes = encoded(model, prefix, batch, seed)
     views = []
     for ids, before in zip(random_prompts(model, canvas, batch, seed + 1), prefixes, strict=True):

@@ -17,8 +17,8 @@ Clock = Callable[[], float]
 
 
 def seconds(run: Callable[[], object], clock: Clock = time.perf_counter) -> float:
-    """How long one call takes, until the device has done all that the call gave it: what a step
-    queues for the next one would else be counted as part of whatever is timed after it."""
+    """Seconds of one call, until the device has done all that the call gave it. Otherwise, what a
+    step queues for the next one would count as part of whatever is timed after it."""
     start = clock()
     run()
     mx.synchronize()
@@ -26,14 +26,15 @@ def seconds(run: Callable[[], object], clock: Clock = time.perf_counter) -> floa
 
 
 def median_seconds(run: Callable[[], object], repeats: int, warmup: int = 1) -> float:
-    """The median over `repeats` calls, after `warmup` others."""
+    """Median seconds of `repeats` calls, after `warmup` calls that do not count."""
     for _ in range(warmup):
         run()
     return median(seconds(run) for _ in range(repeats))
 
 
 def least_seconds(run: Callable[[], object], repeats: int) -> float:
-    """The shortest of `repeats` calls after one other: what the device can do undisturbed."""
+    """Least seconds of `repeats` calls, after one that does not count: what the device can do when
+    nothing disturbs it."""
     run()
     return min(seconds(run) for _ in range(repeats))
 
@@ -56,7 +57,7 @@ def alternate(
 
 @dataclass
 class Spent:
-    """What a stopwatch on a function has seen.
+    """Time and arguments of the calls of one function.
 
     Attributes:
         seconds: taken by all calls together.
@@ -74,8 +75,8 @@ def spent_in(
     """Inside, every call of `owner.name` is timed, until the arrays that it returns are there.
 
     Args:
-        waits_for: from the arguments of a call to the arrays that must be there before its time
-            begins; None where there are none.
+        waits_for: gives, from the arguments of a call, the arrays that must be there before its
+            time begins; None where there are none.
     """
     spent, own = Spent(), getattr(owner, name)
 

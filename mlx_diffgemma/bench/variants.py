@@ -19,7 +19,7 @@ from mlx_diffgemma.bench.timing import alternate, peak_bytes
 from mlx_diffgemma.checkpoint.memory import available_memory, size_text
 from mlx_diffgemma.errors import DiffGemmaError
 
-_SLOWEST = 4  # times its products that a variant may take, where one guesses how long all takes
+_SLOWEST = 4  # factor from the least time of all products to a guess of the whole time
 _NONE = Cost()
 
 
@@ -30,10 +30,10 @@ class Variant:
     Attributes:
         name: what the table calls it.
         make: prepares it, and gives what runs it once.
-        baselines: what it is compared with: other variants of its part, by name.
+        baselines: names of other variants of its part that it is compared with.
         share: what the time of a run is divided by, such as the canvases in it.
-        cost: the products of a run.
-        setup: the products of preparing it.
+        cost: cost of the products of a run.
+        setup: cost of the products of preparing it.
         needs: bytes beside the weights that it may take; 0 where that is little.
     """
 
@@ -51,8 +51,10 @@ class Line:
     """A variant beside one that it is compared with.
 
     Attributes:
+        part: name of what the variant is a form of.
+        name: name of the variant.
         seconds: median of a share of a run; None where nothing was timed.
-        baseline: the variant that the ratio is to; None for the first of a part.
+        baseline: name of the variant that the ratio is to; None where there is none.
         ratio: `seconds` over those of the baseline; None where either is missing.
         beside: most bytes held beside the weights; None where nothing was run.
         note: why nothing was timed.
@@ -120,8 +122,8 @@ def _ratio(seconds: float | None, of: float | None) -> float | None:
 def guessed_seconds(
     variants: Sequence[Variant], device: Device, repeats: int
 ) -> tuple[float, float]:
-    """How long it may take to measure: what the products take at the device's best, and a multiple
-    of that with a little for each variant, as MLX compiles what is new."""
+    """Least and most seconds that measuring is guessed to take: what the products take at the
+    device's best, and a multiple of it with some seconds for each variant, as MLX compiles it."""
     runs = repeats + 2  # one to warm up, one to look at the memory
     least = sum(
         runs * device.floor(variant.cost) + device.floor(variant.setup) for variant in variants

@@ -1,4 +1,4 @@
-"""What a denoising step may do one way or another, as variants to time on one random model.
+"""Variants of a denoising step and of its parts, to time on one random model.
 
 Letters: C canvas, D hidden.
 """
@@ -112,7 +112,7 @@ class Workbench:
 
     @cached_property
     def model(self) -> DiffusionGemma:
-        """As it is loaded for a GPU."""
+        """The model with random weights, compiled as it is for a GPU."""
         model = random_model(self.config, self.recipe, self.dtype)
         model.compile()
         return model
@@ -145,12 +145,13 @@ class Workbench:
         return whole + vocabulary_cost(self.weights, canvas, batch)
 
     def logit_bytes(self, batch: int = 1) -> int:
-        """Bytes of what a pass over the vocabulary queues, if the device is behind with all."""
+        """Most bytes of logits that a pass over the vocabulary queues before the device computes
+        any."""
         positions = batch * self.sizes.canvas
         return 2 * positions * self.config.text.vocab_size * self.dtype.size
 
     def parts(self) -> dict[str, Callable[[], list[Variant]]]:
-        """All that can be measured, by the name of the part."""
+        """Functions that make the variants of each part, by the name of the part."""
         return {
             "step": self.steps,
             "vocabulary": self.vocabulary,
@@ -161,7 +162,7 @@ class Workbench:
         }
 
     def steps(self) -> list[Variant]:
-        """Whole steps: every profile, several canvases at a time."""
+        """Whole steps under every profile, each with several numbers of canvases at a time."""
         first = self.sizes.batches[0]
         variants = []
         for profile in self.profiles:
@@ -238,7 +239,7 @@ class Workbench:
         ]
 
     def prefill(self) -> list[Variant]:
-        """A prompt, by chunks of several sizes."""
+        """The encoding of a prompt, in chunks of several sizes."""
         prompt, chunks = self.sizes.prompt, self.sizes.prompt_chunks
         names = [f"{prompt} tokens by {chunk}" for chunk in chunks]
 
@@ -292,7 +293,7 @@ class Workbench:
         """Steps of mlx-vlm with each of its samplers, and ours beside them.
 
         Raises:
-            CheckpointError: it is not installed.
+            CheckpointError: mlx-vlm is not installed.
         """
         installed = rival_version()
         names = [f"{NAME} {installed}, {sampler}" for sampler in _SAMPLERS]
@@ -313,7 +314,7 @@ class Workbench:
                 needs=size,
             )
 
-        copies = 5 * 2 * self.logit_bytes()  # as many of the logits are held in float32
+        copies = 5 * 2 * self.logit_bytes()  # mlx-vlm holds several float32 copies
         theirs = [
             steps(name, partial(self._rival_stepper, sampler), (), copies)
             for sampler, name in zip(_SAMPLERS, names, strict=True)

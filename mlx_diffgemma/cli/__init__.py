@@ -1,1 +1,1 @@
-"""The command line: one file a command."""
+"""The command line: every command has a file of its own."""

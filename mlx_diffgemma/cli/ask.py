@@ -1,4 +1,4 @@
-"""The questions of a conversation: edited on a terminal, or read from a pipe, a line each."""
+"""The questions of a conversation: edited on a terminal, or read line by line from a pipe."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def _piped(prompt: str) -> str:
 
 
 def _reader() -> Read:
-    """What reads from the terminal: with editing and history where it can show them. The prompt
-    goes to stderr where stdout is not the terminal."""
+    """A function that reads from the terminal, with editing and history where the terminal can show
+    them. The prompt goes to stderr where stdout is not the terminal."""
     shown = sys.stdout if sys.stdout.isatty() else sys.stderr
     if shown.isatty() and os.environ.get("TERM", "dumb").lower() not in ("dumb", "unknown"):
         return _Editor(shown)
@@ -79,8 +79,8 @@ def _reader() -> Read:
 
 
 class _Editor:
-    """A line editor that knows pastes. Of the libraries behind Python's readline only GNU's does,
-    and Macs have the other one.
+    """A line editor that takes a paste as one text. Of the libraries behind Python's readline only
+    GNU's does so, and Macs have the other one.
 
     Args:
         shown: the stream of the terminal.
@@ -110,7 +110,8 @@ class _Editor:
 
 
 def _interruptible() -> Any:
-    """Ctrl-C takes the line away: a `KeyboardInterrupt` that carries what was typed."""
+    """Key bindings by which Ctrl-C erases the line and raises a `KeyboardInterrupt` that carries
+    what was typed."""
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
     keys = KeyBindings()

@@ -1,4 +1,4 @@
-"""`mlx-diffgemma bench`: how fast is it here, where does the time go, how far is the floor?"""
+"""`mlx-diffgemma bench`: how fast the model is on this machine, and where the time goes."""
 
 from __future__ import annotations
 
@@ -208,7 +208,11 @@ def _measure(loading: Loading, shapes: Shapes, plan: Plan) -> BenchReport:
 
 
 def _lengths(text: str) -> tuple[int, ...]:
-    """`512,2048` -> (512, 2048)."""
+    """The lengths in a text such as `512,2048`.
+
+    Raises:
+        UsageError: it is no list of numbers from 1.
+    """
     try:
         lengths = tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
@@ -219,7 +223,11 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 
 def _others(against: Sequence[str], twin: str | None) -> tuple[bool, str | None]:
-    """Whether to run mlx-vlm, and with which model mlx-lm."""
+    """Whether to run mlx-vlm, and the model to run mlx-lm with, or None.
+
+    Raises:
+        UsageError: a program is unknown, or --against mlx-lm and its model do not come together.
+    """
     for name in against:
         if name not in (RIVAL, TWIN):
             raise UsageError(f"--against '{name}' is unknown; known are {RIVAL} and {TWIN} MODEL.")
@@ -230,7 +238,12 @@ def _others(against: Sequence[str], twin: str | None) -> tuple[bool, str | None]
 
 
 def _require(rival: bool, vocabulary_pass: str | None) -> None:
-    """Fail rather now than once weights are there."""
+    """Raise the errors of these options now, before weights are loaded.
+
+    Raises:
+        CheckpointError: mlx-vlm is wanted and not installed.
+        UsageError: there is no such pass over the vocabulary.
+    """
     from mlx_diffgemma.bench.rival import rival_version
     from mlx_diffgemma.bench.steps import vocabulary_pass_named
 

@@ -77,10 +77,11 @@ class Chat:
     """A conversation.
 
     Attributes:
-        asking, denoising, showing: what the command line says of every question.
+        opened: the model and its tokenizer, both None where a server answers.
+        asking, denoising, showing: the options of the command line, for every question.
         system_prompt: what is put before the first turn.
         prompt_settings: how every prompt is encoded; None stands for the defaults.
-        server: what answers in the place of a model, or None.
+        server: the server that answers in the place of a model, or None.
         turns: the messages so far, questions and answers in turn.
         images: pictures that go with the next question.
     """
@@ -205,7 +206,7 @@ class Chat:
                 _say(remark)
             if not outcome.text.strip():
                 return
-            # What was thought is left out, as templates leave it out of earlier turns.
+            # Chat templates leave thoughts out of earlier turns, so they are left out here.
             self.turns.append(self._asked(question))
             self.images.clear()
             self.turns.append({"role": "assistant", "content": outcome.text})
@@ -217,7 +218,7 @@ class Chat:
 
         model, tokenizer = self.opened.model, self.opened.tokenizer
         pieces = remote_answers.pieces if self.server is not None else pieces_of(tokenizer)
-        # A run that is broken off gives the cache free when it is closed; what it encoded is kept.
+        # Closing a run that is broken off releases the cache, which keeps what the run encoded.
         with ExitStack() as runs:
 
             def start(on_prefill: output.OnPrefill) -> Any:

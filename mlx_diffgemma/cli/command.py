@@ -1,4 +1,5 @@
-"""How a command takes settings: typer sees every field as an option, the command whole objects."""
+"""How a command takes settings: typer sees an option for every field of a dataclass, and the
+command gets whole objects."""
 
 from __future__ import annotations
 
@@ -31,6 +32,7 @@ class Of:
     """The annotation of a field of `Changes`: the library's dataclass whose fields it changes.
 
     Attributes:
+        settings: that dataclass.
         shows_defaults: whether `--help` shows the dataclass's own defaults.
     """
 
@@ -52,12 +54,12 @@ class Only(_Names):
 
 
 def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """What makes a function a command of typer's, its help beginning with these examples.
+    """A decorator that makes a function a command of typer's, with these examples in its help.
 
-    A parameter annotated with a dataclass stands for all its fields that carry a `Setting`; one
-    annotated `Annotated[type, Setting(...)]` for one option; one of type `typer.Context` is the
-    context; others are typer's own. What the function raises becomes an exit code and one line on
-    stderr; `--debug` is added.
+    A parameter annotated with a dataclass stands for all its fields that carry a `Setting`. One
+    annotated `Annotated[type, Setting(...)]` stands for one option. One of type `typer.Context` is
+    the context, and all other parameters are typer's own. What the function raises becomes an exit
+    code and one line on stderr. Every command gets the option `--debug`.
     """
     return lambda function: _command(function, examples)
 
@@ -100,7 +102,8 @@ def _command(function: Callable[..., None], examples: tuple[str, ...]) -> Callab
 
 @dataclass(frozen=True)
 class _Taken:
-    """One parameter of a command: what options it stands for, and its value from theirs."""
+    """One parameter of a command. It gives the options that it stands for, and makes its value of
+    theirs."""
 
     name: str
     hint: Any
@@ -166,7 +169,7 @@ class _Taken:
 
 
 def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A type, and what it is annotated with."""
+    """The type in an annotation, and the notes beside it."""
     if get_origin(hint) is Annotated:
         kind, *notes = get_args(hint)
         return kind, tuple(notes)
@@ -182,13 +185,15 @@ def _changed(hint: Any) -> Of | None:
 
 
 def _optional(kind: Any) -> Any:
-    """A type that may be left out; a tuple of texts is an option that may be repeated."""
+    """The type of an option that may be left out; a tuple of texts becomes a list, since the option
+    may be repeated."""
     repeated = any(get_origin(each) is tuple for each in (kind, *get_args(kind)))
     return (list[str] if repeated else kind) | None
 
 
 def _value(kind: Any, value: Any) -> Any:
-    """A value as the command wants it; typer has None where an option was never repeated."""
+    """A value as the command takes it: a tuple where the option may be repeated, for which typer
+    has a list or None."""
     return tuple(value or ()) if get_origin(kind) is tuple else value
 
 

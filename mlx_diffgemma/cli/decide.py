@@ -1,4 +1,4 @@
-"""`mlx-diffgemma decide`: typed questions about a state, answered as probabilities in one look."""
+"""`mlx-diffgemma decide`: typed questions about a state, answered with probabilities."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Json = Annotated[Showing, Only("json")]
 
 @dataclass(frozen=True)
 class Looking:
-    """How questions are looked at.
+    """How questions are answered: the settings of `DecisionSettings` that the user gave.
 
     Raises:
         UsageError: a value is out of range.
@@ -251,7 +251,7 @@ def _print_fits(found: Calibration) -> None:
 
 
 def _text(given: str | None) -> str | None:
-    """What a file of that name holds, or the text itself."""
+    """The text of the file that `given` names, of stdin for "-", or `given` itself."""
     from mlx_diffgemma.editing import files
 
     if given is None:

@@ -1,4 +1,4 @@
-"""`mlx-diffgemma demo`: the small model that ships with the program, at what only its kind does."""
+"""`mlx-diffgemma demo`: the small model that ships with the program solves, mends and fills."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mlx_diffgemma.demo.sudoku import Puzzle
     from mlx_diffgemma.generation_response import GenerationResponse
 
-SECONDS_PER_STEP = 0.5  # for the eye: the model itself takes a few hundredths
+SECONDS_PER_STEP = 0.5  # slow enough to follow; the model itself takes a few hundredths
 _TEMPLATE = "your {thing:/[a-z]{4}/} waits in {town:/[a-z]{4}/}."
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
@@ -114,7 +114,7 @@ def _show(seed: int | None, watch: bool, loading: Loading) -> None:
 def perform(
     opened: Opened, console: Console, rng: np.random.Generator, seed: int, watch: bool
 ) -> list[bool]:
-    """Show each of the tasks, and say how it came out; whether each is right."""
+    """Show each of the tasks and say how it came out. Returns for each whether it is right."""
     from mlx_diffgemma.demo import sudoku
 
     print("\nA puzzle, solved:", flush=True)
@@ -126,7 +126,11 @@ def perform(
 
 
 def _open_page(loading: Loading) -> None:
-    """Serve the model at a free port and open the page in the browser, until Ctrl-C."""
+    """Serve the model at a free port until Ctrl-C, and open the page in the browser.
+
+    Raises:
+        UsageError: the packages of the server are not installed.
+    """
     import threading
     import webbrowser
     from importlib.util import find_spec
@@ -148,7 +152,7 @@ def _open_page(loading: Loading) -> None:
     address = lifecycle.url(sockets)
     app = create_app(Engine(opened.model, opened.tokenizer, name="demo"), settings)
     print(f"{address} is the page; Ctrl-C ends it.", flush=True)
-    # A browser of the terminal would hold up whoever opens it.
+    # Opening a browser that runs in the terminal returns only when it is closed.
     threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
     lifecycle.run(app, sockets)
 
@@ -186,7 +190,8 @@ def _solve(opened: Opened, console: Console, made: Puzzle, seed: int, watch: boo
 
 
 def _mend(opened: Opened, console: Console, rng: np.random.Generator, seed: int) -> bool:
-    """Spoil a row of a grid, and let the model write it anew between the others."""
+    """Spoil a row of a grid, and have the model write it anew between the others. Returns whether
+    the grid is right then."""
     from mlx_diffgemma.cli import grid
     from mlx_diffgemma.demo import sudoku
     from mlx_diffgemma.editing.edit import edit
@@ -216,7 +221,7 @@ def _mend(opened: Opened, console: Console, rng: np.random.Generator, seed: int)
 
 
 def _fill(opened: Opened, console: Console, rng: np.random.Generator, seed: int) -> bool:
-    """Have a template filled from a list of words that are made up."""
+    """Have a template filled from a list of made-up words. Returns whether every slot is right."""
     from rich.text import Text
 
     from mlx_diffgemma.cli.display import printable
@@ -244,7 +249,8 @@ def _fill(opened: Opened, console: Console, rng: np.random.Generator, seed: int)
 
 
 def _judge(console: Console, text: str, givens: list[str], solution: list[str]) -> bool:
-    """Show an answer and say whether it is right, and where not."""
+    """Show an answer with its mistakes marked, and say how many there are. Returns whether it is
+    right."""
     from mlx_diffgemma.cli import display, grid
 
     answer = text.split("\n")

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from mlx_diffgemma.generation_response import GenerationResponse
 
 Pieces = Callable[["GenerationResponse"], list[tuple[str, str]]]
-"""A response's draft, each piece with what it is part of: "text", "thought" or "call". The first
-one is what is not decided yet of canvases before, the others are the tokens of the canvas."""
+"""Gives a response's draft in pieces, each a pair of what it is part of ("text", "thought" or
+"call") and its text. The first piece is what earlier canvases have left undecided; the others are
+the tokens of the canvas."""
 
 
 class Thoughts(Enum):
-    """What becomes of what the model thinks."""
+    """What becomes of the model's thoughts: one line of each, all of them, or none."""
 
     FOLDED = auto()
     SHOWN = auto()
@@ -39,8 +40,9 @@ LEVELS = (
     (2.0, "red", "one of several"),
     (float("inf"), "dim red", "a guess"),
 )
-"""How a draft token is tinted: (entropy in nats below which, style, meaning). exp(-entropy) is
-about the probability of the best token, so the bounds lie near 0.95, 0.7, 0.37 and 0.14."""
+"""How a draft token is tinted: (bound below which its entropy in nats lies, style, meaning).
+exp(-entropy) is about the probability of the best token, so the bounds lie near 0.95, 0.7, 0.37 and
+0.14."""
 
 SHORTEST_FRAME = 1 / 20  # seconds; steps that come faster are not all drawn
 
@@ -51,7 +53,7 @@ def tint(entropy: float) -> str:
 
 
 def legend() -> Text:
-    """The scale in its own colours."""
+    """The meanings of all tints, each in its own style."""
     text = Text()
     for _, style, meaning in LEVELS:
         text.append(" · " if text else "", "dim").append(meaning, style)
@@ -94,16 +96,17 @@ def tail(text: Text, console: Console, width: int, height: int) -> list[Text]:
 
 
 class CanvasView:
-    """What is drawn: as much of the text's end as the terminal holds, and a status line below.
+    """A drawing of a generation: the end of its text, as much as the terminal holds, and a status
+    line.
 
     Args:
         pieces: gives the text of each token of a draft.
-        frame: dresses the text up before it is drawn.
+        frame: changes the text before it is drawn, such as by lines around it.
         thoughts: whether thoughts are drawn whole, in one line, or not at all.
 
     Attributes:
         committed: the text of the canvases that are done.
-        thought: what was thought on them.
+        thought: the thoughts on the canvases that are done.
         response: the step that is drawn, or None while the prompt is read.
         prefill: (done, total) prompt tokens encoded.
     """
@@ -133,7 +136,8 @@ class CanvasView:
         self.response = response
 
     def text(self, height: int | None = None) -> Text:
-        """Committed text and tinted draft; with `height`, no more than may be seen of it."""
+        """The committed text and the tinted draft; where `height` is given, only the last rows that
+        may be seen."""
         committed = self.committed
         if height is not None and self._frame is None:
             committed = "\n".join(committed.rsplit("\n", height)[-height:])
@@ -153,7 +157,7 @@ class CanvasView:
         return text
 
     def status(self) -> Text:
-        """One line: where the generation stands."""
+        """One line that says how far the generation is."""
         response = self.response
         if response is None:
             done, total = self.prefill

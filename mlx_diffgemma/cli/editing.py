@@ -36,7 +36,7 @@ Instead = Annotated[
         panel="Prompt",
     ),
 ]
-# What these commands share: a gap, not --max-tokens, says how long an answer is.
+# The length of an answer follows from its gap in these commands, so none takes --max-tokens.
 Prompting = Annotated[Asking, Only("system_prompt", "raw")]
 Denoised = Annotated[Denoising, Without("max_tokens", "shrink_canvas")]
 Shown = Annotated[Showing, Only("watch", "json")]
@@ -44,7 +44,8 @@ Shown = Annotated[Showing, Only("watch", "json")]
 
 @contextmanager
 def drawn(opened: Opened, showing: Showing) -> Iterator[Callable[[DenoisingStep], None] | None]:
-    """What draws every denoising step on the terminal, or None where nothing is to be drawn."""
+    """Gives a function that draws a denoising step on the terminal, or None where nothing is to be
+    drawn."""
     from mlx_diffgemma.cli import output
 
     if showing.json or not output.can_draw(showing.watch):
@@ -97,7 +98,7 @@ def read_input(text: str | None, file: str | None, option: str) -> str:
     """A text from an option, from a file, or from stdin.
 
     Raises:
-        UsageError: there is none, or both were given.
+        UsageError: there is no text, it is not UTF-8, or both an option and a file were given.
         DiffGemmaError: the file cannot be read.
     """
     from mlx_diffgemma.cli.inputs import is_text
@@ -126,8 +127,8 @@ def _read_stdin() -> str:
 
 
 def write_exactly(text: str) -> None:
-    """Write a text to stdout as it is; on a terminal, without what would steer it, on lines of its
-    own."""
+    """Write a text to stdout as it is. On a terminal, control characters become visible, and the
+    text ends with a newline."""
     if sys.stdout.isatty():
         from mlx_diffgemma.cli import output
         from mlx_diffgemma.cli.display import printable
@@ -143,7 +144,7 @@ def write_json(**fields: Any) -> None:
 
 
 def filled_as_json(filled: Filled) -> dict[str, Any]:
-    """What became of a gap, for machines; entropies in nats."""
+    """A filled gap as a JSON object; entropies are in nats."""
     return {
         "text": filled.text,
         "tokens": list(filled.tokens),
@@ -155,7 +156,8 @@ def filled_as_json(filled: Filled) -> dict[str, Any]:
 
 
 def note_effort(passes: int, seed: int, *, converged: bool = True, cut: int = 0) -> None:
-    """Say on stderr what it took, and what the model did not see."""
+    """Say on stderr how many passes it took, by which seed, whether every canvas settled, and how
+    many tokens behind the text were cut off."""
     from mlx_diffgemma.cli import output
     from mlx_diffgemma.cli.report import UNSETTLED
 

@@ -22,7 +22,7 @@ _Refused: Any = typer.BadParameter.__mro__[1]  # the parser's UsageError, which 
 
 
 class Program(TyperGroup):
-    """The commands of a program. What is wrong with its arguments is one line on stderr."""
+    """The commands of a program. An error in its arguments is one line on stderr."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the options before the name of a command. Where the name stands first, the options
@@ -64,9 +64,9 @@ class Program(TyperGroup):
 
 
 def _refuse(error: Any) -> int:
-    """Say what the parser found wrong; the exit code."""
+    """Say on stderr what the parser found wrong. Returns the exit code."""
     message = error.format_message().rstrip(".").replace("Got unexpected extra", "Too many")
-    if error.ctx is None or "\n" in message:  # the help, where no command was given
+    if error.ctx is None or "\n" in message:  # the help: no command was given
         print(error.format_message(), file=sys.stderr)
     else:
         if message[1:2].islower():

@@ -95,8 +95,8 @@ def _fuse(
 def _write_fused(
     model: Any, base: Path, adapters: Path, room: Path, dequantize: bool, dtype: str | None
 ) -> list[Path]:
-    """The weights that change, in a few files in `room`; layer by layer, so that a large model is
-    never in memory as a whole."""
+    """Write the weights that change into a few files in `room`, layer by layer, so that a large
+    model is never in memory as a whole. Returns the files."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
@@ -107,7 +107,8 @@ def _write_fused(
     floats = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 
     def type_of(name: str) -> mx.Dtype:
-        """That of a stored tensor; bf16 behind scales that are no floats."""
+        """The type that was asked for, else that of a stored tensor; bf16 where that is no
+        float."""
         return floats[_DTYPES[dtype]] if dtype else floats.get(types[name], mx.bfloat16)
 
     files: list[Path] = []
@@ -128,7 +129,7 @@ def _write_fused(
             module.linear[name] = mx.zeros(())  # or the whole base would stay in memory
         waiting |= {f"{path}.{name}": array for name, array in arrays.items()}
         flush(_FILE_BYTES)
-    if not layers:  # full fine-tuning: the weights themselves
+    if not layers:  # full fine-tuning has changed the weights themselves
         parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
         trained: Any = mx.load(str(adapters / WEIGHTS))
         waiting |= {name: parameters[name].astype(type_of(name)) for name in trained}

@@ -1,4 +1,4 @@
-"""Sudoku grids of six by six as text with box lines."""
+"""Sudoku grids of six by six cells, drawn as text with box lines."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def marked(answer: Sequence[str], givens: Sequence[str], solution: Sequence[str]
 
 
 def solved(answer: Sequence[str], givens: Sequence[str], solution: Sequence[str]) -> Text:
-    """An answer in its frame, marked."""
+    """An answer with its cells marked, as `marked` does it, in a frame."""
     return framed(marked(answer, givens, solution))
 
 
 def framed(rows: Sequence[Text]) -> Text:
-    """Rows with box lines around them. A row that is too long sticks out, for all to see."""
+    """Rows with box lines around them. A row that is too long extends beyond the lines."""
     lines = [_rule(_TOP)]
     for number, row in enumerate(rows):
         if number and number % BOX_ROWS == 0:
@@ -62,7 +62,8 @@ def framed(rows: Sequence[Text]) -> Text:
 
 
 def framed_text(text: Text) -> Text:
-    """The same for a text as it forms: every block of lines between blank ones in a frame."""
+    """A text, which may still be forming, with a frame around every block of lines between blank
+    ones; the frames stand next to each other."""
     blocks: list[list[Text]] = [[]]
     for line in text.split("\n", allow_blank=True):
         if line.plain:
@@ -88,7 +89,7 @@ def beside(frames: Sequence[Text]) -> Text:
 
 
 def puzzle(rows: Sequence[str]) -> Text:
-    """A puzzle in its frame, its blanks as dots."""
+    """A puzzle in a frame, with dots for its blanks."""
     return framed([Text(row.replace(".", "·"), _GIVEN) for row in rows])
 
 

@@ -23,7 +23,7 @@ _ARGUMENTS, _OPTIONS = "Arguments", "Options"
 
 
 class PlainCommand(TyperCommand):
-    """A command with such a page."""
+    """A command whose help page is plain text."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments and options of the command."""

@@ -13,12 +13,13 @@ def read_prompt(given: str | None, *, raw: bool = False) -> str:
     kept only for a raw prompt.
 
     Raises:
-        UsageError: there is none, or it is not text.
+        UsageError: no prompt is given and stdin is a terminal.
+        PromptError: the prompt is empty, or it is not text.
     """
     if given is None and sys.stdin.isatty():
         raise UsageError("no prompt: give one with --prompt, or pipe it in.")
     if given is None or given == "-":
-        prompt = read_text(sys.stdin.read).removeprefix("\ufeff")  # says how it is encoded
+        prompt = read_text(sys.stdin.read).removeprefix("\ufeff")  # a byte order mark
         if not raw:
             prompt = prompt.removesuffix("\n").removesuffix("\r")
     else:
@@ -43,5 +44,6 @@ def read_text(read: Callable[[], str]) -> str:
 
 
 def is_text(text: str) -> bool:
-    """Whether it can be encoded: Python lets undecodable bytes through as lone surrogates."""
+    """Whether a text can be encoded as UTF-8: Python lets undecodable bytes through as lone
+    surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -24,9 +24,9 @@ class Guard:
     """Gives the terminal back whenever the program stops or is ended, while it is open.
 
     Args:
-        pause: takes from the screen what is drawn there, before the program stops.
+        pause: removes what is drawn on the screen, before the program stops.
         resume: draws it again once the program goes on.
-        echo: whether typed keys are shown. Without echo they are kept for who reads them next.
+        echo: whether typed keys are shown. Keys that are not shown wait to be read.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class Guard:
     ) -> None:
         self._pause, self._resume, self._echo = pause, resume, echo
         self._terminal: int | None = None
-        self._modes: list[Any] | None = None  # those to give back
+        self._modes: list[Any] | None = None  # the terminal's modes to restore
         self._handlers: dict[int, Any] = {}
         self._busy = False
-        self._waiting: int | None = None  # a signal that came meanwhile
+        self._waiting: int | None = None  # a signal that came while `undisturbed` was open
 
     def __enter__(self) -> Guard:
         self._terminal = _terminal()
@@ -61,7 +61,7 @@ class Guard:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """While this is open, a signal waits: half a frame is never left on the screen."""
+        """While this is open, a signal waits, so that no half frame is left on the screen."""
         outer, self._busy = self._busy, True
         try:
             yield
@@ -104,7 +104,7 @@ class Guard:
 
 
 def drop() -> None:
-    """Forget the keys typed so far that nobody has read."""
+    """Drop the keys that were typed and not read."""
     with suppress(termios.error, OSError, ValueError):
         termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
 

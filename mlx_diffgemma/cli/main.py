@@ -1,4 +1,4 @@
-"""`mlx-diffgemma`: the commands gathered. Nothing heavy is imported before a command runs."""
+"""`mlx-diffgemma`: the program with all its commands. Nothing heavy is imported before one runs."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ COMMANDS = (
     "generate", "chat", "infill", "edit", "fill", "decide", "serve", "demo", "train", "fuse",
     "tune", "bench", "convert",
 )  # fmt: skip
-"""Each is the program `app` in the module of this name, or the function of this name there."""
+"""Names of the commands. Each is the program `app` in the module of its name, or the function of
+its name in that module."""
 
 
 class Program(errors.Program):
-    """The commands by name; one is imported and made when it is asked for."""
+    """The commands by name; a command is imported and made when it is asked for."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
     def summary_of(self, ctx: Any, name: str) -> str:
-        """The first sentence of a command, which is not made for that."""
+        """The first paragraph of a command's docstring, for which the command is not made."""
         module = import_module(f"mlx_diffgemma.cli.{name}")
         return inspect.cleandoc(getattr(module, name).__doc__).partition("\n\n")[0]
 

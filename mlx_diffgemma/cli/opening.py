@@ -19,8 +19,9 @@ class Opened:
     """A model that is ready to run.
 
     Attributes:
-        name: what the user called it.
-        load_seconds: how long that took.
+        name: what the user called the model.
+        model, tokenizer: what `load` returns; None where a server answers.
+        load_seconds: seconds that loading took.
     """
 
     name: str
@@ -30,7 +31,7 @@ class Opened:
 
 
 def open_model(loading: Loading) -> Opened:
-    """Load a model; without a name, that of the adapters where they say it, or the default one.
+    """Load a model. Where none is named, it is the base of the adapters, or the default model.
 
     Raises:
         DiffGemmaError: it cannot be loaded. Where the user named none, the message also points
@@ -43,7 +44,7 @@ def open_model(loading: Loading) -> Opened:
     if sys.stderr.isatty():
         print(f"loading {chosen}", file=sys.stderr)
     start = time.perf_counter()
-    from mlx_diffgemma.generation import load  # takes seconds, so say something first
+    from mlx_diffgemma.generation import load  # takes seconds, so the note comes first
 
     try:
         model, tokenizer = load(
@@ -64,8 +65,8 @@ def open_model(loading: Loading) -> Opened:
 
 
 def open_to_ask(loading: Loading, asking: Asking, prompt: str) -> Opened:
-    """A model ready for one question. What may surprise is said on stderr: control tokens that the
-    prompt spells are text.
+    """A model ready for one question. Control tokens that the prompt spells are read as text, which
+    is said on stderr.
 
     Raises:
         DiffGemmaError: it cannot be loaded, or its vocabulary lacks a token that is to end answers.
@@ -93,7 +94,7 @@ def end_at(opened: Opened, asking: Asking) -> None:
     """Have answers end at the tokens of `--extra-eos-token` too.
 
     Raises:
-        UsageError: the vocabulary lacks one.
+        UsageError: the vocabulary lacks such a token.
     """
     if asking.extra_eos_token:
         from mlx_diffgemma.text.tokenizer import add_end_tokens
@@ -102,7 +103,8 @@ def end_at(opened: Opened, asking: Asking) -> None:
 
 
 def _base_of(adapters: Path) -> str | None:
-    """The model that adapters were trained on, as their folder says it."""
+    """The model that adapters were trained on, by their `adapter_config.json`; None where it does
+    not say."""
     try:
         model = read_object(adapters / "adapter_config.json").get("model")
     except CheckpointError:  # loading them will say what is wrong

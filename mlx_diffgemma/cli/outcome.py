@@ -15,9 +15,9 @@ _CONTEXT = 32  # committed tokens that decide how the draft behind them reads
 
 
 def pieces_of(tokenizer: Any) -> Callable[[GenerationResponse], list[tuple[str, str]]]:
-    """What gives a response's draft in pieces, each with what it is part of ("text", "thought" or
-    "call"): what canvases before it have not decided yet, then each token. A token has "" from the
-    first eos on, as nothing from there is part of the answer."""
+    """A function that gives a response's draft in pieces, each with what it is part of ("text",
+    "thought" or "call"): first what earlier canvases have left undecided, then each token. Tokens
+    from the first eos on have the text "", as they are no part of the answer."""
     from mlx_diffgemma.text.detokenize import token_strings
 
     def pieces(response: GenerationResponse) -> list[tuple[str, str]]:
@@ -41,7 +41,7 @@ class Outcome:
 
     Attributes:
         text: what the answer says, as far as it is committed.
-        thought: what was thought.
+        thought: what the model thought, as far as it is committed.
         tool_calls: the calls that can be made.
         failed_calls: the calls that are malformed or cut off.
         last: the latest response, or None before the first.

@@ -1,4 +1,4 @@
-"""Where the answer goes while it is written: drawn, streamed, or kept for the end."""
+"""What becomes of an answer while it is written: it is drawn, streamed, or kept for the end."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def can_draw(watch: bool) -> bool:
 
 
 def terminal() -> Console:
-    """The terminal at stdout. Text is shown as it is: no markup, no emoji names, no colours of
-    the console's own."""
+    """The terminal at stdout. It shows text as it is: it reads no markup and no emoji names, and
+    adds no colours."""
     return Console(markup=False, emoji=False, highlight=False)
 
 
 def draw(start: Start, pieces: Pieces, outcome: Outcome, keep: Thoughts = Thoughts.FOLDED) -> None:
-    """Draw the canvas as it forms, then leave what was committed standing plainly; so too when
+    """Draw the canvas as it forms, then write the committed text plainly in its place, also where
     the run is interrupted."""
     try:
         animate(start, CanvasDisplay(terminal(), CanvasView(pieces, thoughts=keep)), outcome)
@@ -57,7 +57,7 @@ def draw(start: Start, pieces: Pieces, outcome: Outcome, keep: Thoughts = Though
 
 
 def animate(start: Start, display: CanvasDisplay, outcome: Outcome) -> None:
-    """Draw the canvas as it forms, and leave nothing of it."""
+    """Draw the canvas as it forms, and erase it at the end."""
     with display:
         for response in start(display.prefill):
             outcome.add(response)
@@ -91,7 +91,8 @@ def stream(start: Start, outcome: Outcome, keep: Thoughts = Thoughts.FOLDED) -> 
 
 
 def collect(start: Start, outcome: Outcome) -> None:
-    """Write nothing to stdout."""
+    """Run a generation to its end and write nothing to stdout; progress goes to stderr if that is a
+    terminal."""
     with _Progress() as progress:
         for response in start(progress.prefill):
             outcome.add(response)
@@ -99,13 +100,13 @@ def collect(start: Start, outcome: Outcome) -> None:
 
 
 def write_line(text: str) -> None:
-    """Write an answer to stdout with one newline at its end; nothing for no answer."""
+    """Write an answer to stdout, ended by a newline; an empty answer writes nothing."""
     if text:
         print(text, end="" if text.endswith("\n") else "\n", flush=True)
 
 
 def note(text: str) -> None:
-    """Say something beside the answer, on stderr; dim, where that is a terminal."""
+    """Write a text to stderr, dim where that is a terminal."""
     if sys.stderr.isatty():
         _stderr().print(Text(text, "dim"), soft_wrap=True)
     else:
@@ -114,7 +115,7 @@ def note(text: str) -> None:
 
 def note_thought(thought: str, keep: Thoughts, console: Console | None = None) -> None:
     """Write what was thought to stderr: dim on a terminal, and in one line there if it is to be
-    folded. `console` is that of a frame that is drawn there meanwhile."""
+    folded. `console` is the console of a frame that is being drawn on stderr, or None."""
     if not thought or keep is Thoughts.HIDDEN:
         return
     if not sys.stderr.isatty():
@@ -133,8 +134,8 @@ def _stderr() -> Console:
 
 
 class _Progress:
-    """One line on stderr that says how far a run is, where the answer goes elsewhere than to the
-    same terminal; typed keys stay off the screen in any case."""
+    """One line on stderr that says how far a run is. It is shown where stderr is a terminal and
+    stdout is not; typed keys stay off the screen in any case."""
 
     def __init__(self) -> None:
         console = _stderr()

@@ -1,4 +1,5 @@
-"""A running server in the place of a model that is loaded: nothing heavy is imported here."""
+"""A running server that answers in the place of a loaded model; this module imports nothing
+heavy."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class RemoteError(DiffGemmaError):
 
 
 def identity(loading: Loading) -> str:
-    """What tells one loaded model from another; it names no folder of this machine."""
+    """A digest of what tells one loaded model from another, which reveals no folder of the
+    machine."""
     name = loading.model or (None if loading.adapter_path else DEFAULT_MODEL)
     parts = (
         None if name is None else _whole(name),
@@ -51,8 +53,8 @@ def _whole(name: str) -> str:
 
 
 def find(reaching: Reaching, loading: Loading, only_here: Mapping[str, bool]) -> Remote | None:
-    """The server to ask, or None where the model is to be loaded: the one that is named, else one
-    that runs at the usual place with the same model.
+    """The server to ask: the one that is named, else one that runs at the usual place with the same
+    model. None says that the model is to be loaded.
 
     Args:
         only_here: options that a server does not know, and whether they were given.
@@ -92,16 +94,16 @@ class Remote:
     """A server that answers.
 
     Args:
-        url: where it is.
-        seconds: that it may take to say what it is.
+        url: URL of the server.
+        seconds: seconds that it may take to answer `/health`.
 
     Attributes:
-        name: what it calls its model.
-        about: what it says of itself.
+        name: what the server calls its model.
+        about: the answer of `/health`.
 
     Raises:
-        UsageError: `url` is none.
-        RemoteError: it cannot be reached, or is not ready.
+        UsageError: `url` is no URL.
+        RemoteError: the server cannot be reached, is not ready, or is another kind of server.
     """
 
     def __init__(self, url: str, *, seconds: float = 10.0) -> None:
@@ -129,7 +131,7 @@ class Remote:
 
         Raises:
             UsageError: the server refuses the request.
-            RemoteError: it does not answer.
+            RemoteError: the server does not answer, or fails.
         """
         with closing(self._connection(_LONGEST)) as connection:
             response = self._request(connection, "POST", path, body)
@@ -142,7 +144,8 @@ class Remote:
         """The events of a stream; closing the iterator ends the work.
 
         Raises:
-            UsageError, RemoteError: as for `ask`, at any time.
+            UsageError: the server refuses the request.
+            RemoteError: the server does not answer, fails, or breaks off, at any time.
         """
         with closing(self._connection(_SILENCE)) as connection:
             response = self._request(connection, "POST", path, {**body, "stream": True})
@@ -198,7 +201,7 @@ class Remote:
             line = f"{self.url} wants a key; set {KEY}."
         return UsageError(line) if status in (400, 413) else RemoteError(line)
 
-    # What the commands ask.
+    # These methods send what the commands ask.
 
     def generate(
         self,
@@ -254,7 +257,7 @@ class Remote:
         lengths: Sequence[int] | None,
         **asked: Any,
     ) -> Any:
-        """What becomes of a text, with the fields of what the functions for editing return."""
+        """An edited text, with the fields of what `edit`, `fill` or `infill` returns, by `path`."""
         more = {
             "prompt": prompt,
             "system": prompting.system_prompt,
@@ -312,7 +315,7 @@ class Remote:
 
 
 def knobs(denoising: Denoising) -> dict[str, Any]:
-    """How to denoise, as a server reads it."""
+    """The fields of a request that say how to denoise."""
     changes: dict[str, Any] = dict(denoising.changes)
     found: dict[str, Any] = {}
     if "max_tokens" in changes:
@@ -326,7 +329,7 @@ def knobs(denoising: Denoising) -> dict[str, Any]:
 
 
 def only_here(asking: Asking, how: PromptSettings | None = None) -> dict[str, bool]:
-    """The options of a prompt that a server is not asked with."""
+    """Options of a prompt that are not passed on to a server, each with whether it was given."""
     return {
         "--image or --video": how is not None and bool(how.images),
         "--markers": asking.markers,

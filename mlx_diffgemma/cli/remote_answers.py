@@ -12,14 +12,14 @@ from mlx_diffgemma.text.tool_calls import ToolCall
 
 
 def pieces(response: Any) -> list[tuple[str, str]]:
-    """A draft for the terminal; servers do not say how sure the model is of each token."""
+    """A draft in two pieces, thought and text; servers do not tell the tokens of a draft apart."""
     if not response.canvas:
         return [("text", "")]
     return [("thought", response.draft_thought), ("text", response.draft)]
 
 
 def answers_of(told: Mapping[str, Any], questions: Sequence[Any]) -> dict[str, Any]:
-    """Answers as JSON with the fields of an `Answer`."""
+    """The answers in a server's JSON, by name, with the fields of an `Answer`."""
     found = {}
     for question in questions:
         answer = told["answers"][question.name]
@@ -43,7 +43,7 @@ class Reading:
     """Makes responses out of the events of a stream.
 
     Args:
-        about: what the server says of itself.
+        about: the answer of the server's `/health`.
     """
 
     def __init__(self, about: Mapping[str, Any]) -> None:
@@ -56,7 +56,7 @@ class Reading:
         self._usage: dict[str, Any] = {}
 
     def add(self, event: Mapping[str, Any]) -> Iterator[Any]:
-        """What an event says."""
+        """The responses that an event makes."""
         self._first = self._first or time.perf_counter()
         self._usage = event.get("usage") or self._usage
         if event.get("type") == "diffusion_frame":

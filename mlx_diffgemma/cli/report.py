@@ -19,7 +19,7 @@ THOUGHT_ALONE = "the answer is empty: the model thought and then said nothing."
 
 
 def remarks(outcome: Outcome, go_on: str, make_room: str) -> list[str]:
-    """What a user should know of an answer beside its text, a line each.
+    """Lines that say what a user should know of an answer beside its text.
 
     Args:
         go_on: how to go on with an answer that `--max-tokens` cut; `{}` in it stands for a larger
@@ -66,7 +66,7 @@ def statistics(outcome: Outcome) -> str:
 
 
 def summary(outcome: Outcome) -> str:
-    """The same in one short line, for a turn of a conversation."""
+    """One short line for a turn of a conversation: tokens, speed, steps and canvases."""
     last = outcome.last
     if last is None:
         return ""
@@ -77,7 +77,7 @@ def summary(outcome: Outcome) -> str:
 
 
 def effort(outcome: Outcome) -> str:
-    """Steps, canvases and tokens per forward: what decides the speed, whatever the machine."""
+    """Steps, canvases and tokens per forward pass, which decide the speed on every machine."""
     last = outcome.last
     if last is None:
         return ""

@@ -63,7 +63,7 @@ def serve(*, loading: Loading, settings: ServerSettings) -> None:
         code = INTERRUPTED
     if server.failure is not None:
         raise server.failure
-    # All is done, or loading, which cannot be broken off; Python would tidy up for seconds.
+    # Loading cannot be broken off, and Python would tidy up for seconds, so the process ends here.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -97,7 +97,9 @@ class _Telling:
     """Says on stderr how loading goes, and then where the server is and how to try it.
 
     Args:
-        url: where the server is.
+        server: the server that loads.
+        url: URL of the server.
+        loading: the model that is loaded.
     """
 
     def __init__(self, server: Server, url: str, loading: Loading) -> None:
@@ -107,7 +109,8 @@ class _Telling:
             threading.Thread(target=self._progress, name="progress", daemon=True).start()
 
     def is_over(self) -> bool:
-        """Whether the server is to end, since it has no model; said as often as it is asked."""
+        """Whether the server is to end because loading or the engine failed. The first call that
+        finds the model loaded says so on stderr."""
         if self._server.ready and not self._told:
             self._told = True
             engine = self._server.engine
@@ -125,7 +128,7 @@ class _Telling:
         return self._server.failure is not None
 
     def _progress(self) -> None:
-        """How much of the weights is in memory, on one line of the terminal."""
+        """Show on one line of the terminal how much of the weights is in memory."""
         start, total = time.monotonic(), 0
         while not self._server.ready and self._server.failure is None:
             time.sleep(_TICK)

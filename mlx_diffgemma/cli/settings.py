@@ -1,4 +1,4 @@
-"""What commands share of their settings, a frozen dataclass a concern: every field is an option.
+"""The settings that commands share: frozen dataclasses, of which every field is an option.
 
 `mlx_diffgemma.cli.command` makes the options; `--help` shows the sentence of each field.
 """
@@ -181,10 +181,10 @@ class Asking:
         )
 
     def _offered(self) -> list[dict[str, object]] | None:
-        """The tools in the files of `--tools`, None where there are none.
+        """The tools in the files of `--tools`; None where the option is not given.
 
         Raises:
-            UsageError: a file holds none.
+            UsageError: a file holds no tools.
             DiffGemmaError: a file cannot be read.
         """
         if not self.tools:
@@ -202,7 +202,7 @@ class Asking:
         return tools
 
     def _variables(self) -> dict[str, object] | None:
-        """The variables of `--chat-template-config`, None where there are none.
+        """The variables of `--chat-template-config`; None where the option is not given.
 
         Raises:
             UsageError: it is no JSON object.
@@ -220,7 +220,7 @@ class Pictures:
     """The pictures of a prompt.
 
     Raises:
-        UsageError: a value is out of range, or nothing is there for it.
+        UsageError: a value is out of range, or an option is given without the one that it is for.
     """
 
     image: Annotated[
@@ -287,17 +287,17 @@ class Pictures:
 
 
 def _piped() -> bytes:
-    """A picture's file from stdin."""
+    """The bytes of a picture's file from stdin."""
     from mlx_diffgemma.text.pictures import LARGEST_FILE
 
     return sys.stdin.buffer.read(LARGEST_FILE + 1)
 
 
 def parsed(text: str, where: str) -> object:
-    """JSON that the user gave; `where` is what the line calls it.
+    """JSON that the user gave; `where` is what an error calls it.
 
     Raises:
-        UsageError: it is none.
+        UsageError: the text is no JSON, or is nested too deep.
     """
     try:
         return json.loads(text)

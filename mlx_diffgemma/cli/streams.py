@@ -1,4 +1,5 @@
-"""stdin, stdout and stderr: closed ones, broken ones, and JSON whatever their encoding."""
+"""stdin, stdout and stderr: what to do where they are closed or broken, and JSON in any
+encoding."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ def prepare() -> None:
     is opened would take its number.
 
     Raises:
-        SystemExit: stdout is closed; that was said on stderr.
+        SystemExit: stdout is closed, which was said on stderr.
     """
     closed = [number for number in range(3) if not _is_open(number)]
     for number in closed:
@@ -48,8 +49,8 @@ def as_line(value: Any) -> str:
 
 
 def discard() -> OSError | None:
-    """Where stdout or stderr cannot be written to, send what is buffered for it nowhere: Python
-    flushes at exit. Returns what is wrong with stdout."""
+    """Redirect stdout and stderr to nowhere where they cannot be written to, since Python flushes
+    what is buffered at exit. Returns the error of stdout, or None."""
     wrong = None
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -17,7 +17,7 @@ _PANEL = "Always valid"
 
 @dataclass(frozen=True)
 class Validity:
-    """What makes an answer valid."""
+    """The options that say what makes an answer valid."""
 
     choices_follow: Annotated[
         bool,
@@ -45,7 +45,8 @@ class Validity:
     ] = None
 
     def constraint(self, choices: Sequence[str]) -> Constraint | None:
-        """The constraint, read; None where there is none. `choices` are the arguments.
+        """The constraint that the options give; None where there is none. `choices` are the words
+        behind the options.
 
         Raises:
             UsageError: there is more than one, or it cannot be read.
@@ -72,7 +73,7 @@ class Validity:
 
 @dataclass(frozen=True)
 class Constraint:
-    """One of a JSON schema, an expression, and texts to choose among; the others are None.
+    """One of a JSON schema, a regular expression, and texts to choose among; the others are None.
 
     Attributes:
         validate: tries for an answer that the whole schema validates, or None.
@@ -84,7 +85,7 @@ class Constraint:
     choices: tuple[str, ...] | None
 
     def form(self) -> dict[str, Any] | None:
-        """The same as a server reads it; None where it cannot be said so."""
+        """The constraint as the `response_format` of a server; None where it has no such form."""
         if self.regex is not None:
             return {"type": "regex", "pattern": self.regex}
         if isinstance(self.json_schema, dict):
@@ -103,7 +104,12 @@ def answer(
     showing: Showing,
     prompt_settings: PromptSettings,
 ) -> None:
-    """Write an answer that satisfies the constraint."""
+    """Write an answer that satisfies the constraint.
+
+    Raises:
+        UsageError: --stop or --prefill-response is given.
+        UnmetConstraintError: the model does not finish a valid answer.
+    """
     from mlx_diffgemma.cli import output, remote
 
     if asking.stop:

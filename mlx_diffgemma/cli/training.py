@@ -1,5 +1,5 @@
-"""What `train` does, once its options are read: settings gathered, data and model opened, the
-events of the loop shown."""
+"""What `train` does once its options are read: it gathers the settings, opens data and model, and
+shows the events of the loop."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ _RUN, _REPORTS = "Run", "Reports"
 
 @dataclass(frozen=True)
 class Run:
-    """What a run works on, where it writes, and what it reports; by mlx-lm's names.
+    """What a run works on, where it writes, and what it reports; the fields have mlx-lm's names.
 
-    What is left out, a file of settings says, or the run that goes on, or the default.
+    A field that is left out is taken from the file of settings, else from the run that is resumed,
+    else from the defaults.
     """
 
     data: Annotated[
@@ -86,7 +87,14 @@ class Run:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A run as it was asked for, whoever asked: the command line, a file, an earlier run."""
+    """A run with all its settings, from the command line, a file and an earlier run.
+
+    Attributes:
+        config: how to train.
+        loading: the base model.
+        run: data and reports.
+        folder: folder of the adapters.
+    """
 
     config: TrainConfig
     loading: Loading
@@ -102,7 +110,7 @@ def gather(loading: Loading, run: Run) -> TrainingJob:
     """The settings of the command line, over those of `--config`, over those of the run to resume.
 
     Raises:
-        UsageError: one is unknown or out of range, or there is nothing to resume.
+        UsageError: a setting is unknown or out of range, or there is nothing to resume.
     """
     from mlx_diffgemma.train.settings_file import normalized, read_yaml
 
@@ -132,7 +140,7 @@ def _named(cls: type[Any], values: Mapping[str, object]) -> dict[str, object]:
 
 
 def _filled(given: Given, read: Mapping[str, object]) -> Given:
-    """Settings of the command line, with what it leaves out from a file."""
+    """Settings of the command line; those that it leaves out are taken from `read`."""
     missing: dict[str, Any] = {
         name: value
         for name, value in _named(type(given), read).items()
@@ -151,11 +159,11 @@ def _earlier(folder: Path) -> dict[str, Any]:
 
 
 def run(job: TrainingJob) -> None:
-    """Train, from reading the data to the last word.
+    """Read the data, load the model, train, and say on stderr how that goes.
 
     Raises:
-        DiffGemmaError: in one line.
-        KeyboardInterrupt: Ctrl-C; how to go on was said.
+        DiffGemmaError: data, model or settings cannot be used, or memory does not suffice.
+        KeyboardInterrupt: Ctrl-C was pressed; how to go on was said on stderr.
     """
     from mlx_diffgemma.checkpoint import locate
     from mlx_diffgemma.checkpoint.loading import load_model, read_config
@@ -215,7 +223,11 @@ def _read_data(job: TrainingJob, path: Path, shapes: ModelConfig) -> Splits:
 
 
 def _check_memory(job: TrainingJob, path: Path, shapes: ModelConfig, splits: Splits) -> None:
-    """Raise MemoryShortageError where the run cannot end well."""
+    """Estimate the memory of the run.
+
+    Raises:
+        MemoryShortageError: the run does not fit.
+    """
     from mlx_diffgemma.checkpoint.loading import weight_bytes
     from mlx_diffgemma.train import training_memory
 
@@ -311,7 +323,8 @@ def _begin_with(model: DiffusionGemma, path: Path) -> None:
 def _exact(
     model: DiffusionGemma, job: TrainingJob, splits: Splits
 ) -> Callable[[DiffusionGemma], float] | None:
-    """What answers held-out prompts, as far as that is wanted."""
+    """A function that gives the share of exact answers to held-out prompts; None where it is not
+    wanted."""
     count = job.run.eval_generate or 0
     if count < 1:
         return None
@@ -354,7 +367,7 @@ def _stopped(folder: Path, saved: int, resumed: bool) -> str:
 
 
 def say(text: str) -> None:
-    """One line on stderr, from the first of the processes that train."""
+    """Write a line to stderr; of several processes that train, only the first writes."""
     from mlx_diffgemma.train import processes
 
     if processes.is_first():

@@ -1,4 +1,4 @@
-"""`train --plan`: what memory a run takes, taken apart, and at which batch and length it fits."""
+"""`train --plan`: the memory of a run by its parts, and the batches and lengths that fit a Mac."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ MACS = (32, 64, 128)
 
 @dataclass(frozen=True)
 class Base:
-    """The model to plan for: shapes, bytes of its weights, and of a number between layers."""
+    """The model to plan for.
+
+    Attributes:
+        shapes: its shapes.
+        weights: bytes of its weights.
+        activation_bytes: bytes of one number of an activation.
+        note: what the figures are taken from.
+    """
 
     shapes: ModelConfig
     weights: int
@@ -39,7 +46,8 @@ def show(job: TrainingJob, *, as_json: bool) -> None:
 
 
 def _base(job: TrainingJob) -> Base:
-    """The model from its folder; the released ones from built-in shapes, without a download."""
+    """The model to plan for, from its folder or repository; released models from built-in shapes,
+    without a download."""
     from mlx_diffgemma.bench.presets import config_like
     from mlx_diffgemma.checkpoint import locate
     from mlx_diffgemma.checkpoint.loading import read_config, weight_bytes
@@ -62,7 +70,7 @@ def _base(job: TrainingJob) -> Base:
 
 
 def _on_the_hub(job: TrainingJob) -> Base:
-    """A repository by the headers of its files; nothing else is downloaded."""
+    """The model of a repository, from the headers of its files; no weights are downloaded."""
     from mlx_diffgemma.checkpoint.names import canonical_name, is_vision
     from mlx_diffgemma.config import ModelConfig
     from mlx_diffgemma_convert.hub import open_source
@@ -86,7 +94,8 @@ def _estimate(job: TrainingJob, base: Base, **settings: Any) -> TrainingMemory:
 
 
 def _grid(job: TrainingJob, base: Base) -> list[dict[str, Any]]:
-    """Every batch and length, with and without gradient checkpointing."""
+    """Memory in bytes for every batch and length, with and without gradient checkpointing, and the
+    Macs (GB) that it fits."""
     from mlx_diffgemma.checkpoint.memory import raised_working_set, working_set
 
     rows = []

@@ -1,4 +1,4 @@
-"""`mlx-diffgemma tune`: the fewest steps that keep the answers, found here."""
+"""`mlx-diffgemma tune`: finds the rule with the fewest passes that keeps the answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ _WHAT, _OUTPUT = "What to measure", "Output"
 
 @dataclass(frozen=True)
 class Tuning:
-    """What is asked, and how answers are judged."""
+    """The options that say what is asked, and how answers are judged.
+
+    Raises:
+        UsageError: a number is out of range.
+    """
 
     data: Annotated[
         str | None,

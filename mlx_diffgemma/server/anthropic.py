@@ -27,8 +27,8 @@ HARMLESS = (
     "betas", "cache_control", "context_management", "diagnostics", "inference_geo", "metadata",
     "service_tier", "speed", "user_profile_id", "workspace_id",
 )  # fmt: skip
-"""Fields of a request that change nothing here: where it runs, what it costs, and what is cached,
-which the server decides by itself."""
+"""Fields of a request that change nothing here, since they are about where it runs, what it costs
+and what is cached."""
 REFUSED = {
     **ELSEWHERE,
     "container": "names a container, and this server runs none; leave it out.",
@@ -45,7 +45,7 @@ _KINDS = {
     503: "overloaded_error",
 }  # fmt: skip
 See: TypeAlias = "Callable[[str, str], dict[str, Any]]"
-"""From a picture in base64, and what an error calls it, to a part of a message."""
+"""Takes a picture in base64, and what an error calls it; returns a part of a message."""
 _PING = named("ping", {"type": "ping"})
 
 
@@ -94,7 +94,7 @@ def _failed(error: RefusedError) -> bytes:
     return named("error", _error(error.status, error.message))
 
 
-# From a request to what is asked.
+# These functions turn a request into what is asked.
 
 
 def _request(fields: Fields, model: str, see: See) -> tuple[Asked, Reply]:
@@ -166,7 +166,8 @@ def _tools(fields: Fields) -> list[dict[str, Any]] | None:
 
 
 def _schema(fields: Fields) -> dict[str, Any] | None:
-    """The schema of the answer, which stood in a field of its own once."""
+    """The JSON schema of the answer: from `output_format`, its former field, or from
+    `output_config`."""
     config = fields.within("output_config")
     wanted = [fields.within("output_format"), config and config.within("format")]
     if config:
@@ -244,8 +245,8 @@ def _content(parts: Sequence[dict[str, Any]]) -> str | list[dict[str, Any]]:
 
 
 def _turn(message: Fields, role: str, names: dict[str, str], see: See) -> list[dict[str, Any]]:
-    """One message in the library's form, the results of tools before what else it says. `names`
-    keeps the names of calls by their ids."""
+    """One message in the library's form, as several where it holds results of tools, which come
+    first. `names` holds the names of calls by their ids, and takes in those of this message."""
     if isinstance(message.data.get("content"), str):
         return [{"role": role, "content": message.text("content")}]
     parts: list[dict[str, Any]] = []

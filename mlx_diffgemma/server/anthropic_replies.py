@@ -10,7 +10,7 @@ from typing import Any
 from mlx_diffgemma.server.asking import Call, Ended, Piece, Started, Text, Thought
 
 SIGNATURE = "unsigned"
-"""What stands for the signature of a thought; clients drop thoughts without one."""
+"""The text in place of the signature of a thought, since clients drop thoughts that have none."""
 
 
 class Reply:
@@ -22,7 +22,7 @@ class Reply:
         single: whether only the first call of a tool is told.
 
     Attributes:
-        message: what there is of it so far.
+        message: the message as far as it is written.
     """
 
     def __init__(self, model: str, *, shows_thoughts: bool = True, single: bool = False) -> None:
@@ -55,7 +55,7 @@ class Reply:
         }
 
     def add(self, piece: Piece) -> list[dict[str, Any]]:
-        """Take in a piece of the answer; the events that tell it."""
+        """Take in a piece of the answer, and return the events that tell it."""
         if self._single and self._called and not isinstance(piece, Ended):
             return []
         if isinstance(piece, Started):
@@ -109,7 +109,8 @@ class Reply:
         ]
 
     def _count(self, piece: Started | Ended) -> None:
-        """Input tokens are those that had to be read; those known from before stand beside them."""
+        """Note the tokens of the prompt: those that had to be encoded, and those that were
+        cached."""
         usage = self.message["usage"]
         usage["cache_read_input_tokens"] = piece.cached_tokens
         usage["input_tokens"] = piece.prompt_tokens - piece.cached_tokens

@@ -39,16 +39,18 @@ _GONE = 499
 
 
 class Server:
-    """What handlers are given.
+    """What the handlers of all routes share: the engine, the settings and the counts.
 
     Args:
-        load: gives the engine; called in a thread of its own when the server starts.
+        load: returns the engine; it is called in a thread of its own when the server starts.
+        settings: settings of the server.
+        name: what the model is called until it is loaded.
 
     Attributes:
-        settings: the server's.
+        settings: settings of the server.
         metrics: counts of what was asked.
-        name: what the model is called while it is not there yet.
-        about: what `/health` says besides, set by what loads the model.
+        name: name of the model; until it is loaded, the name that was given.
+        about: further fields of the answer of `/health`, set by what loads the model.
         failure: why the model could not be loaded, or None.
     """
 
@@ -67,7 +69,7 @@ class Server:
 
     @property
     def engine(self) -> Engine:
-        """The engine.
+        """The engine that answers requests.
 
         Raises:
             RefusedError: the model is still being loaded, or could not be (503).
@@ -95,12 +97,13 @@ class Server:
             await asyncio.to_thread(self._engine.stop, seconds)
 
     def shape_of(self, path: str) -> Shape:
-        """How errors are spelt at a path: as at the route that it comes nearest to."""
+        """How errors are spelt at a path: as at the route whose path begins most like it."""
         near = sorted(self._shapes, key=lambda each: -_common(each[0].path, path))
         return near[0][1] if near else _plain
 
     def guarded(self, routes: Sequence[Route], shape: Shape) -> list[Route]:
-        """The same routes; what a handler raises is a response in the shape of its protocol."""
+        """`routes` with handlers whose exceptions become responses in the shape of their
+        protocol."""
         made = []
         for route in routes:
             run = _guarded(route, shape)
@@ -109,7 +112,8 @@ class Server:
         return made
 
     def open(self) -> None:
-        """Load the model, in the thread that calls this; `failure` says why that did not work."""
+        """Load the model in the thread that calls this; `failure` holds what went wrong, if
+        anything."""
         try:
             self._engine = self._load()
             self.name = self._engine.name
@@ -134,7 +138,7 @@ class Server:
         return JSONResponse(told, 200 if state == "ok" else 503)
 
     async def show_metrics(self, request: Request) -> Response:
-        """`GET /metrics`."""
+        """`GET /metrics`: all counts, in the text form of Prometheus."""
         lines: list[str] = [*self.metrics.lines()]
         if self._engine is not None:
             lines += metrics.of_engine(self._engine.counters)
@@ -151,9 +155,10 @@ def create_app(
     """The application; `app.state.server` is its `Server`.
 
     Args:
-        engine: the engine, or what loads it; that is called in a thread of its own once the server
-            has started, and requests are refused with 503 until it returns.
-        name: what the model is called until then.
+        engine: the engine, or a function that loads it. The function is called in a thread of its
+            own once the server has started, and requests are refused with 503 until it returns.
+        settings: settings of the server; None takes the defaults.
+        name: what the model is called until it is loaded.
         protocols: modules with `routes` and `error`; None takes all of `PROTOCOLS`.
     """
     settings = settings or ServerSettings()
@@ -208,7 +213,7 @@ class Observed:
         self._app, self._server = app, server
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer, and note how that went."""
+        """Answer a request, count it, and log its line."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -287,5 +292,5 @@ def _same(one: Sequence[str], other: Sequence[str]) -> Iterator[str]:
 
 
 def _known(method: str) -> str:
-    """A method as a label: clients may invent any number of them."""
+    """A method as a label of a metric; those that clients make up share the label "other"."""
     return method if method in ("GET", "HEAD", "POST", "OPTIONS", "DELETE", "PUT") else "other"

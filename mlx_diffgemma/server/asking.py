@@ -49,7 +49,8 @@ async def answer(engine: Engine, *asked: Asked) -> AsyncGenerator[Piece, None]:
     Raises:
         UsageError, PromptError, RefusedError: a request is malformed or contradicts itself, or the
             form that was asked for could not be kept (422).
-        MemoryShortageError, QueueFullError: it does not fit, or not now.
+        MemoryShortageError: a request does not fit into memory.
+        QueueFullError: too many requests wait, or the server is about to end.
         NumericalError: the model returned values that are not finite.
     """
     answers = sum(each.n for each in asked)
@@ -76,7 +77,11 @@ async def answer(engine: Engine, *asked: Asked) -> AsyncGenerator[Piece, None]:
 
 
 async def count_tokens(engine: Engine, asked: Asked) -> int:
-    """Tokens of the prompt that a request makes; errors as for `answer`."""
+    """Number of tokens of the prompt that a request makes.
+
+    Raises:
+        UsageError, PromptError, RefusedError: the prompt is malformed or cannot be rendered.
+    """
     return await asyncio.to_thread(count, engine, asked)
 
 
@@ -89,8 +94,8 @@ def _submit(engine: Engine, prepared: Prepared, work: Any) -> Ticket:
 
 
 async def _encoded_once(engine: Engine, prepared: Prepared) -> int:
-    """Encode a prompt that several answers begin from, for the engine to keep; how many of its
-    tokens were known."""
+    """Encode a prompt that several answers begin from, for the engine to keep. Returns how many of
+    its tokens were known."""
     known = 0
     async with _submit(engine, prepared, encoding(prepared)) as ticket:
         async for found in ticket:
@@ -99,7 +104,7 @@ async def _encoded_once(engine: Engine, prepared: Prepared) -> int:
 
 
 async def _merged(tickets: Sequence[Ticket]) -> AsyncIterator[Any]:
-    """What all tickets give, as it comes; the first error ends it."""
+    """The values of all tickets as they come; the first error of a ticket is raised."""
     if len(tickets) == 1:
         async for value in tickets[0]:
             yield value

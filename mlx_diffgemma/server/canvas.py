@@ -178,7 +178,7 @@ def _lengths(fields: Fields) -> tuple[int, ...] | None:
 
 
 def _fitting(engine: Engine, lengths: tuple[int, ...]) -> tuple[int, ...]:
-    """The default lengths as far as they fit in a canvas; those of a client as they are."""
+    """The default lengths that fit in a canvas; lengths from a client stay as they are."""
     if lengths is not LENGTHS:
         return lengths
     return tuple(each for each in lengths if each <= engine.model.config.canvas_length - 2)
@@ -203,7 +203,7 @@ def _is_integer(value: Any) -> bool:
 
 
 async def _canvas(engine: Engine, fields: Fields, most: int) -> CanvasAsked:
-    """A canvas as both of its routes ask for it."""
+    """One canvas as a request to `/v1/canvas` or `/v1/canvas/alternatives` asks for it."""
     fields.text("model")
     prompt = fields.get("prompt")
     if prompt is not None and fields.get("messages") is not None:
@@ -315,7 +315,7 @@ def _submit(engine: Engine, asked: CanvasAsked) -> Any:
 
 
 async def _last(ticket: Any) -> dict[str, Any]:
-    """What a work gives in the end."""
+    """The last value of a ticket."""
     found: dict[str, Any] | None = None
     async with ticket:
         async for value in ticket:

@@ -1,9 +1,11 @@
-"""One canvas, denoised in the sight of a client who holds positions, changes others and looks at
-what else the model thought of.
+"""One canvas, denoised step by step for a client who pins positions, changes others and looks at
+further tokens that the model finds likely.
 
-Everything follows from the request: whoever sends the same again with other changes behind a step
-gets the same canvas up to that step. So a canvas can be forked at any of its steps, and nothing is
-kept for a client.
+Everything follows from the request: the same request with other changes behind a step gives the
+same canvas up to that step. So a canvas can be forked at any of its steps, and nothing is kept for
+a client.
+
+Letters: C canvas.
 """
 
 from __future__ import annotations
@@ -38,10 +40,11 @@ class Change:
 
     Attributes:
         after: steps run before it; 0 is the start.
-        pins: the token that each of these positions holds from now on, or None where it is let go.
-        start, stop, strength: the share of these positions that becomes noise.
-        seed: of the noise from now on, or None.
-        step: the step of the schedule that comes next, or None for the one that would.
+        pins: by position, the token that it holds from then on, or None to let it go.
+        start, stop: first position that may become noise, and the one behind the last.
+        strength: probability from 0 to 1 that such a position becomes noise.
+        seed: seed of the noise from then on, or None to keep it.
+        step: the step of the schedule to go on with, or None to go on as before.
     """
 
     after: int
@@ -60,14 +63,18 @@ class CanvasAsked:
     Attributes:
         encoded: the prompt.
         config: how it is denoised; its canvas has `length` positions.
-        seed: what every random draw follows from; `index` is the number of the canvas in it.
-        initial: the tokens [C] that it starts from; None is noise.
+        length: positions of the canvas, C.
+        seed: what every random draw follows from.
+        index: number of the canvas, which its draws also follow from.
+        initial: the tokens [C] that it starts from; None starts from noise.
         allowed: the tokens that free positions may hold; empty for all.
         changes: in the order of their steps.
-        frames: whether every step is told.
-        reads: whether the last step is told by the probabilities at temperature 1.
-        look: positions whose likeliest tokens are told of the step `at`, in place of all else.
-        top: how many of them, and `wanted`, tokens that are told whether likely or not.
+        frames: whether the client gets a frame after every step.
+        reads: whether the last step gives the probabilities at temperature 1 of all positions.
+        look: positions whose likeliest tokens at step `at` are the whole result; empty for none.
+        at: the step that `look` is about, from 1.
+        top: how many of the likeliest tokens are given for a position.
+        wanted: tokens that are given for a position whether they are likely or not.
     """
 
     encoded: Encoded
@@ -148,7 +155,7 @@ class _Run:
         return Layout(tuple(tokens), {}, dict.fromkeys(free, allowed) if allowed else {})
 
     def _stepped(self, canvas: Canvas, prefix: Prefix, most: int | None) -> Iterator[Canvas]:
-        """The canvas after each step, `most` of them or until it is done."""
+        """The canvas after each step, until `most` steps are run or it is done."""
 
         def following(name: object, stepped: Canvas) -> InFlight | None:
             if most is not None and stepped.passes >= most:
@@ -160,7 +167,7 @@ class _Run:
             yield self._changed(stepped[0]) if stepped[0].passes == most else stepped[0]
 
     def _changed(self, canvas: Canvas) -> Canvas:
-        """The canvas with what is changed behind the steps that it has run."""
+        """The canvas with the changes that come behind as many steps as it has run."""
         for change in self.asked.changes:
             if change.after == canvas.passes:
                 canvas = self._change(canvas, change)
@@ -178,7 +185,7 @@ class _Run:
             fresh = canvas.noise.initial(canvas.index + 1, len(canvas), self.vocab)
             canvas = replace(canvas, tokens=mx.where(mx.array(noisy), fresh, canvas.tokens))
             if canvas.soft_embeddings is not None:
-                # What was expected there would bring the old text back.
+                # The soft embeddings of these positions would bring the old text back.
                 soft = mx.where(mx.array(noisy)[:, None], 0.0, canvas.soft_embeddings)
                 canvas = replace(canvas, soft_embeddings=soft.astype(canvas.soft_embeddings.dtype))
         assert canvas.layout is not None
@@ -215,7 +222,7 @@ class _Run:
         self, canvas: Canvas, prefix: Prefix, places: Sequence[int], temperature: float
     ) -> list[dict[str, Any]]:
         """What the next step over a canvas finds likeliest at some positions."""
-        self.seat.cache.rest()  # a pass of its own waits for its turn
+        self.seat.cache.rest()  # waits for a turn on the engine's thread
         model, asked = self.seat.model, self.asked
         view = CanvasView(canvas.tokens, prefix, canvas.soft_embeddings)
         hidden = model.decode([view])

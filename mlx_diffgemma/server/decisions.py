@@ -60,7 +60,7 @@ def routes(server: Server) -> list[Route]:
 
 
 def _named(request: Request) -> dict[str, str]:
-    """The name of the request, where typesafe-sdk looks for it."""
+    """The id of the request in the header where typesafe-sdk looks for it."""
     return {"x-typesafe-request-id": request.scope.get("request_id", "")}
 
 

@@ -34,13 +34,13 @@ from mlx_diffgemma.server.jobs import (
 )
 from mlx_diffgemma.server.prefixes import KeptPrefixes
 
-_SHARE_OF_PREFIXES = 8  # of the memory that is left, one part in so many for prefixes to come back
-_STEPS_A_RANK = 64  # steps that a request waits for each canvas by which others go before it
+_SHARE_OF_PREFIXES = 8  # kept prefixes may take one part in so many of the memory that is left
+_STEPS_A_RANK = 64  # steps of waiting that weigh as much as having begun one canvas less
 _NEWEST = 0.2  # weight of the latest step in the measured time of a canvas
 
 
 class QueueFullError(DiffGemmaError):
-    """As many requests wait as may.
+    """As many requests wait as may wait, or the engine is about to end.
 
     Attributes:
         retry_after: seconds after which it is worth trying again.
@@ -53,12 +53,14 @@ class QueueFullError(DiffGemmaError):
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Attributes:
-    max_batch: most canvases that share a step.
-    longest_step: seconds that a step may take where more than one request shares it, as measured.
-    queue: requests that may wait; more are refused.
-    prefix_bytes: most bytes of prefixes kept from one request to the next; None takes a share of
-        the memory that is left.
+    """The bounds of an engine.
+
+    Attributes:
+        max_batch: most canvases that share a step.
+        longest_step: seconds that a step shared by several requests may take, as measured.
+        queue: requests that may wait; more are refused.
+        prefix_bytes: most bytes of prefixes kept from one request to the next; None takes a share
+            of the memory that is left.
     """
 
     max_batch: int = 8
@@ -73,10 +75,11 @@ class Engine:
     Args:
         model, tokenizer: what `load` returns.
         name: what clients call the model.
+        settings: bounds of the engine.
 
     Attributes:
         context: tokens of prompt and answer together, in whole canvases.
-        counters: what was done so far.
+        counters: counts of what the engine has done so far.
         tokenizing: held by whoever uses the tokenizer on another thread than the engine's.
         failure: what broke the engine itself, or None.
     """
@@ -112,14 +115,15 @@ class Engine:
     # What other threads call.
 
     def submit(self, work: Work, *, prompt_tokens: int = 0, answer_tokens: int = 0) -> Ticket:
-        """Take a request in; called in an event loop, where its ticket is read.
+        """Take a request in. It is called in an event loop, in which the ticket is read.
 
         Args:
-            prompt_tokens, answer_tokens: what it may take, for memory to be reserved.
+            work: what the request does on the engine's thread.
+            prompt_tokens, answer_tokens: tokens that memory is reserved for.
 
         Raises:
-            QueueFullError: too many wait, or the engine ends.
-            MemoryShortageError: it does not fit, not even alone.
+            QueueFullError: too many requests wait, or the engine is about to end.
+            MemoryShortageError: the request does not fit into memory even if it runs alone.
         """
         reserved = self._bytes(prompt_tokens, answer_tokens)
         job = Job(self, work, reserved)
@@ -171,7 +175,7 @@ class Engine:
         )
         free = memory.available_memory()
         if free is not None:
-            # What others hold now is free again when they are done.
+            # The bytes that other requests hold are free again when these are done.
             held = self.counters.prefix_bytes + sum(
                 job.seat.cache.nbytes for job in list(self._running)
             )
@@ -200,7 +204,7 @@ class Engine:
                 job.ticket.deliver(End(error))
 
     def _next_requests(self) -> bool:
-        """Wait until there is something to do, and begin what fits; whether there is any more."""
+        """Wait for requests, and begin those that fit. Returns False where the engine is to end."""
         with self._changed:
             while not self._waiting and not self._running:
                 if self._stopping:
@@ -225,7 +229,8 @@ class Engine:
         return missing <= 0
 
     def _turns(self) -> None:
-        """Give turns to those who wait for one: as much time as a step takes, one turn at least."""
+        """Resume requests that wait for a turn, for as long as a canvas takes in a step; at least
+        one is resumed, and all of them where no request waits for a joint step."""
         for job in [job for job in self._running if job.cancelled]:
             job.resume()
         waiting = [job for job in self._running if isinstance(job.awaits, Turn)]
@@ -241,7 +246,7 @@ class Engine:
                 break
 
     def _joint_step(self) -> None:
-        """One pass over canvases of those who wait for one."""
+        """Run one pass over the canvases of the requests that share the next step."""
         jobs = self._sharing()
         if not jobs:
             return
@@ -259,7 +264,7 @@ class Engine:
             return
         lengths = [len(step.canvases) for step in steps]
         for step in steps:
-            # A prefix that is to grow is copied where it is still held.
+            # A prefix that is still held here would be copied when it grows.
             step.canvases, step.prefixes = [], []
         for job in jobs:  # they show the last step while the device computes this one
             job.resume()
@@ -287,7 +292,7 @@ class Engine:
 
     def _sharing(self) -> list[Job]:
         """The requests that share the next step: first those that have begun the fewest canvases,
-        then those that came first. Who waits long goes before."""
+        then those that came first. A request that has waited long goes before others."""
         waiting = [job for job in self._running if isinstance(job.awaits, JointStep)]
         waiting.sort(key=lambda job: job.canvases - job.waited // _STEPS_A_RANK)
         most = self.settings.max_batch
@@ -318,7 +323,8 @@ class Engine:
         self._seconds_a_canvas = before + _NEWEST * (each - before)
 
     def ended(self, job: Job, error: BaseException | None) -> None:
-        """The work of a request is over; called by its greenlet at its very end."""
+        """Note that the work of a request is over, with the error that ended it. Its greenlet calls
+        this as its last act."""
         self._running.remove(job)
         counters = self.counters
         if error is None:

@@ -1,4 +1,4 @@
-"""The fields of a request, read one by one: what is wrong with one is said with its path."""
+"""The fields of a request, read one by one: an error about a field names its path."""
 
 from __future__ import annotations
 
@@ -21,11 +21,16 @@ class Fields:
     """A JSON object of a request. A field that is null counts as left out.
 
     Args:
-        data: the object.
-        path: what it is called, "" for the request itself.
+        data: the object as it was parsed.
+        path: path of the object within the request, "" for the request itself.
+        ignored: list that takes in the paths of ignored fields; None makes a new one.
 
     Attributes:
         ignored: paths of fields that have no effect, of this object and of those within it.
+
+    Raises:
+        RefusedError: `data` is no object, or, from every reading method, a field is not of the
+            type that the method reads (400).
     """
 
     def __init__(self, data: Any, path: str = "", ignored: list[str] | None = None) -> None:
@@ -40,7 +45,7 @@ class Fields:
         return f"{self.path}.{key}" if self.path else key
 
     def refused(self, key: str, why: str) -> RefusedError:
-        """The error for a field: its path, and what is wrong with it."""
+        """The error for a field; its message is the field's path and `why`."""
         return RefusedError(400, f"{self.name(key)} {why}", self.name(key))
 
     def get(self, key: str, required: bool = False) -> Any:
@@ -56,16 +61,16 @@ class Fields:
         return value
 
     def text(self, key: str, *, required: bool = False) -> str | None:
-        """A text."""
+        """The text in a field; None where it is left out."""
         return self._of(key, required, "a text", lambda value: isinstance(value, str))
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """True or false."""
+        """The boolean in a field; `default` where it is left out."""
         value = self._of(key, False, "true or false", lambda value: isinstance(value, bool))
         return default if value is None else bool(value)
 
     def integer(self, key: str, least: int, *, required: bool = False) -> int | None:
-        """An integer from `least` on; a float that is whole is one."""
+        """The integer in a field, of at least `least`; a float that is whole counts as one."""
 
         def fits(value: Any) -> bool:
             return _is_number(value) and value == int(value) and least <= value < 1 << 63
@@ -74,28 +79,28 @@ class Fields:
         return None if value is None else int(value)
 
     def number(self, key: str, least: float) -> float | None:
-        """A number from `least` on."""
+        """The number in a field, of at least `least`; None where it is left out."""
         return self._of(
             key, False, f"a number of at least {least:g}", lambda v: _is_number(v) and v >= least
         )
 
     def choice(self, key: str, choices: Iterable[str], *, required: bool = False) -> str | None:
-        """One of some texts."""
+        """The text in a field, which must be one of `choices`; None where it is left out."""
         known = tuple(choices)
         listed = f"one of {', '.join(known)}"
         return self._of(key, required, listed, lambda v: isinstance(v, str) and v in known)
 
     def mapping(self, key: str, *, required: bool = False) -> dict[str, Any] | None:
-        """An object, as it is."""
+        """The object in a field as it was parsed; None where it is left out."""
         return self._of(key, required, "an object", lambda value: isinstance(value, dict))
 
     def within(self, key: str, *, required: bool = False) -> Fields | None:
-        """An object whose fields are read in turn."""
+        """The object in a field, as `Fields` of its own; None where it is left out."""
         value = self.mapping(key, required=required)
         return None if value is None else Fields(value, self.name(key), self.ignored)
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """Texts in a list, or one alone."""
+        """The texts in a field that holds a list of texts or a single one."""
 
         def fits(value: Any) -> bool:
             return isinstance(value, str) or (
@@ -106,7 +111,7 @@ class Fields:
         return (value,) if isinstance(value, str) else tuple(value or ())
 
     def objects(self, key: str, *, required: bool = False) -> list[Fields]:
-        """Objects in a list, whose fields are read in turn."""
+        """The objects in a field that holds a list, each as `Fields` of its own."""
         value = self._of(key, required, "a list", lambda value: isinstance(value, list))
         return [
             Fields(each, f"{self.name(key)}.{place}", self.ignored)

@@ -19,7 +19,7 @@ def picture(engine: Engine, data: bytes, where: str) -> dict[str, Any]:
     """A part of a message that shows a picture, from the bytes of its file.
 
     Raises:
-        RefusedError: the model reads no pictures, or this is none.
+        RefusedError: the model reads no pictures, or `data` is none (400).
     """
     vision = engine.model.config.vision if engine.model.reads_pictures else None
     if vision is None:

@@ -26,7 +26,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class CancelledError(DiffGemmaError):
-    """The request was cancelled, by its client or since the engine ends.
+    """The request was cancelled by its client, or because the engine ends.
 
     Attributes:
         retry_after: seconds after which it is worth trying again.
@@ -37,20 +37,23 @@ class CancelledError(DiffGemmaError):
 
 @dataclass
 class Counters:
-    """What the engine did so far and what it is at, for whoever watches it.
+    """What the engine has done so far, and what it is doing.
 
     Attributes:
-        requests: that were taken in, and of these those `finished`, `cancelled` and `failed`.
-        waiting, running: requests now.
+        requests: requests that were taken in.
+        finished, cancelled, failed: requests that ended in each of these ways.
+        waiting, running: requests that wait or run at present.
         steps: joint denoising steps, each with one wait for the device.
         canvas_steps: passes over a canvas: canvases of all steps.
-        canvases: that were begun.
+        canvases: canvases that were begun.
         chunks: turns of encoding and of looks at a canvas.
-        tokens: that were committed.
-        prompt_tokens: of all prompts, and `cached_tokens`, those that were known.
-        step_seconds: spent in joint steps.
-        prefix_bytes: held by prefixes that are kept, and `prefixes`, how many these are.
-        active_bytes, peak_bytes: that MLX holds, and held at most.
+        tokens: tokens that were committed.
+        prompt_tokens: tokens of all prompts.
+        cached_tokens: tokens of prompts that were known from earlier requests.
+        step_seconds: seconds spent in joint steps.
+        prefix_bytes: bytes held by prefixes that are kept.
+        prefixes: number of prefixes that are kept.
+        active_bytes, peak_bytes: bytes that MLX holds, and the most that it has held.
     """
 
     requests: int = 0
@@ -87,14 +90,16 @@ class Runs(Protocol):
     hub: greenlet
 
     def wake(self) -> None:
-        """Look at what changed."""
+        """Have the engine's thread look at what has changed."""
 
     def ended(self, job: Job, error: BaseException | None) -> None:
-        """The work of a request is over; called by its greenlet at its very end."""
+        """Note that the work of a request is over, with the error that ended it. Its greenlet calls
+        this as its last act."""
 
 
 Work = Callable[["Seat"], "Iterable[Any] | None"]
-"""What a request does: it runs on the engine's thread, and what it yields reaches its ticket."""
+"""What a request does: a function that runs on the engine's thread, whose values reach the
+ticket."""
 
 
 class Ticket(AsyncIterator[Any]):
@@ -118,7 +123,7 @@ class Ticket(AsyncIterator[Any]):
 
     @property
     def backlog(self) -> int:
-        """Values that nobody has read yet."""
+        """Number of values that the client has not read yet."""
         return self._values.qsize()
 
     def cancel(self) -> None:
@@ -144,7 +149,7 @@ class Ticket(AsyncIterator[Any]):
         self.cancel()
 
     def deliver(self, value: Any) -> None:
-        """Called on the engine's thread."""
+        """Hand a value to the client's event loop; called on the engine's thread."""
         try:
             self._loop.call_soon_threadsafe(self._values.put_nowait, value)
         except RuntimeError:  # the loop is closed: nobody is left to read
@@ -163,8 +168,8 @@ class Seat:
         model, tokenizer: the engine's.
         denoiser: runs passes together with those of other requests.
         cache: finds the longest prefix that is known, of this request or of earlier ones.
-        prompt_tokens: of the prompt that was last encoded, and `cached_tokens`, those that were
-            known.
+        prompt_tokens: tokens of the first prompt that the work encoded.
+        cached_tokens: tokens of that prompt that were known.
     """
 
     def __init__(self, job: Job, engine: Runs) -> None:
@@ -176,7 +181,8 @@ class Seat:
 
     @property
     def backlog(self) -> int:
-        """Values that the client has not read yet: where there are many, frames may be left out."""
+        """Number of values that the client has not read yet; where it is large, works leave frames
+        out."""
         return self._job.ticket.backlog
 
     def emit(self, value: Any) -> None:
@@ -189,7 +195,8 @@ class Job:
 
     Attributes:
         awaits: what the work waits for: its turn, or a joint step.
-        canvases: that it has begun, and `waited`, the joint steps since it last took part.
+        canvases: canvases that it has begun.
+        waited: joint steps since it last took part in one.
         reserved: bytes that it may come to hold.
     """
 
@@ -203,7 +210,7 @@ class Job:
         self.greenlet: greenlet | None = None
 
     def run(self) -> None:
-        """The work, from its first line to its last; the greenlet's own function."""
+        """Run the work from beginning to end, as the function of its greenlet."""
         error: BaseException | None = None
         try:
             for value in self.work(self.seat) or ():
@@ -218,16 +225,16 @@ class Job:
         if error is not None:  # the frames in which it arose hold arrays
             error.__cause__ = error.__context__ = None
             error = error.with_traceback(None)
-        self.awaits = Turn()  # not the step, and what came of it
+        self.awaits = Turn()  # the step would keep its canvases alive
         self.engine.ended(self, error)
 
     def pause(self, awaits: Turn | JointStep) -> Any:
-        """Come back to the engine; what it has for the work, when it goes on. The work's side."""
+        """Go back to the engine until it resumes the work; called by the work."""
         self.awaits = awaits
         return self.engine.hub.switch()
 
     def resume(self) -> None:
-        """Let the work go on until it waits again or ends. The engine's side."""
+        """Let the work go on until it waits again or ends; called by the engine."""
         if self.greenlet is None:
             if self.cancelled:
                 self.engine.ended(self, CancelledError(_CANCELLED))
@@ -241,11 +248,11 @@ class Job:
 
 
 class Turn:
-    """A job waits for a turn of its own: to begin, to encode, or to look at canvases."""
+    """What a job awaits that is to begin, to encode a chunk, or to look at canvases by itself."""
 
 
 class JointStep(Queued):
-    """A job waits for a pass over its canvases, and then for what came of it."""
+    """What a job awaits that wants a pass over its canvases: first the pass, then its results."""
 
     def __init__(self, job: Job, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> None:
         self.canvases, self.prefixes = list(canvases), list(prefixes)
@@ -263,7 +270,7 @@ class JointStep(Queued):
 
 
 class _JoinedDenoiser(Denoiser):
-    """Passes that the engine runs together with those of other requests."""
+    """A denoiser whose passes the engine runs together with those of other requests."""
 
     def __init__(self, model: DiffusionGemma, job: Job) -> None:
         super().__init__(model)
@@ -288,7 +295,7 @@ class _JoinedDenoiser(Denoiser):
 
 
 class _SharedCache(PrefixCache):
-    """The place of one request's prefix, which begins from those of others."""
+    """The prefix cache of one request, which begins from the prefixes of earlier requests."""
 
     def __init__(self, engine: Runs, job: Job) -> None:
         super().__init__(engine.model.empty_prefix(), engine.model.identity)

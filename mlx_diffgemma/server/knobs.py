@@ -1,4 +1,4 @@
-"""Fields of a request that every protocol of ours has: how the canvas is denoised."""
+"""Fields that requests of all protocols share: how a canvas is denoised."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlx_diffgemma.server.fields import Fields
 from mlx_diffgemma.settings import settings_of
 
 MOST_STEPS = 4096
-"""Denoising steps of one canvas that a request may ask for."""
+"""Most denoising steps of one canvas that a request may ask for."""
 _PREFIX = "diffusion_"
 _NAMES = {f"{_PREFIX}{name}": name for name in settings_of(DiffusionConfig) if name != "max_tokens"}
 _NAMES[f"{_PREFIX}max_steps"] = "max_denoising_steps"
@@ -22,8 +22,12 @@ ELSEWHERE = {
 
 
 def knobs(fields: Fields) -> dict[str, Any]:
-    """The settings of the denoising: `diffusion_NAME` for every field of `DiffusionConfig`, and
-    `diffusion_profile`; as `settings` and `profile` of what is asked."""
+    """The `settings` and the `profile` of what is asked: `diffusion_NAME` gives the field NAME of
+    `DiffusionConfig`, and `diffusion_profile` the name of a profile.
+
+    Raises:
+        RefusedError: there are too many steps, or the profile is unknown (400).
+    """
     settings = {}
     for key, name in _NAMES.items():
         value = fields.get(key)

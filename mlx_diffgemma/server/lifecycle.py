@@ -31,15 +31,15 @@ _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 2\r\nconnection: clos
 
 
 class ListenError(DiffGemmaError):
-    """The server cannot listen where it is to."""
+    """The server cannot listen at the address and port of its settings."""
 
 
 def listen(settings: ServerSettings) -> list[socket.socket]:
-    """Sockets at the address of the settings, one for each that it stands for.
+    """Listening sockets, one for each address that the host of the settings stands for.
 
     Raises:
         UsageError: the address is unknown.
-        ListenError: the port is in use, or not for this user.
+        ListenError: the port is in use, or this user may not listen at it.
     """
     host, port = settings.host.strip("[]"), settings.port
     try:
@@ -91,7 +91,7 @@ def run(
     process at once.
 
     Args:
-        on_tick: called a few times a second.
+        on_tick: called ten times a second; the server ends where it returns True.
 
     Raises:
         KeyboardInterrupt: Ctrl-C ended it, unless the process was started to ignore that.
@@ -175,7 +175,7 @@ class _Running(uvicorn.Server):
             cancelling.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal came."""
+        """Begin to end on the first signal, and end the process at once on the second."""
         if self.should_exit:
             sys.stderr.flush()
             os._exit(_INTERRUPTED if sig == signal.SIGINT else 128 + sig)

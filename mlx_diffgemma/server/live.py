@@ -4,7 +4,7 @@ every step is kept to go back to, and each place says what else might stand ther
 A canvas is a value, so keeping all steps is keeping a list. A run over it is one request of the
 engine; changes reach a run that goes on through a list that it looks at between two steps.
 
-Letters: C canvas, V vocabulary.
+Letters: C canvas, W words of a bit mask over the vocabulary.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from mlx_diffgemma.server.jobs import Seat
 MOST_KEPT = 32
 """Live canvases that a server keeps; the one that was used least recently goes first."""
 MOST_BYTES = 1 << 29
-"""Bytes that these hold together; the newest is kept whatever it holds."""
+"""Most bytes that the live canvases of a server hold; the newest is kept whatever it holds."""
 MOST_STEPS = 256
-"""Steps of one live canvas that are kept; it takes no more."""
+"""Most steps of one live canvas, all of which are kept."""
 ALTERNATIVES = 8
 _LOOKS = 2  # canvases of noise that alternatives are averaged over
 _AHEAD = 4  # values that a client has not read, from which steps are told later
@@ -52,8 +52,8 @@ class Change:
         kind: "pin" sets `tokens` from the first of the `places` on and holds them, "free" lets
             places go and noises them, "renoise" replaces a share of places that are not pinned.
         places: positions, ascending.
-        tokens: for "pin".
-        strength: for "renoise", from 0 to 1.
+        tokens: tokens to pin, one for each place; empty for other kinds.
+        strength: share of the places that "renoise" replaces, from 0 to 1.
     """
 
     kind: Literal["pin", "free", "renoise"]
@@ -67,7 +67,7 @@ class Order:
     """What is to become of a live canvas.
 
     Attributes:
-        changes: in their order.
+        changes: changes in the order in which they are made.
         step: number of the step to go back to first; None goes on from the last.
         strength: share of what is neither pinned nor changed that is noised where the canvas was
             done.
@@ -85,14 +85,18 @@ class Live:
     """One live canvas and all its steps.
 
     Args:
-        ids: the prompt.
-        allowed: masks [W] of what some positions may hold.
+        config: how the canvas is denoised.
+        ids: token ids of the prompt.
+        length: positions of the canvas, C.
+        seed: what every random draw follows from.
+        allowed: by position, the mask [W] of the tokens that it may hold.
         pins: the token that is held at each pinned position.
         initial: token ids [C] to start from instead of noise.
         first_step: the step of the schedule to begin at, for a canvas that is partly right.
 
     Attributes:
-        canvases: after every step, the first one before any.
+        canvases: the canvas before any step, then after each step or change.
+        pinned: the pins of each of `canvases`.
     """
 
     config: DiffusionConfig
@@ -117,8 +121,8 @@ class Live:
     # What handlers call.
 
     def offer(self, order: Order) -> int | None:
-        """Hand in an order: None where a run goes on that will see it, else the number of the run
-        that is to begin."""
+        """Hand in an order. Returns None where a run goes on that will see it, else the number of
+        the run that the caller is to begin."""
         with self._lock:
             self._orders.append(order)
             if self._running:
@@ -128,7 +132,7 @@ class Live:
             return self._run
 
     def end(self, run: int) -> None:
-        """A run is over, however it ended."""
+        """Note that a run is over, however it ended."""
         with self._lock:
             if run == self._run:
                 self._running = False
@@ -144,8 +148,8 @@ class Live:
     # What runs on the engine's thread.
 
     def run(self, seat: Seat, run: int, known: set[int]) -> Iterator[dict[str, Any]]:
-        """Step the canvas until it is done and nobody wants it otherwise; yields what the page is
-        told (see `told`). `known` are the tokens whose spelling the page has."""
+        """Step the canvas until it is done and no order is left; yields what the page is told (see
+        `told`). `known` holds the tokens whose spelling the page has, and takes in new ones."""
         started = time.perf_counter()
         if self._prefix is None:
             for progress in encode(seat.model, seat.cache, self.ids):
@@ -218,8 +222,13 @@ class Live:
             return ["".join(f"{byte:02X}" for byte in piece)]
 
     def alternatives(self, seat: Seat, at: int, place: int) -> list[dict[str, Any]]:
-        """The likeliest tokens at a place, given all else as it stands at a step, at temperature 1:
-        the place itself holds noise, over which the probabilities are averaged."""
+        """The likeliest tokens at a place, given all else as it stands at step `at`. The
+        temperature is 1, the place itself holds noise, and the probabilities are averaged over
+        several draws.
+
+        Raises:
+            NumericalError: the model gives values that are not finite.
+        """
         if self._prefix is None:
             return []
         canvas = self.canvases[at]
@@ -277,7 +286,7 @@ class Live:
         return taken
 
     def _over(self, run: int) -> bool:
-        """Whether nothing was ordered since; the run is over then."""
+        """Whether no order waits; if so, the run is marked as over."""
         with self._lock:
             if self._orders:
                 return False
@@ -286,7 +295,7 @@ class Live:
             return True
 
     def _obey(self, order: Order) -> int:
-        """Go back and change what is ordered; the step that is gone back to."""
+        """Go back to an order's step and make its changes. Returns the number of that step."""
         at = len(self.canvases) - 1
         if order.step is not None:
             at = min(order.step, at)
@@ -323,7 +332,7 @@ class Live:
         layout = self._layout()
         noised &= layout.open
         fresh = rng.integers(self.vocabulary.size, size=self.length)
-        # What is done stands as its draft; what forms, as what the next pass would start from.
+        # A finished canvas goes on from its draft, another one from the tokens of its next pass.
         standing = _shown(canvas) if canvas.done else np.array(canvas.tokens)
         soft = canvas.soft_embeddings
         if soft is not None:
@@ -379,10 +388,10 @@ class LiveCanvases:
 
 
 def checked(change: Change, length: int) -> Change:
-    """The change, if it fits a canvas of `length`.
+    """The change, if it fits a canvas of `length` positions.
 
     Raises:
-        UsageError: it does not.
+        UsageError: a place lies outside the canvas, or the strength is not from 0 to 1.
     """
     if not change.places or change.places[0] < 0 or change.places[-1] >= length:
         raise UsageError(f"the change lies outside the canvas, whose places go to {length - 1}.")

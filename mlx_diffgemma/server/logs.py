@@ -42,7 +42,7 @@ def failed(scope: Any, status: int, error: BaseException) -> None:
 
 
 class Lines(logging.Formatter):
-    """The time in UTC and the level before every line."""
+    """A formatter that puts the time in UTC and the level before every line."""
 
     converter = staticmethod(time.gmtime)
 
@@ -53,7 +53,7 @@ class Lines(logging.Formatter):
 
 
 class Stderr(logging.StreamHandler):
-    """Writes to what stderr is by then: it may be put in the place of another."""
+    """A handler that writes to the `sys.stderr` of the moment, which may have been replaced."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""

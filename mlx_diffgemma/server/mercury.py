@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["error", "routes"]
 
 NO_EDIT = "None"
-"""What is answered where nothing is to be changed."""
+"""The answer that says that nothing is to be changed."""
 REFUSED = {
     **ELSEWHERE,
     "stream": "is not possible here; leave it out.",
@@ -65,7 +65,15 @@ Update:
 
 @dataclass(frozen=True)
 class Region:
-    """What an editor wants changed: the text of the file around it, and the present text."""
+    """A region of a file that an editor wants changed.
+
+    Attributes:
+        before, after: text of the file around the region.
+        text: present text of the region.
+        snippets: code that was viewed recently.
+        history: latest changes, as a diff.
+        file: path of the file, or "a file".
+    """
 
     before: str
     text: str
@@ -117,8 +125,8 @@ def routes(server: Server) -> list[Route]:
 
 
 def read_region(message: str) -> Region:
-    """What a message of Mercury's form asks for. The part to edit stands in the file, or behind it
-    by itself; then it is looked for there.
+    """The region that a message in Mercury's form asks to edit. Where the region is not marked in
+    the file itself, its text is looked for there.
 
     Raises:
         RefusedError: a section is missing.

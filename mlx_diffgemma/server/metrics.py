@@ -14,18 +14,18 @@ _BOUNDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # seconds
 
 @dataclass
 class Durations:
-    """How long things took: a histogram.
+    """A histogram of durations in seconds.
 
     Attributes:
-        counts: how many took no longer than each bound, and the rest.
-        total: of all, in seconds.
+        counts: durations between each bound and the one before, and those beyond the last.
+        total: sum of all durations, in seconds.
     """
 
     counts: list[int] = field(default_factory=lambda: [0] * (len(_BOUNDS) + 1))
     total: float = 0.0
 
     def add(self, seconds: float) -> None:
-        """Take in one."""
+        """Take in one duration."""
         self.counts[sum(seconds > bound for bound in _BOUNDS)] += 1
         self.total += seconds
 
@@ -63,7 +63,7 @@ class Metrics:
             self.vanished[route] += 1
 
     def lines(self) -> Iterator[str]:
-        """The text form, a line each."""
+        """The counts in the text form of Prometheus, line by line."""
         yield from family(
             "http_requests_total",
             "Requests that were answered or given up.",
@@ -93,7 +93,7 @@ class Metrics:
 def family(
     name: str, help: str, samples: Iterable[tuple[str, float]], kind: str | None = None
 ) -> Iterator[str]:
-    """A metric with its samples: (labels in braces, value) each."""
+    """Lines of a metric and its samples; a sample is (labels in braces, value)."""
     name = PREFIX + name
     yield f"# HELP {name} {help}"
     yield f"# TYPE {name} {kind or ('counter' if name.endswith('_total') else 'gauge')}"

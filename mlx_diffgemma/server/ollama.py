@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mlx_diffgemma.server.engine import Engine
 
 VERSION = "0.30.0"
-"""The version of Ollama whose API this is, for clients that ask for a least one."""
+"""The version of Ollama whose API this is, for clients that demand a least version."""
 HARMLESS = ("keep_alive", "truncate", "shift")
 """Fields of a request that change nothing here: one model is kept, and no prompt is cut."""
 HARMLESS_OPTIONS = (
@@ -58,8 +58,8 @@ UNSUPPORTED = {
 """Routes that are answered by an error that says why."""
 
 See: TypeAlias = "Callable[[str, str], dict[str, Any]]"
-"""From a picture in base64, and what an error calls it, to a part of a message."""
-_FOREVER = "2318-01-01T00:00:00Z"  # where Ollama keeps a model for good
+"""Takes a picture in base64, and what an error calls it; returns a part of a message."""
+_FOREVER = "2318-01-01T00:00:00Z"  # what Ollama says of a model that it keeps for good
 _LEVELS = ("low", "medium", "high", "max")
 
 
@@ -135,14 +135,14 @@ def error(status: int, message: str, param: str | None) -> Response:
     return JSONResponse({"error": message}, status)
 
 
-# From a request to what is asked.
+# These functions turn a request into what is asked.
 
 
 def _check_model(fields: Fields, engine: Engine) -> str:
     """The name of the model as the client writes it.
 
     Raises:
-        RefusedError: it is another model's (404), or missing.
+        RefusedError: it is missing (400), or this server runs another model (404).
     """
     name = fields.text("model") or fields.text("name")
     if not name:
@@ -195,7 +195,7 @@ def _message(message: Fields, see: See) -> dict[str, Any]:
 
 
 def _shown(fields: Fields, text: str, see: See) -> str | list[dict[str, Any]]:
-    """A text with the pictures beside it, which come before it."""
+    """The content of a message: the pictures of its `images`, then its text."""
     where = fields.name("images")
     images = [see(each, f"{where}.{n}") for n, each in enumerate(fields.texts("images"))]
     return [*images, {"type": "text", "text": text}] if images else text

@@ -32,7 +32,7 @@ class Reply:
         self._asked = self._encoded = time.perf_counter_ns()
 
     def line(self, text: str, *, done: bool, **more: Any) -> dict[str, Any]:
-        """A line that says `text`; `more` are fields beside it."""
+        """A line that says `text`, with the fields of `more` beside it."""
         said: dict[str, Any] = {"response": text}
         if self._chat:
             own = {key: more.pop(key) for key in ("thinking", "tool_calls") if key in more}
@@ -73,7 +73,7 @@ class Reply:
         )
 
     def whole(self, lines: list[dict[str, Any]]) -> dict[str, Any]:
-        """All lines as one."""
+        """The lines of an answer joined into one."""
         last = dict(lines[-1])
         said = [line["message"] if self._chat else line for line in lines]
         key = "content" if self._chat else "response"
@@ -128,7 +128,7 @@ def _details(engine: Engine) -> dict[str, Any]:
 
 
 def _parameters(model: Any) -> int:
-    """How many numbers the weights are, those packed into words among them."""
+    """Number of parameters, with those that are packed into words counted one by one."""
     count = 0
     for module in model.modules():
         bits = getattr(module, "bits", None)

@@ -29,7 +29,8 @@ HARMLESS = (
     "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier",
     "store", "user", "verbosity",
 )  # fmt: skip
-"""Fields that change nothing here: whose request it is, what is kept of it and what it costs."""
+"""Fields that change nothing here, since they are about whose request it is, what is kept of it and
+what it costs."""
 _GRAMMARS = "is not read; ask for a form with response_format."
 REFUSED = {
     **ELSEWHERE,
@@ -158,7 +159,7 @@ async def _events(
     yield "[DONE]"
 
 
-# What every request for text has.
+# These functions read the fields of requests for text.
 
 
 def _common(fields: Fields) -> dict[str, Any]:
@@ -197,7 +198,8 @@ def _chat(fields: Fields, engine: Engine, most: int) -> Asked:
 
 
 def _top_logprobs(fields: Fields) -> int | None:
-    """How many alternatives are named of each token; None where nothing is told of tokens."""
+    """How many alternatives are named for each token; None where log probabilities are not asked
+    for."""
     key = "top_logprobs"
     top = fields.integer(key, 0) or 0
     if top > 1:
@@ -256,11 +258,15 @@ def _form(fields: Fields) -> tuple[dict[str, Any] | bool | None, str | None]:
     return schema, pattern
 
 
-# Messages and tools.
+# These functions read messages and tools.
 
 
 def messages_of(fields: Fields, engine: Engine, most: int) -> list[dict[str, Any]]:
-    """A conversation in the library's form; pictures in it have at most `most` bytes."""
+    """A conversation in the library's form; a picture in it may have at most `most` bytes.
+
+    Raises:
+        RefusedError: a message is malformed or holds what cannot be read (400).
+    """
     found = []
     names: dict[str, str] = {}  # of the functions that were called, by the ids of the calls
     for message in fields.objects("messages", required=True):
@@ -308,7 +314,8 @@ def _content(message: Fields, engine: Engine, most: int) -> str | list[dict[str,
 
 
 def _call(call: Fields, names: dict[str, str]) -> dict[str, Any]:
-    """A call of an earlier turn, with its arguments as an object."""
+    """A call of an earlier turn, with its arguments as an object. `names` takes in its name by its
+    id."""
     called, kind = call.text("id"), call.text("type")
     if kind not in (None, "function"):
         raise call.refused("type", "must be function; other tools are not known here.")

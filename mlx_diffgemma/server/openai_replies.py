@@ -35,14 +35,14 @@ class Reply:
     """What the answers to one request have in common.
 
     Args:
-        model: what clients call it.
-        count: answers.
-        top: alternatives that are named of each token: none, or the token itself; None where
-            nothing is told of tokens.
+        model: what clients call the model.
+        count: number of answers.
+        top: number of alternatives named for each token, 0 or 1 (the token itself); None where log
+            probabilities are not given.
 
     Attributes:
         tells_usage: whether the last chunk says how many tokens there were.
-        framed: the field that asks for frames.
+        framed: name of the request's field that asks for frames.
     """
 
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -56,7 +56,7 @@ class Reply:
         self.prompts: dict[int, Started] = {}
 
     def add(self, piece: Piece) -> None:
-        """Take in a piece."""
+        """Take in a piece of an answer."""
         choice = self.choices[piece.index]
         if isinstance(piece, Started):
             self.prompts[piece.index] = piece
@@ -91,12 +91,12 @@ class Reply:
         raise NotImplementedError
 
     def last_chunks(self) -> Iterator[dict[str, Any]]:
-        """What is sent behind all answers."""
+        """The chunks that follow all answers."""
         if self.tells_usage:
             yield self.chunk([], usage=self.usage())
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """One chunk."""
+        """One chunk with `choices` in it, and `more` as further fields."""
         told = {
             "id": self.id,
             "object": self.chunk_object,
@@ -193,7 +193,7 @@ class ChatReply(Reply):
                               piece.reason, diffusion=_figures(piece))  # fmt: skip
 
     def _frame(self, piece: Frame) -> dict[str, Any]:
-        """A chunk that changes nothing for those who do not know frames."""
+        """A chunk with a frame, which adds no text for clients that do not know frames."""
         frame = {
             "type": "diffusion_frame",
             "block": piece.block,
@@ -231,8 +231,8 @@ class TextReply(Reply):
     """Answers in the shape of completions.
 
     Args:
-        begun: what each answer begins with, of which the client has sent it.
-        each: answers to one prompt.
+        begun: text of the prompt that each answer repeats at its beginning, "" for none.
+        each: number of answers to one prompt.
     """
 
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
@@ -319,7 +319,7 @@ def _called(call: Call) -> dict[str, Any]:
 
 
 def _figures(end: Ended) -> dict[str, Any]:
-    """What text diffusion has beside the counts of tokens."""
+    """Figures that only text diffusion has, and the tokens where they were asked for."""
     steps = sum(end.steps)
     told = {
         "seed": end.seed,

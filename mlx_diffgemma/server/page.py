@@ -1,7 +1,7 @@
-"""The page: its files, and what it asks for, `/v1/page/...`.
+"""The web page: its files, and the routes under `/v1/page/` that it asks.
 
-What forms is told as a line of JSON a step, so that the page can show it. Where a protocol has what
-the page needs (`/v1/decisions`), the page uses it.
+Text that forms is sent as a line of JSON for each step, so that the page can show it. Where a
+protocol has what the page needs (`/v1/decisions`), the page uses it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _KINDS = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-_BYTES_A_TOKEN = 4  # of a request, about: what memory its prompt takes is known before it is read
+_BYTES_A_TOKEN = 4  # about so many bytes of a request are a token, for memory to be reserved
 
 
 def routes(server: Server) -> list[Route]:
@@ -177,8 +177,8 @@ def _known(canvases: LiveCanvases, request: Request) -> Live:
 
 
 def _live(engine: Engine, fields: Fields) -> Live:
-    """A live canvas as a request describes it: `prompt` or `sudoku` (its givens), and where it is
-    to begin from something, `ids`, `pins` (token ids by position) and `strength`."""
+    """A live canvas as a request describes it: by `prompt` or `sudoku` (the givens), and, where it
+    begins from another canvas, by `ids`, `pins` (token ids by position) and `strength`."""
     model, tokenizer = engine.model, engine.tokenizer
     given = fields.text("sudoku")
     prompt = fields.text("prompt", required=given is None) or ""
@@ -235,7 +235,8 @@ def _ids(fields: Fields, key: str, ids: Any, size: int) -> list[int]:
 def _grid(
     vocabulary: Vocabulary, givens: str, length: int
 ) -> tuple[dict[int, int], dict[int, np.ndarray]]:
-    """What a canvas with a sudoku in it holds: the pins, and the masks of what cells may hold."""
+    """The pins of a canvas of `length` positions with a sudoku in it, and by position the masks [W]
+    of the tokens that its cells may hold (W words of a bit mask)."""
     rows = givens.split("\n")
     square = len(rows) == sudoku.SIDE and all(len(row) == sudoku.SIDE for row in rows)
     if not square or set(givens) - set("123456.\n"):
@@ -257,7 +258,7 @@ def _grid(
 
 
 def _order(live: Live, fields: Fields) -> Order:
-    """An order as a request spells it."""
+    """The order that a request spells out."""
     changes = []
     for each in fields.objects("changes"):
         kind: Any = each.choice("kind", ("pin", "free", "renoise"), required=True)
@@ -311,7 +312,8 @@ def _told(
     answer: int = 0,
     ended: Callable[[], None] = lambda: None,
 ) -> Response:
-    """What a work yields, a line each."""
+    """A response with a line of JSON for each value that a work yields; `ended` is called at its
+    end."""
 
     async def lines() -> AsyncIterator[Any]:
         try:

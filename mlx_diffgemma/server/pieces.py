@@ -81,7 +81,7 @@ class TokenInfo:
         text: what it spells by itself.
         spelled: its bytes, which may be a part of a character.
         log_probability: in nats, at the temperature of the last step; 0 where there was no choice.
-        entropy: of its position, in nats, likewise.
+        entropy: of its position, in nats, at that temperature; 0 where there was no choice.
     """
 
     token: int

@@ -8,11 +8,11 @@ from mlx_diffgemma.model.cache import Prefix
 
 
 class KeptPrefixes:
-    """Prefixes of one model, the least recently used first. Requests share them as they are: a
-    prefix is a value, and whoever makes it longer has a prefix of his own.
+    """Prefixes of one model, the least recently used first. Requests share them without copies: a
+    prefix is a value, and a longer one that is made from it is another value.
 
     Args:
-        most_bytes: of all that is kept.
+        most_bytes: most bytes that all kept prefixes hold.
     """
 
     def __init__(self, most_bytes: int) -> None:
@@ -41,7 +41,7 @@ class KeptPrefixes:
         return best
 
     def keep(self, prefix: Prefix) -> None:
-        """Keep a prefix, in the place of those that it continues."""
+        """Keep a prefix, and drop the kept ones that it continues."""
         if not len(prefix):
             return
         others = [each for each in self._kept if not prefix.continues(each)]
@@ -49,8 +49,8 @@ class KeptPrefixes:
         self.shrink(self.most_bytes)
 
     def shrink(self, most_bytes: int) -> int:
-        """Let go of the least recently used ones until no more than `most_bytes` are held; how many
-        bytes were let go of."""
+        """Drop the least recently used prefixes until no more than `most_bytes` are held. Returns
+        how many bytes were dropped."""
         sizes = [prefix.nbytes for prefix in self._kept]
         total, gone = sum(sizes), 0
         while self._kept and total - gone > most_bytes:

@@ -27,7 +27,7 @@ from mlx_diffgemma.text.prompt import Encoded, encode
 from mlx_diffgemma.text.tokenizer import hf_tokenizer
 
 MOST_ANSWERS = 128
-_LONGER = (48, 64, 96, 128, 192)  # tokens of a gap, where so many are asked for
+_LONGER = (48, 64, 96, 128, 192)  # further lengths of a gap, where `max_tokens` allows them
 _COLDEST = 1e-4  # the least `t_max` of `DiffusionConfig`
 
 
@@ -40,10 +40,10 @@ class Prepared:
         encoded: the prompt.
         config: how to denoise.
         seed: that of the first answer.
-        names: the functions of which one must be called, and what they take, as JSON schemas; empty
-            where none must.
-        pinned: the tokens that the call of one of them begins with, before its name.
-        lengths: tokens that a gap may take, where one is to be filled.
+        names: JSON schemas of the arguments of the functions of which one must be called, by name;
+            empty where none must be called.
+        pinned: the tokens that a call begins with, before the function's name.
+        lengths: numbers of tokens that a gap may take; empty where no gap is to be filled.
     """
 
     asked: Asked
@@ -72,7 +72,11 @@ def tokenizer_of(engine: Engine) -> Any:
 
 
 def count(engine: Engine, asked: Asked) -> int:
-    """Tokens of a prompt; errors as for `prepare`."""
+    """Number of tokens of a prompt.
+
+    Raises:
+        UsageError, PromptError, RefusedError: the prompt is malformed or cannot be rendered.
+    """
     with engine.tokenizing:
         return len(_encoded(engine, asked).ids)
 
@@ -82,7 +86,7 @@ def prepare(engine: Engine, asked: Asked) -> Prepared:
 
     Raises:
         UsageError, PromptError, RefusedError: what is asked contradicts itself or cannot be done.
-        MemoryShortageError: it can never fit.
+        MemoryShortageError: the request can never fit into memory.
     """
     _check(asked)
     with engine.tokenizing:
@@ -109,9 +113,9 @@ def prepare(engine: Engine, asked: Asked) -> Prepared:
 
 
 def at_temperature(config: DiffusionConfig, factor: float | None) -> DiffusionConfig:
-    """The settings at a client's temperature: a factor of both ends of the schedule. At 0 only the
-    draws change: at no temperature at all the sampler would take every token for certain and
-    accept its first guess."""
+    """The settings at a client's temperature, which is a factor of both ends of the schedule. A
+    factor of 0 changes only the draws: with a temperature of 0, the sampler would take every token
+    for certain and accept its first guess."""
     if factor is None or factor == 1:
         return config
     if factor == 0:
@@ -160,7 +164,7 @@ def _must_call(asked: Asked) -> bool:
 
 
 def _functions(asked: Asked) -> dict[str, Mapping[str, Any]]:
-    """What may be called, by name: what each function takes, as a JSON schema."""
+    """The JSON schemas of the arguments of the functions that may be called, by name."""
     found = {}
     for tool in checked_tools(asked.tools or []):
         function = tool["function"]
@@ -173,7 +177,7 @@ def _encoded(engine: Engine, asked: Asked) -> Encoded:
     try:
         return _encode(engine, asked)
     except (CheckpointError, RecursionError) as error:
-        # The template renders what it was made for; this request is something else.
+        # The template cannot render this request, so the request is to blame.
         why = "it is nested too deep." if isinstance(error, RecursionError) else str(error)
         raise RefusedError(400, f"this request cannot be rendered: {why}") from None
 
@@ -210,7 +214,7 @@ def _call_marker(tokenizer: Any) -> tuple[int, ...]:
 
 
 def _lengths(engine: Engine, config: DiffusionConfig, asked: Asked) -> tuple[int, ...]:
-    """How many tokens a gap may take."""
+    """The numbers of tokens that a gap may take."""
     room = (config.canvas_length or engine.model.config.canvas_length) - 2
     if asked.present is not None:
         with engine.tokenizing:

@@ -21,10 +21,11 @@ class RefusedError(DiffGemmaError):
     the client gets it in the shape of the protocol that it speaks.
 
     Args:
-        status: of HTTP, 400 or above.
-        message: one line: what is wrong, where, and what to do.
+        status: status of HTTP, 400 or above.
+        message: one line that says what is wrong, where, and what to do.
         param: the field of the request that is to blame, such as "messages.0.content".
         retry_after: seconds after which the same request may be answered.
+        headers: further headers of the response.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class RefusedError(DiffGemmaError):
 
 
 def refusal(error: BaseException) -> RefusedError:
-    """What a client is told of an exception: the line of an error that it can cause, and no more
-    than that something went wrong of any other."""
+    """What a client is told of an exception. Errors of this program keep their message, with status
+    503 where trying again may help, 400 where the request is to blame, and 500 otherwise. Of any
+    other exception a client is told only that something went wrong (500)."""
     if isinstance(error, RefusedError):
         return error
     retry_after = getattr(error, "retry_after", None)

@@ -29,7 +29,8 @@ _SCHEMAS = ("response_format", "format", "json_schema", "schema", "tools", "outp
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or an address is of this machine alone, as it is spelt."""
+    """Whether a name or an address, by its spelling alone, can be reached from this machine
+    only."""
     name = host.strip("[]").lower().rstrip(".")
     try:
         return ipaddress.ip_address(name).is_loopback
@@ -38,8 +39,11 @@ def is_loopback(host: str) -> bool:
 
 
 def check_exposure(settings: ServerSettings) -> None:
-    """Raise UsageError where others could use the server without a key, or where an origin is
-    none."""
+    """Check who could use a server with these settings.
+
+    Raises:
+        UsageError: others could use it without a key, or a key or an origin is malformed.
+    """
     key = settings.api_key
     if key is not None and not key.strip():
         raise UsageError("the API key is empty; give one with --api-key, or leave it out.")
@@ -74,7 +78,9 @@ class Gate:
     the origin of the page that sends it, and the key.
 
     Args:
-        shape_of: how an error is spelt at a path.
+        app: the application behind the middleware.
+        settings: settings of the server.
+        shape_of: returns how errors are spelt at a path.
     """
 
     def __init__(
@@ -86,7 +92,7 @@ class Gate:
         self._key = None if settings.api_key is None else _digest(settings.api_key.encode())
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer, or refuse to."""
+        """Pass a request on to the application, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -116,7 +122,7 @@ class Gate:
         await self._app(scope, receive, send_allowed)
 
     def _check_form(self, headers: Headers) -> None:
-        """A request has one host, and one way of saying how long it is."""
+        """Refuse a request that does not name one host, or that says its length in two ways."""
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not _HOST.fullmatch(hosts[0]):
             raise RefusedError(400, "the request needs one Host header that names a host.")
@@ -135,7 +141,8 @@ class Gate:
             )
 
     def _check_origin(self, origin: str, headers: Headers) -> dict[str, str]:
-        """What a page at this origin is told, by headers."""
+        """The headers that allow a page at this origin to read the answer; a foreign one is
+        refused."""
         own = origin.lower() in (f"{scheme}://{headers['host']}".lower() for scheme in _WEB)
         if own:
             return {}
@@ -176,12 +183,13 @@ def _keys(headers: Headers) -> Iterable[bytes]:
 
 
 def _digest(key: bytes) -> bytes:
-    """Of one length, whatever the key's, so that comparing tells nothing of it."""
+    """A digest of a key. Digests have one length, so that comparing them tells nothing of the
+    key."""
     return hashlib.sha256(key).digest()
 
 
 def _preflight(headers: Headers, allowed: dict[str, str]) -> Response:
-    """What a browser asks before a page's request."""
+    """The answer to what a browser asks before a page's request."""
     if not allowed:
         return Response(status_code=204)
     wanted = headers.get("access-control-request-headers", "")
@@ -200,10 +208,12 @@ def check_bounds(body: dict[str, Any], settings: ServerSettings, *, surrogates: 
     beyond all bounds, and halves of characters.
 
     Args:
+        body: the object that was parsed.
+        settings: settings of the server, with the bounds.
         surrogates: whether there may be halves of characters.
 
     Raises:
-        RefusedError: it does (400 or 413).
+        RefusedError: the body holds too much, or something of that kind (400 or 413).
     """
     messages = body.get("messages")
     if isinstance(messages, list) and len(messages) > settings.max_messages:

@@ -1,4 +1,4 @@
-"""Bodies in and answers out: JSON that is bounded, and streams that stay alive.
+"""Bodies of requests and of responses: JSON that is bounded, and streams that stay alive.
 
 A client that goes away cancels the task that serves it, in whatever it waits for: a handler need do
 no more than `try: ... finally: ticket.cancel()`.
@@ -54,7 +54,7 @@ class Lifeline:
 
         async def send_on(message: Any) -> None:
             nonlocal over
-            # Behind the last piece of a response, a client is taken for gone.
+            # The server reports a disconnect after the last piece of every response.
             over = message["type"] == "http.response.body" and not message.get("more_body")
             await send(message)
 
@@ -80,16 +80,21 @@ class Lifeline:
 
 
 class Streaming(Response):
-    """A body that comes event by event, with something harmless in long silences.
+    """A response whose body comes event by event, with something harmless in long silences.
 
     The first event decides the status: what `events` raises before it is an error of HTTP, and what
     it raises after it is one last event.
 
     Args:
-        events: is closed however the response ends.
-        encode: an event as bytes.
-        keep_alive: what is sent in silences; nothing where it is empty.
-        failed: an error as the last event; None sends the body of the protocol's own error.
+        events: the events to send; the iterator is closed however the response ends.
+        encode: returns an event as bytes.
+        keep_alive: bytes to send in silences; nothing is sent where they are empty.
+        media_type: media type of the body.
+        failed: returns an error as the last event; None sends the body of the protocol's error.
+        headers: further headers.
+
+    Attributes:
+        shape: how the protocol spells an error, set by whoever serves the route.
     """
 
     shape: Shape
@@ -175,10 +180,10 @@ class Streaming(Response):
         )
 
     async def _send(self, scope: Any, send: Any, body: bytes, *, more: bool = True) -> None:
-        """Hand over a piece, which waits where the client does not read.
+        """Hand over a piece of the body, and wait while the client does not read.
 
         Raises:
-            ClientDisconnect: it has not read for too long; the connection is cut.
+            ClientDisconnect: the client has not read for too long; the connection is cut.
         """
         message = {"type": "http.response.body", "body": body, "more_body": more}
         try:
@@ -197,8 +202,8 @@ def sse(
     failed: Callable[[RefusedError], Event] | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Streaming:
-    """Server-sent events: an object or a text is one `data:` line, bytes are sent as they are (see
-    `named`)."""
+    """A response of server-sent events: an object or a text is one `data:` line, bytes are sent as
+    they are (see `named`). The arguments are those of `Streaming`."""
     return Streaming(
         events,
         encode=_as_sse,
@@ -216,7 +221,7 @@ def json_lines(
     failed: Callable[[RefusedError], Event] | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Streaming:
-    """JSON objects, a line each."""
+    """A response of JSON objects, one on each line. The arguments are those of `Streaming`."""
     return Streaming(
         events,
         encode=_as_line,
@@ -253,8 +258,8 @@ async def read_json(request: Request) -> dict[str, Any]:
     """The JSON object in a request's body, within the bounds of the server's settings.
 
     Raises:
-        RefusedError: it is no UTF-8, no JSON, no object, or beyond a bound, or holds
-            what is no text (400); it is too long (413) or does not arrive (408).
+        RefusedError: the body is no UTF-8, no JSON, no object, beyond a bound, or holds what is no
+            text (400); it does not arrive (408), is too long (413), or is compressed (415).
     """
     settings: ServerSettings = request.app.state.server.settings
     body = await _read_body(request, settings.max_body)
@@ -300,8 +305,12 @@ async def _read_body(request: Request, most: int) -> bytes:
 
 
 async def _within(seconds: float, awaitable: Awaitable[Any]) -> Any:
-    """What is awaited, or TimeoutError. `asyncio.wait_for` would lose a cancellation that comes
-    when the awaitable is just done."""
+    """What `awaitable` gives within `seconds`. `asyncio.wait_for` would lose a cancellation that
+    comes when the awaitable is just done.
+
+    Raises:
+        asyncio.TimeoutError: it takes longer.
+    """
     waiting = asyncio.ensure_future(awaitable)
     try:
         await asyncio.wait({waiting}, timeout=seconds)

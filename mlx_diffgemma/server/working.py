@@ -1,6 +1,6 @@
-"""What the engine does for a request: the library's own functions, whose results become pieces.
+"""What the engine does for a request: it runs functions of the library and makes pieces of results.
 
-Everything here runs on the engine's thread, but for the functions that make the works.
+The works run on the engine's thread; `encoding` and `work_of`, which make them, run on any thread.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from mlx_diffgemma.text.prompt import Encoded
 from mlx_diffgemma.text.tool_calls import ToolCall
 
 TRIES = 4
-"""Answers that are tried, with one seed after another, under a schema that says more than a grammar
-can enforce."""
+"""Most answers that are tried, each with the next seed, under a schema that says more than a
+grammar can enforce."""
 _BEHIND = 16  # pieces that a client has not read, from which it is shown no frames
-_LEAST = 1e-30  # probability, of which there is a logarithm
+_LEAST = 1e-30  # least probability that a logarithm is taken of
 
 
 def encoding(prepared: Prepared) -> Work:
-    """Encode the prompt and nothing else; gives how many of its tokens were known."""
+    """The work that only encodes a prompt. It yields how many of its tokens were known."""
 
     def work(seat: Seat) -> Iterator[int]:
         ids = prepared.encoded.ids
@@ -59,13 +59,13 @@ def encoding(prepared: Prepared) -> Work:
 
 
 def work_of(prepared: Prepared, number: int, index: int, known: int | None) -> Work:
-    """What answers a request.
+    """The work that gives one answer to a request.
 
     Args:
-        number: which of its answers, from 0, by which its seed goes.
-        index: what its pieces are called.
-        known: tokens of the prompt that were known before the first answer; None for those that
-            this one finds.
+        number: which of the request's answers it is, from 0; it is added to the request's seed.
+        index: the `index` of its pieces.
+        known: tokens of the prompt that were known before the first answer; None takes as many as
+            this answer finds.
     """
 
     def work(seat: Seat) -> Iterator[Piece]:
@@ -100,18 +100,19 @@ class _Work:
 
     @property
     def count(self) -> int:
-        """Tokens of the prompt. One with a suffix stands in a prompt that the library makes."""
+        """Number of tokens of the prompt; where there is a suffix, of the one that the library
+        makes."""
         made = self.asked.suffix is not None
         return self.seat.prompt_tokens if made else len(self.prepared.encoded.ids)
 
     @property
     def cached(self) -> int:
-        """How many of them were known."""
+        """How many tokens of the prompt were known."""
         known = self.seat.cached_tokens if self._known is None else self._known
         return min(known, self.count)
 
     def start(self) -> None:
-        """Say that the prompt is known, once."""
+        """Emit `Started` on the first call; further calls do nothing."""
         if not self._started:
             self._started = True
             self.seat.emit(Started(self.index, self.count, self.cached))
@@ -132,10 +133,10 @@ class _Work:
 
     @property
     def shares(self) -> dict[str, Any]:
-        """What every function of the library takes from the seat."""
+        """The arguments that every function of the library takes from the seat."""
         return {"denoiser": self.seat.denoiser, "prefix_cache": self.seat.cache}
 
-    # Free text, with the calls that the model makes of itself.
+    # These methods write free text, with the calls that the model makes of itself.
 
     def _free(self) -> Iterator[Piece]:
         asked, encoded = self.asked, self.prepared.encoded
@@ -207,7 +208,7 @@ class _Work:
             yield Call(self.index, self._calls, name, call.name, call.arguments)
             self._calls += 1
 
-    # Answers whose form is given.
+    # These methods write answers whose form is given.
 
     def _structured(self, prompt: Encoded, **constraint: Any) -> Structured:
         words = Vocabulary(
@@ -275,7 +276,8 @@ class _Work:
         thought_tokens: int = 0,
         **more: Any,
     ) -> Iterator[Piece]:
-        """A text that comes at once, cut before the first stop string in it, and its end."""
+        """The pieces of a text that comes at once: the text up to the first stop string, and its
+        end."""
         found = [(text.find(stop), stop) for stop in self.asked.stop if stop in text]
         stopped: str | None = None
         if found:
@@ -315,7 +317,7 @@ class _Work:
         yield from self._made([ToolCall(name, json.loads(found.text), found.text)])
         yield self.ended("tool_calls", written + len(found.tokens), None, steps, seed=found.seed)
 
-    # What stands between two texts.
+    # This method writes what stands between two texts.
 
     def _filled(self) -> Iterator[Piece]:
         before, after = str(self.asked.prompt), self.asked.suffix or ""
@@ -348,8 +350,8 @@ class _Work:
 
 
 class _Committed:
-    """The tokens of an answer with what was known of each when it was committed; None for those
-    that are no part of its text."""
+    """The tokens of an answer, each as a `TokenInfo` of the moment when it was committed, or as
+    None where it is no part of the text."""
 
     def __init__(self, seat: Seat, eos: Sequence[int]) -> None:
         self._words = Vocabulary(seat.tokenizer, seat.model.config.text.vocab_size, tuple(eos))
@@ -359,7 +361,8 @@ class _Committed:
         self._canvas = -1
 
     def take(self, response: GenerationResponse) -> None:
-        """Take in a canvas as its last step left it, once."""
+        """Take in a canvas as its last step left it; a canvas that was taken in before is left
+        out."""
         if response.canvas_index == self._canvas or response.parts is None:
             return
         self._canvas = response.canvas_index
@@ -373,7 +376,7 @@ class _Committed:
             self._infos.append(info if says and spelled else None)
 
     def up_to(self, count: int) -> tuple[TokenInfo, ...]:
-        """Those of the first `count` tokens that were not given yet."""
+        """The text tokens among the first `count` that no earlier call has returned."""
         start, self._given = self._given, max(self._given, count)
         return tuple(info for info in self._infos[start:count] if info is not None)
 
@@ -388,7 +391,8 @@ def _thinking(response: GenerationResponse | None, eos: Sequence[int]) -> int:
 
 
 def _infos(seat: Seat, eos: Sequence[int], found: Any) -> list[TokenInfo]:
-    """The tokens of what was written, with their entropies, and probabilities where known."""
+    """The tokens of what was written, with their entropies and, where they are known,
+    probabilities."""
     words = Vocabulary(seat.tokenizer, seat.model.config.text.vocab_size, tuple(eos))
     likely = getattr(found, "probability", None) or [1.0] * len(found.tokens)
     return [
@@ -416,7 +420,7 @@ def _within(infos: Sequence[TokenInfo], length: int) -> list[TokenInfo]:
 
 
 def _as_object(schema: Any) -> Any:
-    """The schema of arguments, which are an object."""
+    """The schema of the arguments of a call, made to demand an object where it names no type."""
     if isinstance(schema, dict) and "type" not in schema and "$ref" not in schema:
         return {**schema, "type": "object"}
     return schema

@@ -1,5 +1,5 @@
-"""What the page has written: answers of a chat, changes of a document, templates. Each is a work
-for the engine, made of a request, that yields what forms as the page shows it."""
+"""Works for the engine that write what the page asks for: answers of a chat, changes of a document,
+templates. Each is made from a request, and yields the text as it forms, in the page's own form."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 Make = Callable[["Engine", Fields], Callable[["Seat"], Iterator[Any]]]
 Run = list[Any]
-"""Some text of one kind and one uncertainty: [text, hundredths of nats, kind]."""
+"""Some text of one kind and one tint: [text, number of the tint from 0 (see `LEVELS`), kind]."""
 
 LEVELS = (1, 5, 10, 20, 40, 70, 110, 160, 220)
-"""Hundredths of nats at which a tint ends and the next begins."""
+"""Entropies, in hundredths of nats, at which one tint ends and the next begins."""
 _ROLES = ("system", "user", "assistant")
-_SHARE_OF_CONTEXT = 4  # one part in so many of the context for the text around a change
+_SHARE_OF_CONTEXT = 4  # characters around a change are at most the context over this number
 _MOST_AROUND = 12_000  # characters of a document that the model is shown on each side
 _AHEAD = 4  # values that a client has not read, from which steps are left out
 
 
 def chat(engine: Engine, fields: Fields) -> Callable[[Seat], Iterator[Any]]:
-    """The answer to `messages`; with `prefill`, one that begins with it."""
+    """A work that answers `messages`; with `prefill`, the answer begins with it."""
     messages = [
         {
             "role": each.choice("role", _ROLES, required=True),
@@ -69,7 +69,7 @@ def chat(engine: Engine, fields: Fields) -> Callable[[Seat], Iterator[Any]]:
 
 
 def rewrite(engine: Engine, fields: Fields) -> Callable[[Seat], Iterator[Any]]:
-    """Lines of `text`, from `first` to `last`, rewritten as the `instruction` says."""
+    """A work that rewrites the lines of `text` from `first` to `last` as the `instruction` says."""
     text = fields.text("text", required=True) or ""
     first = fields.integer("first", 1, required=True) or 1
     last = fields.integer("last", 1, required=True) or 1
@@ -109,7 +109,7 @@ def rewrite(engine: Engine, fields: Fields) -> Callable[[Seat], Iterator[Any]]:
 
 
 def hole(engine: Engine, fields: Fields) -> Callable[[Seat], Iterator[Any]]:
-    """What stands between `left` and `right`, in at most `tokens` tokens."""
+    """A work that writes what stands between `left` and `right`, in at most `tokens` tokens."""
     left, right = fields.text("left") or "", fields.text("right") or ""
     most = fields.integer("tokens", 1) or LENGTHS[-1]
     options = _options(fields) | {"prompt": fields.text("prompt") or None}
@@ -142,7 +142,7 @@ def hole(engine: Engine, fields: Fields) -> Callable[[Seat], Iterator[Any]]:
 
 
 def template(engine: Engine, fields: Fields) -> Callable[[Seat], Iterator[Any]]:
-    """A `template` with its slots filled, all but those of which `keep` has the text."""
+    """A work that fills the slots of a `template`, except those of which `keep` has the text."""
     text = fields.text("template", required=True) or ""
     keep = {name: str(value) for name, value in (fields.mapping("keep") or {}).items()}
     options = _options(fields) | {"prompt": fields.text("prompt") or None}
@@ -190,7 +190,7 @@ def _shared(seat: Seat) -> dict[str, Any]:
 
 
 def _formed(seat: Seat, run: Callable[[Callable[[DenoisingStep], None]], Any]) -> Any:
-    """What an edit comes to; the client is told after each of its steps what forms in the open
+    """What `run` returns. After each of its steps the client is told what stands in the open
     places."""
     vocabulary: list[Vocabulary] = []
 
@@ -213,7 +213,7 @@ def _formed(seat: Seat, run: Callable[[Callable[[DenoisingStep], None]], Any]) -
 
 
 def _draft(response: GenerationResponse) -> dict[str, Any]:
-    """The canvas of an answer as it stands: its text up to the end, by how sure the model is."""
+    """The canvas of an answer as it stands: runs of its text, each with its tint."""
     pieces: Sequence[Any] = [] if response.parts is None else response.parts.pieces(response.canvas)
     entropies = [0.0, *response.entropy]
     return {
@@ -240,7 +240,8 @@ def _statistics(response: GenerationResponse) -> dict[str, Any]:
 
 
 def _runs(pieces: Sequence[tuple[str, float, str]]) -> list[Run]:
-    """Texts with their entropies in nats, those of one tint and kind joined."""
+    """Runs of texts, made from (text, entropy in nats, kind); neighbours of one tint and kind are
+    joined."""
     runs: list[Run] = []
     for text, nats, kind in pieces:
         if not text:
@@ -258,8 +259,8 @@ def _room(engine: Engine) -> int:
 
 
 def _near(text: str, most: int, *, end: bool = False) -> str:
-    """The whole lines of a text that are nearest to its beginning, or its `end`; a line that is too
-    long is cut."""
+    """The whole lines at the beginning of a text, or at its `end`, that have at most `most`
+    characters together; a line that is longer than that is cut."""
     if len(text) <= most:
         return text
     if end:
@@ -270,7 +271,7 @@ def _near(text: str, most: int, *, end: bool = False) -> str:
 
 
 def _mark(text: str) -> str:
-    """A mark for a hole that does not occur in a text."""
+    """A mark for a hole; it does not occur in `text`."""
     mark, number = "[[?]]", 0
     while mark in text:
         number += 1
@@ -279,7 +280,7 @@ def _mark(text: str) -> str:
 
 
 def _with_kept(text: str, keep: dict[str, str]) -> str:
-    """A template in which some slots are text."""
+    """The template `text`, with the slots that `keep` names replaced by their texts."""
     literals, slots = parse_template(text)
     made = _escaped(literals[0])
     described: set[str] = set()
