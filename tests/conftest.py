@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ from tiny_models import make_config, make_model, make_weights
 
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+
+
+@pytest.fixture(autouse=True)
+def unheard_server() -> Iterator[None]:
+    """What a server logs that one test started is not heard in the next one."""
+    yield
+    for name in ("mlx_diffgemma.server", "uvicorn.error"):
+        logging.getLogger(name).handlers.clear()
 
 
 @pytest.fixture
