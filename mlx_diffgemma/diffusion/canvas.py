@@ -131,7 +131,6 @@ class Canvas:
         done: whether it needs no further pass.
         converged: whether it is done for another reason than that its steps are used up.
         settled: what is remembered for `settled_after`; None without it.
-        checks: how many times the encoder was asked about its draft.
         checked: [C] the draft that the encoder refused last; None where it refused none.
     """
 
@@ -156,7 +155,6 @@ class Canvas:
     done: bool = False
     converged: bool = False
     settled: Settled | None = None
-    checks: int = 0
     checked: np.ndarray | None = None
 
     @classmethod

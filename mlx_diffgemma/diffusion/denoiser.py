@@ -212,28 +212,18 @@ class Queued(ABC):
         """Wait once for the step, and return each canvas after it, or the error of one for which
         the model returned values that are not finite. Such a canvas spoils no other."""
 
-    def read(self, titles: Sequence[str] = ()) -> list[Canvas]:
-        """Wait once for the step, and return the canvases after it. `titles` are what an error
-        calls the sequence of each.
+    def read(self) -> list[Canvas]:
+        """Wait once for the step, and return the canvases after it.
 
         Raises:
             NumericalError: the model returned values that are not finite for one of them.
         """
         canvases = []
-        for after in self.outcomes(titles):
+        for after in self.each():
             if isinstance(after, NumericalError):
                 raise after
             canvases.append(after)
         return canvases
-
-    def outcomes(self, titles: Sequence[str] = ()) -> list[Canvas | NumericalError]:
-        """What `each` returns, with errors that name the sequence by its title."""
-        return [
-            type(after)(f"{titles[number]}, {after}")
-            if titles and isinstance(after, NumericalError)
-            else after
-            for number, after in enumerate(self.each())
-        ]
 
 
 @dataclass(frozen=True)
@@ -294,16 +284,15 @@ def denoise(
             yield stepped
         # A prefix that is to grow is copied where it is still held, so it is let go of here.
         flight = {}
-        titles = [] if title is None else [title(name) for name in names]
-        if failed is None:
-            stepped = dict(zip(names, queued.read(titles), strict=True))
-        else:
-            stepped = {}
-            for name, outcome in zip(names, queued.outcomes(titles), strict=True):
-                if isinstance(outcome, NumericalError):
-                    failed(name, outcome)
-                else:
-                    stepped[name] = outcome
+        stepped = {}
+        for name, outcome in zip(names, queued.each(), strict=True):
+            if not isinstance(outcome, NumericalError):
+                stepped[name] = outcome
+                continue
+            error = outcome if title is None else type(outcome)(f"{title(name)}, {outcome}")
+            if failed is None:
+                raise error
+            failed(name, error)
         for name, canvas in stepped.items():
             next_one = following(name, canvas)
             if next_one is not None:

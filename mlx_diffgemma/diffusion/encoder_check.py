@@ -53,7 +53,7 @@ def check(model: DiffusionGemma, canvas: Canvas, prefix: Prefix) -> tuple[Canvas
         np.array(found), draft, canvas.settings.eos_token_ids, least, canvas.counts()
     )
     if place is None:
-        return replace(canvas, checks=canvas.checks + 1, done=True, converged=True), longer
+        return replace(canvas, done=True, converged=True), longer
     return renoised(canvas, place), None
 
 
@@ -69,7 +69,7 @@ def first_improbable(
     behind the first eos, which are cut off, and those that are not `counted` [C] are not looked
     at."""
     with np.errstate(divide="ignore"):
-        doubtful = (log_probabilities < np.log(least)) & counted[1:]
+        doubtful = ~(log_probabilities >= np.log(least)) & counted[1:]  # NaN confirms nothing
     if not doubtful.any():
         return None
     place = int(doubtful.argmax()) + 1
@@ -88,6 +88,5 @@ def renoised(canvas: Canvas, place: int) -> Canvas:
         tokens=tokens if canvas.layout is None else canvas.layout.pin(tokens),
         soft_embeddings=None if soft is None else mx.where(known[:, None], soft, 0.0),
         settled=None,
-        checks=canvas.checks + 1,
         checked=canvas.shown,
     )

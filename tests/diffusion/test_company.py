@@ -227,7 +227,7 @@ def test_a_canvas_that_is_not_finite_spoils_no_other(demo, form, value, monkeypa
     keys, values = prefixes[1].layers[0].held()
     broken, _, _ = LayerPrefix().extended(keys, mx.full(values.shape, value), 0)
     prefixes[1] = replace(prefixes[1], layers=(broken, *prefixes[1].layers[1:]))
-    outcomes = Denoiser(demo).queue(canvases, prefixes).outcomes()
+    outcomes = Denoiser(demo).queue(canvases, prefixes).each()
     assert isinstance(outcomes[1], NumericalError)
     assert str(outcomes[1]).startswith("canvas 1, step 1: the model returned NaN or infinity")
     for n in (0, 2):

@@ -237,6 +237,8 @@ def test_only_what_will_be_kept_is_checked():
     assert first_improbable(improbable, [1, 2, EOS, 4], (EOS,), 0.5, every) == 2
     assert first_improbable(improbable, [1, EOS, 3, 4], (EOS,), 0.5, every) is None
     assert first_improbable(improbable, [1, 2, 3, 4], (EOS,), 0.05, every) is None
+    unknown = np.log([0.9, np.nan, 0.9])
+    assert first_improbable(unknown, [1, 2, 3, 4], (EOS,), 0.5, every) == 2
     pinned = np.array([True, True, False, True])
     assert first_improbable(improbable, [1, 2, 3, 4], (EOS,), 0.5, pinned) is None
 
