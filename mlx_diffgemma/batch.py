@@ -231,24 +231,16 @@ def batch_generate(
     if prefill_step_size is not None:
         check_integer("prefill_step_size", prefill_step_size, 1)
     prompt_settings, settings = parted(prompt_settings, settings)
-    limits = _of_each("max_tokens", max_tokens, count)
-    configs = _of_each("config", config, count)
-    seeds = _of_each("seed", seed, count)
-    one_seed = checked_seed(seed) if seeds is None else 0  # type: ignore[arg-type]
+    limit, limits = _shared_or_each("max_tokens", max_tokens, count)
+    one_config, configs = _shared_or_each("config", config, count)
+    one_seed, seeds = _shared_or_each("seed", seed, count)
+    one_seed = checked_seed(one_seed)  # a fresh one that nobody uses where seeds are given
     stops, rows = stop_strings(stop), list[_Row]()
-    shared = configured(
-        model,
-        tokenizer,
-        profile,
-        config if configs is None else None,  # type: ignore[arg-type]
-        max_tokens=max_tokens if limits is None else None,
-        **settings,
-    )
+    shared = configured(model, tokenizer, profile, one_config, max_tokens=limit, **settings)
     for row, prompt in enumerate(given):
         own, own_seed = shared, one_seed
         with _naming(row, UsageError):  # what is given for this row
             if configs is not None:
-                limit = max_tokens if limits is None else None
                 own = configured(
                     model, tokenizer, profile, configs[row], max_tokens=limit, **settings
                 )
@@ -300,20 +292,21 @@ def batch_generate(
     return BatchResponse(results, _stats(results, prompt_seconds, seconds))
 
 
-def _of_each(name: str, given: Any, count: int) -> Sequence[Any] | None:
-    """A setting that is given for each row; None where all rows share it.
+def _shared_or_each(name: str, given: Any, count: int) -> tuple[Any, Sequence[Any] | None]:
+    """The value that all rows share of a setting, and the values that are given for each row. One
+    of the two is None.
 
     Raises:
         UsageError: there are more values or fewer than `count`.
     """
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
-        return None
+        return given, None
     if len(given) != count:
         raise UsageError(
             f"{name} has {len(given)} values and there are {count} prompts; give one for each, or "
             "one for all."
         )
-    return given
+    return None, given
 
 
 @contextmanager

@@ -49,3 +49,20 @@ def pictures_of(ids: Sequence[int]) -> tuple[PictureSpan, ...]:
 def followed_by(ids: Sequence[int], more: Sequence[int]) -> list[int]:
     """Token ids with plain ones behind them, the pictures kept."""
     return PicturedIds([*ids, *more], pictures_of(ids))
+
+
+def in_common(*rows: Sequence[int]) -> int:
+    """How many tokens two or more rows of ids begin with alike. Whole pieces are compared at a
+    time."""
+    first, *others = (tuple(row) for row in rows)  # a list never equals a tuple
+
+    def alike(start: int, stop: int) -> bool:
+        return all(row[start:stop] == first[start:stop] for row in others)
+
+    least, most = 0, min(len(first), *map(len, others))
+    if alike(0, most):
+        return most
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if alike(least, middle) else (least, middle)
+    return least

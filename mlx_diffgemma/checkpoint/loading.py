@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -87,9 +86,12 @@ def load_model(
     if raw.get("generation_config") is not None:
         inside = not (folder / "generation_config.json").exists()
         check_generation_ids(raw["generation_config"], config.text.vocab_size, inside_config=inside)
-    stored = _text_tensors(folder)
+    every = stored_tensors(folder)
+    stored = _text_tensors(every)
     dtype = _fast_dtype() if dtype is None else dtype
-    eyes = _Eyes(folder, config, dtype, check=check, name=name or str(path_or_repo))
+    eyes = _Eyes(
+        _tower_tensors(config, every), config, dtype, check=check, name=name or str(path_or_repo)
+    )
     if vision and not eyes.stored:
         raise CheckpointError(eyes.missing())
     if not lazy:
@@ -142,27 +144,17 @@ class _Eyes:
     """The vision tower of a checkpoint, on disk.
 
     Attributes:
+        stored: its tensors by name; none where the checkpoint has no tower.
         dtype: type of the weights that are not quantized; None keeps that of the checkpoint.
         check: whether to look for NaN and infinity in every weight.
         name: what errors call the model.
     """
 
-    folder: Path
+    stored: dict[str, StoredTensor]
     config: ModelConfig
     dtype: mx.Dtype | None
     check: bool
     name: str
-
-    @cached_property
-    def stored(self) -> dict[str, StoredTensor]:
-        """Its tensors by name; none where the checkpoint has no tower."""
-        if self.config.vision is None:
-            return {}
-        tensors = {n: t for n, t in stored_tensors(self.folder).items() if is_vision(n)}
-        if self.config.vision.use_clipped_linears:
-            return tensors
-        # Some repositories carry bounds that nothing is clipped to.
-        return {n: t for n, t in tensors.items() if not n.endswith(CLIP_BOUNDS)}
 
     @property
     def nbytes(self) -> int:
@@ -230,7 +222,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 def weight_bytes(folder: Path) -> int:
     """Bytes of the text model's weights as `load_model` loads them on this machine."""
     dtype = _fast_dtype()
-    return sum(_loaded_bytes(tensor, dtype) for tensor in _text_tensors(folder).values())
+    return sum(
+        _loaded_bytes(tensor, dtype) for tensor in _text_tensors(stored_tensors(folder)).values()
+    )
 
 
 def _fast_dtype() -> mx.Dtype | None:
@@ -238,10 +232,23 @@ def _fast_dtype() -> mx.Dtype | None:
     return mx.float32 if cpu.is_device() else None
 
 
-def _text_tensors(folder: Path) -> dict[str, StoredTensor]:
+def _tower_tensors(
+    config: ModelConfig, every: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """The stored tensors of the vision tower by name; none where the checkpoint has no tower."""
+    if config.vision is None:
+        return {}
+    tensors = {name: tensor for name, tensor in every.items() if is_vision(name)}
+    if config.vision.use_clipped_linears:
+        return tensors
+    # Some repositories carry bounds that nothing is clipped to.
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(CLIP_BOUNDS)}
+
+
+def _text_tensors(every: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The stored tensors of the text model, by the name of the parameter they fill."""
     tensors: dict[str, StoredTensor] = {}
-    for stored in stored_tensors(folder).values():
+    for stored in every.values():
         parameter = canonical_name(stored.name)
         if parameter is None or is_vision(stored.name):
             continue

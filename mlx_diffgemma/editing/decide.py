@@ -34,10 +34,11 @@ from mlx_diffgemma.errors import PromptError, UsageError
 from mlx_diffgemma.fitting import cache_of, denoiser_of, diffusion_config, fit_to_context
 from mlx_diffgemma.model.cache import Prefix, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.pictured import in_common
 from mlx_diffgemma.reading import shown
 from mlx_diffgemma.text.chat_template import template_text
 from mlx_diffgemma.text.picture_places import PictureReader, read_images
-from mlx_diffgemma.text.prompt import encode_prompt, in_common
+from mlx_diffgemma.text.prompt import encode_prompt
 from mlx_diffgemma.text.prompt_settings import check_images
 from mlx_diffgemma.text.tokenizer import check_tokenizer, hf_tokenizer
 

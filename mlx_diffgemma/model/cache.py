@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from mlx_diffgemma.config import TextConfig
 from mlx_diffgemma.errors import CheckpointError, UsageError
-from mlx_diffgemma.pictured import PictureSpan, pictures_of
+from mlx_diffgemma.pictured import PictureSpan, in_common, pictures_of
 from mlx_diffgemma.reading import Section, parse_object, shown
 
 KeysValues = tuple[mx.array, mx.array]
@@ -102,20 +102,6 @@ class LayerPrefix:
                 longer = _update(longer, buffer[..., : self.length, :], 0)
             buffer = longer
         return _update(buffer, new, self.length)
-
-
-def _in_common(held: tuple[int, ...], wanted: tuple[int, ...]) -> int:
-    """How many tokens two sequences begin with in common. Whole pieces are compared at a time."""
-    least, most = 0, min(len(held), len(wanted))
-    if held[:most] == wanted[:most]:
-        return most
-    while most - least > 1:
-        middle = (least + most) // 2
-        if held[least:middle] == wanted[least:middle]:
-            least = middle
-        else:
-            most = middle
-    return least
 
 
 def _update(buffer: mx.array, new: mx.array, at: int) -> mx.array:
@@ -219,7 +205,7 @@ class Prefix:
     def _in_common(self, ids: Sequence[int]) -> int:
         """How many tokens this prefix and `ids` have in common at their beginnings, up to where a
         picture differs."""
-        common, pictures = _in_common(self.ids, tuple(ids)), pictures_of(ids)
+        common, pictures = in_common(self.ids, ids), pictures_of(ids)
         if not self.pictures and not pictures:
             return common
         # The tokens of a picture see each other both ways, so each depends on all of it.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -164,12 +163,6 @@ def encode_conversation(
     variables = _variables(template, None, thinking)
     chat = _Chat(checked_messages(messages), described, variables, open_turn=False)
     return _encode_chat(own, chat, template, PictureReader())[0]
-
-
-def in_common(*rows: Sequence[int]) -> int:
-    """How many tokens all of these rows of ids begin with alike."""
-    columns = zip(*rows, strict=False)
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def rows_of(prompts: Any) -> list[Any]:

@@ -7,6 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 from mlx_diffgemma.errors import CheckpointError, UsageError
+from mlx_diffgemma.pictured import in_common
 from mlx_diffgemma.text.chat_template import render, template_text
 from mlx_diffgemma.text.control_tokens import ControlTokens, control_tokens_of, unused_character
 from mlx_diffgemma.text.markers import markers_of
@@ -16,7 +17,6 @@ from mlx_diffgemma.text.prompt import (
     THOUGHT_MARKERS,
     encode_conversation,
     encode_prompt,
-    in_common,
 )
 from mlx_diffgemma.text.prompt_settings import Tools
 from mlx_diffgemma.text.tokenizer import hf_tokenizer
