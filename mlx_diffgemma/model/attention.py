@@ -54,6 +54,19 @@ def canvas_masks(
     return {kind: (mask | on_canvas)[:, None, None, :] for kind, mask in seen.items()}
 
 
+def picture_masks(config: TextConfig, soft_places: mx.array, count: int) -> dict[str, mx.array]:
+    """Masks [B, 1, S, S] of the encoder by kind of layer, true where a position sees another, for
+    sequences with pictures of `count` soft tokens each at `soft_places` [B, S]. A position sees
+    itself and what came before, in sliding layers within the window only, and all of its own
+    picture."""
+    place = mx.arange(soft_places.shape[1])
+    apart = place[:, None] - place[None]
+    picture = mx.where(soft_places < 0, -1, soft_places // count)
+    own = (picture[:, :, None] == picture[:, None, :]) & (picture >= 0)[:, :, None]
+    seen = {FULL: apart >= 0, SLIDING: (apart >= 0) & (apart < config.sliding_window)}
+    return {kind: (mask | own)[:, None] for kind, mask in seen.items()}
+
+
 class Rope:
     """Rotary embedding that pairs (d, d + Dh/2), in float32.
 

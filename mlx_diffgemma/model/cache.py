@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -152,7 +153,7 @@ class Prefix:
         """Every array that later tokens see, for `mx.eval`."""
         return [array for layer in self.layers for array in layer.arrays()]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes held, marks included."""
         arrays = self.arrays() + [

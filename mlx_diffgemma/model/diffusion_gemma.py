@@ -33,7 +33,7 @@ from mlx_diffgemma.kernels.vocabulary import (
 from mlx_diffgemma.model.attention import Attention, attend
 from mlx_diffgemma.model.cache import KeysValues, LayerPrefix, Prefix, PrefixCache
 from mlx_diffgemma.model.layers import DecoderLayer, SelfConditioning
-from mlx_diffgemma.model.vision import Vision, embedded
+from mlx_diffgemma.model.vision import Vision
 from mlx_diffgemma.pictured import PictureSpan
 
 _VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
@@ -180,6 +180,22 @@ class DiffusionGemma(nn.Module):
             vision = self.load_vision()
             encoder.vision_tower, encoder.embed_vision = vision.vision_tower, vision.embed_vision
 
+    def see(self, values: mx.array, columns: int) -> mx.array:
+        """What takes the places of the image tokens of pictures of one size, [B, S, D], not scaled
+        by √D.
+
+        Args:
+            values: [B, P, 3 · side²], from 0 to 1, of the P patches of each picture.
+            columns: patches in a row.
+
+        Raises:
+            PromptError, CheckpointError, MemoryShortageError: as for `require_vision`.
+        """
+        self.require_vision()
+        encoder = self.model.encoder
+        seen: mx.array = encoder.embed_vision(encoder.vision_tower(values, columns))
+        return seen
+
     def embed_picture(self, picture: PictureSpan) -> mx.array:
         """The embeddings [S, D] that stand in the place of a picture's image tokens, not scaled by
         √D.
@@ -187,12 +203,9 @@ class DiffusionGemma(nn.Module):
         Raises:
             PromptError, CheckpointError, MemoryShortageError: as for `require_vision`.
         """
-        self.require_vision()
-        encoder = self.model.encoder
         assert picture.patches is not None, "a picture that was read before is not read again"
         values = mx.array(picture.patches)[None].astype(mx.float32) / 255
-        seen = embedded(encoder.vision_tower, encoder.embed_vision, values, picture.columns)
-        return seen[0].astype(self.dtype)
+        return self.see(values, picture.columns)[0].astype(self.dtype)
 
     def encode(
         self,

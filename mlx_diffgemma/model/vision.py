@@ -204,11 +204,3 @@ class Vision(nn.Module):
         super().__init__()
         self.vision_tower = VisionTower(config)
         self.embed_vision = VisionProjection(config, text_size)
-
-
-def embedded(
-    tower: VisionTower, projection: VisionProjection, values: mx.array, columns: int
-) -> mx.array:
-    """Values [B, P, 3 · side²] from 0 to 1 of pictures of one size, with `columns` patches in a row
-    -> what takes the places of their image tokens, [B, N, T]."""
-    return projection(tower(values, columns))

@@ -80,7 +80,7 @@ class Engine:
     Attributes:
         context: tokens of prompt and answer together, in whole canvases.
         counters: counts of what the engine has done so far.
-        tokenizing: held by whoever uses the tokenizer on another thread than the engine's.
+        tokenizing: held by whoever uses `preparing.tokenizer_of(engine)`.
         failure: what broke the engine itself, or None.
     """
 
@@ -211,9 +211,10 @@ class Engine:
                     return False
                 self._report()
                 self._changed.wait()
-            for job in [job for job in self._waiting if job.cancelled or self._fits(job)]:
-                self._waiting.remove(job)
-                self._running.append(job)
+            for job in list(self._waiting):  # each is judged beside those that have just begun
+                if job.cancelled or self._fits(job):
+                    self._waiting.remove(job)
+                    self._running.append(job)
             self._report()
         return True
 

@@ -156,7 +156,7 @@ class Live:
                 yield {"prefill": progress.done, "of": progress.total}
             self._prefix = seat.cache.prefix
         if not self.canvases:
-            self._start(seat)
+            self._start()
             yield self.told(0, known)
         left: int | None = None
         late: list[int] = []
@@ -231,7 +231,8 @@ class Live:
         """
         if self._prefix is None:
             return []
-        canvas = self.canvases[at]
+        # A run may have gone back behind it since it was asked for.
+        canvas = self.canvases[min(at, len(self.canvases) - 1)]
         rng = np.random.default_rng([self.seed, at, place])
         views = []
         soft = canvas.soft_embeddings
@@ -263,7 +264,7 @@ class Live:
             if chances[token] > 0
         ]
 
-    def _start(self, seat: Seat) -> None:
+    def _start(self) -> None:
         canvas = Canvas.start(
             self.config,
             SeededNoise(self.seed),
@@ -374,6 +375,9 @@ class LiveCanvases:
     def keep(self, live: Live) -> None:
         """Keep one more, in the place of the least recently used where there are too many."""
         self._kept[live.name] = live
+        self._trim()
+
+    def _trim(self) -> None:
         total = sum(each.nbytes for each in self._kept.values())
         while len(self._kept) > 1 and (len(self._kept) > MOST_KEPT or total > MOST_BYTES):
             _, oldest = self._kept.popitem(last=False)
@@ -384,6 +388,7 @@ class LiveCanvases:
         live = self._kept.get(name)
         if live is not None:
             self._kept.move_to_end(name)
+            self._trim()  # canvases grow while they are kept
         return live
 
 

@@ -27,7 +27,8 @@ from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.fitting import configured, fit_to_context
 from mlx_diffgemma.server import writing
 from mlx_diffgemma.server.fields import Fields
-from mlx_diffgemma.server.live import Change, Live, LiveCanvases, Order, checked
+from mlx_diffgemma.server.live import MOST_STEPS, Change, Live, LiveCanvases, Order, checked
+from mlx_diffgemma.server.preparing import tokenizer_of
 from mlx_diffgemma.server.refusals import RefusedError
 from mlx_diffgemma.server.streams import json_lines, read_json
 from mlx_diffgemma.text.parts import markers_of
@@ -102,7 +103,7 @@ def routes(server: Server) -> list[Route]:
     async def change(request: Request) -> Response:
         live = _known(canvases, request)
         fields = Fields(await read_json(request))
-        order = await asyncio.to_thread(_order, live, fields)
+        order = await asyncio.to_thread(_order, server.engine, live, fields)
         return _running(server.engine, live, order)
 
     async def alternatives(request: Request) -> Response:
@@ -179,13 +180,17 @@ def _known(canvases: LiveCanvases, request: Request) -> Live:
 def _live(engine: Engine, fields: Fields) -> Live:
     """A live canvas as a request describes it: by `prompt` or `sudoku` (the givens), and, where it
     begins from another canvas, by `ids`, `pins` (token ids by position) and `strength`."""
-    model, tokenizer = engine.model, engine.tokenizer
+    model = engine.model
     given = fields.text("sudoku")
     prompt = fields.text("prompt", required=given is None) or ""
     with engine.tokenizing:
+        tokenizer = tokenizer_of(engine)
         steps = fields.integer("steps", 1)
         config = configured(
-            model, tokenizer, DEFAULT_PROFILE, max_denoising_steps=min(steps or 0, 256) or None
+            model,
+            tokenizer,
+            DEFAULT_PROFILE,
+            max_denoising_steps=min(steps or 0, MOST_STEPS) or None,
         )
         vocabulary = Vocabulary(tokenizer, model.config.text.vocab_size, config.eos_token_ids)
         if given is not None:
@@ -257,7 +262,7 @@ def _grid(
     return pins, allowed
 
 
-def _order(live: Live, fields: Fields) -> Order:
+def _order(engine: Engine, live: Live, fields: Fields) -> Order:
     """The order that a request spells out."""
     changes = []
     for each in fields.objects("changes"):
@@ -267,7 +272,11 @@ def _order(live: Live, fields: Fields) -> Order:
         count = (each.integer("count", 1) or 1) if kind != "pin" else 0
         if kind == "pin":
             text, token = each.text("text"), each.integer("token", 0)
-            tokens = live.vocabulary.encode(text) if text else [] if token is None else [token]
+            if text:
+                with engine.tokenizing:
+                    tokens = live.vocabulary.encode(text)
+            elif token is not None:
+                tokens = [token]
             if not tokens or tokens[-1] >= live.vocabulary.size:
                 raise each.refused("text", "must be some text, or token one that there is.")
             if text and live.vocabulary.decode(tokens) != text:

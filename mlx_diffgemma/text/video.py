@@ -76,7 +76,10 @@ def read_frames(
                 total = sum(1 for _ in container.decode(stream))
                 container.seek(0)
             wanted = sampled(total, rate, fps, max_frames or MOST_FRAMES)
-            return list(_taken(container.decode(stream), wanted, rate))
+            frames = list(_taken(container.decode(stream), wanted, rate))
+            if not frames:
+                raise PromptError(f"{source} holds no video; give another.")
+            return frames
     except av.error.FFmpegError as error:
         reason = getattr(error, "strerror", None) or error
         raise PromptError(f"{source} is no video that can be read ({reason}).") from None

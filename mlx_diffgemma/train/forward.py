@@ -13,26 +13,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_diffgemma.config import FULL, SLIDING, TextConfig
-from mlx_diffgemma.model.attention import Attention, attend, canvas_masks
+from mlx_diffgemma.model.attention import Attention, attend, canvas_masks, picture_masks
 from mlx_diffgemma.model.cache import KeysValues
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
-from mlx_diffgemma.model.vision import embedded
 from mlx_diffgemma.train.examples import Batch
 from mlx_diffgemma.train.recompute import recomputed
-
-
-def picture_masks(config: TextConfig, soft_places: mx.array, count: int) -> dict[str, mx.array]:
-    """Masks [B, 1, S, S] of the encoder by kind of layer, true where a position sees another, for
-    sequences with pictures of `count` soft tokens each at `soft_places` [B, S]. A position sees
-    itself and what came before, in sliding layers within the window only, and all of its own
-    picture."""
-    place = mx.arange(soft_places.shape[1])
-    apart = place[:, None] - place[None]
-    picture = mx.where(soft_places < 0, -1, soft_places // count)
-    own = (picture[:, :, None] == picture[:, None, :]) & (picture >= 0)[:, :, None]
-    seen = {FULL: apart >= 0, SLIDING: (apart >= 0) & (apart < config.sliding_window)}
-    return {kind: (mask | own)[:, None] for kind, mask in seen.items()}
 
 
 def embed(model: DiffusionGemma, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
@@ -45,9 +30,7 @@ def embed(model: DiffusionGemma, batch: Batch) -> tuple[mx.array, dict[str, mx.a
     x = model.embed(batch.sequence)
     if not batch.soft_places.size:
         return x, {}
-    model.require_vision()
-    encoder = model.model.encoder
-    seen = embedded(encoder.vision_tower, encoder.embed_vision, batch.patches, batch.columns)
+    seen = model.see(batch.patches, batch.columns)
     soft = seen.reshape(-1, seen.shape[-1])[mx.maximum(batch.soft_places, 0)]
     x = mx.where((batch.soft_places >= 0)[..., None], soft.astype(x.dtype), x)
     return x, picture_masks(model.config.text, batch.soft_places, seen.shape[1])

@@ -21,7 +21,6 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImagePr
 from transformers.models.gemma4.modeling_gemma4 import Gemma4VisionModel
 
 from mlx_diffgemma.errors import DiffGemmaError
-from mlx_diffgemma.model.vision import embedded
 from mlx_diffgemma.text.pictures import Picture, read_picture
 
 pytestmark = pytest.mark.reference
@@ -107,7 +106,7 @@ class Pair:
     def seen(self, picture: Picture) -> np.ndarray:
         values = mx.array(picture.patches)[None].astype(mx.float32) / 255
         tower, projection = self.ours.vision_tower, self.ours.embed_vision
-        return np.array(embedded(tower, projection, values, picture.columns)[0].astype(mx.float32))
+        return np.array(projection(tower(values, picture.columns))[0].astype(mx.float32))
 
 
 def apart(ours: np.ndarray, theirs: np.ndarray) -> float:

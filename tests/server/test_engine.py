@@ -14,6 +14,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_diffgemma import load, stream_generate
+from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.editing.decide import decide
 from mlx_diffgemma.editing.infill import infill
 from mlx_diffgemma.editing.structured import generate_structured
@@ -250,6 +251,26 @@ def test_more_than_may_wait_are_refused() -> None:
                 with pytest.raises(QueueFullError, match="2 requests wait already"):
                     engine.submit(said("hi", 0))
             assert len(set(await asyncio.gather(*map(text_of, tickets)))) == 1
+
+    run(test)
+
+
+def test_requests_that_do_not_fit_together_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with running() as engine:
+            need = engine._bytes(64, 64)
+            monkeypatch.setattr(memory, "available_memory", lambda: need * 3 // 2)
+            beside = []
+
+            def work(seat: Seat) -> Any:
+                beside.append(len(engine._running))
+                yield from said("hi", 0, max_tokens=8)(seat)
+
+            with engine._changed:
+                sizes = {"prompt_tokens": 64, "answer_tokens": 64}
+                tickets = [engine.submit(work, **sizes) for _ in range(3)]
+            await asyncio.gather(*map(text_of, tickets))
+            assert beside == [1, 1, 1]
 
     run(test)
 

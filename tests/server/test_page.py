@@ -219,6 +219,11 @@ def test_the_canvases_used_least_recently_are_forgotten(monkeypatch: pytest.Monk
     assert [kept.get(name) is not None for name in "abcd"] == [True, False, True, True]
     kept.keep(Held(name="e", nbytes=1000))  # type: ignore[arg-type]
     assert [kept.get(name) is not None for name in "acde"] == [False, False, False, True]
+    grows = Held(name="f")
+    monkeypatch.setattr(live, "MOST_BYTES", 2000)
+    kept.keep(grows)  # type: ignore[arg-type]
+    grows.nbytes = 1500
+    assert kept.get("e") is not None and kept.get("f") is None
 
 
 def test_kept_slots_become_text_whatever_they_hold() -> None:
