@@ -117,6 +117,15 @@ def split_at_holes(text: str, hole: str) -> list[str]:
     return literals
 
 
+def unused_hole(text: str) -> str:
+    """A mark for a hole that does not occur in `text`."""
+    hole, number = HOLE, 0
+    while hole in text:
+        number += 1
+        hole = f"[[?{number}]]"
+    return hole
+
+
 def lengths_of_holes(
     lengths: Sequence[int] | Sequence[Sequence[int]], holes: int
 ) -> list[tuple[int, ...]]:

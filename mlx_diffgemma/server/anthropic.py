@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -13,10 +13,10 @@ from starlette.routing import Route
 
 from mlx_diffgemma.server import asking
 from mlx_diffgemma.server.anthropic_replies import Reply
-from mlx_diffgemma.server.asking import Asked, Piece
 from mlx_diffgemma.server.fields import Fields
-from mlx_diffgemma.server.images import from_base64
+from mlx_diffgemma.server.images import See, from_base64
 from mlx_diffgemma.server.knobs import ELSEWHERE, knobs
+from mlx_diffgemma.server.pieces import Asked, Piece
 from mlx_diffgemma.server.refusals import RefusedError
 from mlx_diffgemma.server.streams import named, read_json, sse
 
@@ -44,8 +44,6 @@ _KINDS = {
     404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
     503: "overloaded_error",
 }  # fmt: skip
-See: TypeAlias = "Callable[[str, str], dict[str, Any]]"
-"""Takes a picture in base64, and what an error calls it; returns a part of a message."""
 _PING = named("ping", {"type": "ping"})
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from secrets import token_hex
 from typing import Any
 
-from mlx_diffgemma.server.asking import Call, Ended, Piece, Started, Text, Thought
+from mlx_diffgemma.server.pieces import Call, Ended, Piece, Started, Text, Thought
 
 SIGNATURE = "unsigned"
 """The text in place of the signature of a thought, since clients drop thoughts that have none."""

@@ -10,33 +10,9 @@ from mlx_diffgemma.diffusion.generate import reserved
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.server.engine import Engine
 from mlx_diffgemma.server.jobs import Ticket
-from mlx_diffgemma.server.pieces import (
-    Asked,
-    Call,
-    Ended,
-    Frame,
-    Piece,
-    Started,
-    Text,
-    Thought,
-    TokenInfo,
-)
+from mlx_diffgemma.server.pieces import Asked, Ended, Piece
 from mlx_diffgemma.server.preparing import Prepared, count, prepare
 from mlx_diffgemma.server.working import encoding, work_of
-
-__all__ = [
-    "Asked",
-    "Call",
-    "Ended",
-    "Frame",
-    "Piece",
-    "Started",
-    "Text",
-    "Thought",
-    "TokenInfo",
-    "answer",
-    "count_tokens",
-]
 
 
 async def answer(engine: Engine, *asked: Asked) -> AsyncGenerator[Piece, None]:

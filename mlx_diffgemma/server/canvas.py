@@ -18,10 +18,10 @@ from mlx_diffgemma.editing.fill import fill
 from mlx_diffgemma.editing.gaps import Filled
 from mlx_diffgemma.editing.infill import HOLE, LENGTHS, infill
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.generation import configured
+from mlx_diffgemma.fitting import configured
 from mlx_diffgemma.server.canvases import CanvasAsked, Change, canvas_work
 from mlx_diffgemma.server.engine import Engine
-from mlx_diffgemma.server.fields import Fields
+from mlx_diffgemma.server.fields import Fields, is_integer
 from mlx_diffgemma.server.jobs import Seat
 from mlx_diffgemma.server.knobs import knobs
 from mlx_diffgemma.server.openai import HARMLESS, error, messages_of
@@ -73,7 +73,7 @@ def routes(server: Server) -> list[Route]:
         text = str(fields.text("text", required=True))
         instruction = str(fields.text("instruction", required=True))
         lines = fields.get("lines", required=True)
-        if not (isinstance(lines, list) and len(lines) == 2 and all(map(_is_integer, lines))):
+        if not (isinstance(lines, list) and len(lines) == 2 and all(map(is_integer, lines))):
             raise fields.refused("lines", "must be the first and the last line, such as [3, 5].")
         strength = fields.number("strength", 0.0)
         lengths = _lengths(fields)
@@ -172,7 +172,7 @@ def _lengths(fields: Fields) -> tuple[int, ...] | None:
     lengths = fields.get("lengths")
     if lengths is None:
         return None
-    if not isinstance(lengths, list) or not all(map(_is_integer, lengths)) or len(lengths) > 64:
+    if not isinstance(lengths, list) or not all(map(is_integer, lengths)) or len(lengths) > 64:
         raise fields.refused("lengths", "must be a list of at most 64 numbers of tokens.")
     return tuple(lengths)
 
@@ -193,10 +193,6 @@ def _filled(found: Filled) -> dict[str, Any]:
 def _figures(found: Any) -> dict[str, Any]:
     told = {"cut": found.cut, "passes": found.passes}
     return {**told, "converged": found.converged, "seed": found.seed}
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 # One canvas.
@@ -288,7 +284,7 @@ def _pins(fields: Fields, key: str, length: int, vocab: int) -> dict[int, int | 
         place = int(name) if name.isascii() and name.isdecimal() and len(name) < 10 else length
         if place >= length:
             raise fields.refused(f"{key}.{name:.20}", f"must be a position below {length}.")
-        if token is not None and not (_is_integer(token) and 0 <= token < vocab):
+        if token is not None and not (is_integer(token) and 0 <= token < vocab):
             raise fields.refused(f"{key}.{name}", f"must be a token id below {vocab}.")
         found[place] = token
     return found
@@ -298,7 +294,7 @@ def _ids(fields: Fields, key: str, below: int) -> tuple[int, ...] | None:
     values = fields.get(key)
     if values is None:
         return None
-    if not isinstance(values, list) or not all(map(_is_integer, values)):
+    if not isinstance(values, list) or not all(map(is_integer, values)):
         raise fields.refused(key, "must be a list of integers.")
     for place, value in enumerate(values):
         if not 0 <= value < below:

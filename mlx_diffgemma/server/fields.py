@@ -151,4 +151,9 @@ class Fields:
 def _is_number(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
+    return is_integer(value)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value of JSON is a whole number, which true and false are not."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from mlx_diffgemma.errors import PromptError
 from mlx_diffgemma.server.engine import Engine
@@ -13,6 +14,9 @@ from mlx_diffgemma.server.refusals import RefusedError
 from mlx_diffgemma.text.pictures import read_picture
 
 _DATA = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,", re.IGNORECASE)
+
+See: TypeAlias = "Callable[[str, str], dict[str, Any]]"
+"""Takes a picture in base64, and what an error calls it; returns a part of a message."""
 
 
 def picture(engine: Engine, data: bytes, where: str) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mlx_diffgemma.server import asking
-from mlx_diffgemma.server.asking import Asked, Ended, Text
 from mlx_diffgemma.server.fields import Fields
 from mlx_diffgemma.server.knobs import ELSEWHERE, knobs
 from mlx_diffgemma.server.openai import HARMLESS, error
+from mlx_diffgemma.server.pieces import Asked, Ended, Text
 from mlx_diffgemma.server.refusals import RefusedError
 from mlx_diffgemma.server.streams import read_json
 

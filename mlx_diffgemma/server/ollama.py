@@ -6,18 +6,18 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mlx_diffgemma.server import asking
-from mlx_diffgemma.server.asking import Asked, Piece
 from mlx_diffgemma.server.fields import Fields
-from mlx_diffgemma.server.images import from_base64
+from mlx_diffgemma.server.images import See, from_base64
 from mlx_diffgemma.server.knobs import ELSEWHERE, knobs
 from mlx_diffgemma.server.ollama_replies import Reply, listed, now, shown, tagged
+from mlx_diffgemma.server.pieces import Asked, Piece
 from mlx_diffgemma.server.refusals import RefusedError
 from mlx_diffgemma.server.streams import json_lines, read_json
 
@@ -57,8 +57,6 @@ UNSUPPORTED = {
 }
 """Routes that are answered by an error that says why."""
 
-See: TypeAlias = "Callable[[str, str], dict[str, Any]]"
-"""Takes a picture in base64, and what an error calls it; returns a part of a message."""
 _FOREVER = "2318-01-01T00:00:00Z"  # what Ollama says of a model that it keeps for good
 _LEVELS = ("low", "medium", "high", "max")
 
@@ -106,8 +104,7 @@ def routes(server: Server) -> list[Route]:
         if streamed:
             silence = json.dumps(reply.line("", done=False)).encode() + b"\n"
             return json_lines(_lines(pieces, reply), keep_alive=silence, headers=headers)
-        async with aclosing(pieces) as open_pieces:
-            whole = [line async for line in _lines(open_pieces, reply)]
+        whole = [line async for line in _lines(pieces, reply)]
         return JSONResponse(reply.whole(whole), headers=headers)
 
     def unsupported(why: str) -> Callable[[Request], Awaitable[Response]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mlx.utils import tree_flatten
 
 from mlx_diffgemma.config import MODEL_TYPE
-from mlx_diffgemma.server.asking import Call, Ended, Piece, Started, Text, Thought, TokenInfo
+from mlx_diffgemma.server.pieces import Call, Ended, Piece, Started, Text, Thought, TokenInfo
 from mlx_diffgemma.text.chat_template import template_text
 from mlx_diffgemma.text.tokenizer import hf_tokenizer
 

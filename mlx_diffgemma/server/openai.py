@@ -13,12 +13,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mlx_diffgemma.server import asking
-from mlx_diffgemma.server.asking import Asked
 from mlx_diffgemma.server.engine import Engine
-from mlx_diffgemma.server.fields import Fields
+from mlx_diffgemma.server.fields import Fields, is_integer
 from mlx_diffgemma.server.images import from_url
 from mlx_diffgemma.server.knobs import ELSEWHERE, knobs
 from mlx_diffgemma.server.openai_replies import ChatReply, Reply, TextReply
+from mlx_diffgemma.server.pieces import Asked
 from mlx_diffgemma.server.refusals import RefusedError
 from mlx_diffgemma.server.streams import read_json, sse
 
@@ -217,14 +217,14 @@ def _completions(fields: Fields) -> list[Asked]:
     common = _common(fields)
     if best is not None and best > common["n"]:
         raise fields.refused("best_of", "is not supported; leave it out.")
-    if isinstance(prompt, list) and all(_is_id(each) for each in prompt) and prompt:
+    if isinstance(prompt, list) and all(is_integer(each) for each in prompt) and prompt:
         prompts = [prompt]
     else:
         prompts = prompt if isinstance(prompt, list) else [prompt]
     if not 1 <= len(prompts) <= _MOST_PROMPTS:
         raise fields.refused("prompt", f"must be 1 to {_MOST_PROMPTS} prompts.")
     for each in prompts:
-        ids = isinstance(each, list) and each and all(map(_is_id, each))
+        ids = isinstance(each, list) and each and all(map(is_integer, each))
         if not (isinstance(each, str) or ids):
             raise fields.refused("prompt", "must be a text, token ids, or a list of either.")
         if suffix is not None and not isinstance(each, str):
@@ -232,10 +232,6 @@ def _completions(fields: Fields) -> list[Asked]:
     if suffix is not None and common["frames"]:
         raise fields.refused("diffusion_frames", "goes with answers without a suffix.")
     return [Asked(prompt=each, suffix=suffix, **common) for each in prompts]
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _form(fields: Fields) -> tuple[dict[str, Any] | bool | None, str | None]:

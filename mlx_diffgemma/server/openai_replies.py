@@ -5,19 +5,11 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mlx_diffgemma.server.asking import (
-    Call,
-    Ended,
-    Frame,
-    Piece,
-    Started,
-    Text,
-    Thought,
-    TokenInfo,
-)
+from mlx_diffgemma.server.pieces import Call, Ended, Frame, Piece, Started, Text, Thought, TokenInfo
 
 
 class Choice:
@@ -31,7 +23,7 @@ class Choice:
         self.end: Ended | None = None
 
 
-class Reply:
+class Reply(ABC):
     """What the answers to one request have in common.
 
     Args:
@@ -82,13 +74,13 @@ class Reply:
             "system_fingerprint": None,
         }
 
+    @abstractmethod
     def choice(self, choice: Choice) -> dict[str, Any]:
         """One answer as a whole."""
-        raise NotImplementedError
 
+    @abstractmethod
     def chunks(self, piece: Piece) -> Iterator[dict[str, Any]]:
         """What is sent of a piece."""
-        raise NotImplementedError
 
     def last_chunks(self) -> Iterator[dict[str, Any]]:
         """The chunks that follow all answers."""

@@ -26,7 +26,7 @@ from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.fitting import configured, fit_to_context
 from mlx_diffgemma.server import writing
-from mlx_diffgemma.server.fields import Fields
+from mlx_diffgemma.server.fields import Fields, is_integer
 from mlx_diffgemma.server.live import MOST_STEPS, Change, Live, LiveCanvases, Order, checked
 from mlx_diffgemma.server.preparing import tokenizer_of
 from mlx_diffgemma.server.refusals import RefusedError
@@ -230,8 +230,7 @@ def _live(engine: Engine, fields: Fields) -> Live:
 
 def _ids(fields: Fields, key: str, ids: Any, size: int) -> list[int]:
     if not isinstance(ids, list) or not all(
-        isinstance(token, int) and not isinstance(token, bool) and 0 <= token < size
-        for token in ids
+        is_integer(token) and 0 <= token < size for token in ids
     ):
         raise fields.refused(key, f"must hold token ids below {size}.")
     return ids

@@ -14,7 +14,7 @@ from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.editing.edit import candidate_lengths
 from mlx_diffgemma.editing.infill import LENGTHS
 from mlx_diffgemma.errors import CheckpointError, UsageError
-from mlx_diffgemma.generation import configured, fit_to_context
+from mlx_diffgemma.fitting import configured, fit_to_context
 from mlx_diffgemma.server.engine import Engine
 from mlx_diffgemma.server.pieces import Asked
 from mlx_diffgemma.server.refusals import RefusedError

@@ -6,22 +6,23 @@ The works run on the engine's thread; `encoding` and `work_of`, which make them,
 from __future__ import annotations
 
 import json
-import math
 import re
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from mlx_diffgemma.diffusion.encode import encode as encode_prefix
 from mlx_diffgemma.diffusion.events import DenoisingStep
 from mlx_diffgemma.diffusion.generate import cut
-from mlx_diffgemma.editing.infill import infill
+from mlx_diffgemma.editing.infill import infill, unused_hole
 from mlx_diffgemma.editing.structured import Structured, generate_structured
 from mlx_diffgemma.editing.validated import UnmetConstraintError
 from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.generation import GenerationResponse, stream_generate
+from mlx_diffgemma.generation import stream_generate
+from mlx_diffgemma.generation_response import GenerationResponse
 from mlx_diffgemma.server.jobs import Seat, Work
 from mlx_diffgemma.server.pieces import (
     Call,
@@ -36,6 +37,7 @@ from mlx_diffgemma.server.pieces import (
 )
 from mlx_diffgemma.server.preparing import Prepared
 from mlx_diffgemma.server.refusals import RefusedError
+from mlx_diffgemma.server.tokens import Committed, infos_of, thinking, within
 from mlx_diffgemma.text.prompt import Encoded
 from mlx_diffgemma.text.tool_calls import ToolCall
 
@@ -43,7 +45,6 @@ TRIES = 4
 """Most answers that are tried, each with the next seed, under a schema that says more than a
 grammar can enforce."""
 _BEHIND = 16  # pieces that a client has not read, from which it is shown no frames
-_LEAST = 1e-30  # least probability that a logarithm is taken of
 
 
 def encoding(prepared: Prepared) -> Work:
@@ -98,6 +99,12 @@ class _Work:
         else:
             yield from self._free()
 
+    @cached_property
+    def words(self) -> Vocabulary:
+        """The tokens as bytes, and those that end an answer."""
+        size = self.seat.model.config.text.vocab_size
+        return Vocabulary(self.seat.tokenizer, size, self.config.eos_token_ids)
+
     @property
     def count(self) -> int:
         """Number of tokens of the prompt; where there is a suffix, of the one that the library
@@ -151,7 +158,7 @@ class _Work:
             on_prefill=lambda done, total: self.start(),
             **self.shares,
         )
-        tokens = _Committed(self.seat, self.config.eos_token_ids) if asked.logprobs else None
+        tokens = Committed(self.words) if asked.logprobs else None
         given, thought_tokens = bool(encoded.prefill), 0
         latest: GenerationResponse | None = None
         for response in responses:
@@ -166,7 +173,7 @@ class _Work:
             if tokens is not None and latest is not None:
                 tokens.take(latest)
             if response.thought:
-                thought_tokens += _thinking(latest, self.config.eos_token_ids)
+                thought_tokens += thinking(latest, self.config.eos_token_ids)
                 yield Thought(self.index, response.thought)
             text = response.text + "".join(call.raw for call in response.failed_calls)
             calls = response.tool_calls
@@ -211,10 +218,6 @@ class _Work:
     # These methods write answers whose form is given.
 
     def _structured(self, prompt: Encoded, **constraint: Any) -> Structured:
-        words = Vocabulary(
-            self.seat.tokenizer, self.seat.model.config.text.vocab_size, self.config.eos_token_ids
-        )
-
         def show(step: DenoisingStep) -> None:
             self.start()
             if self.asked.frames and self.seat.backlog < _BEHIND:
@@ -225,7 +228,7 @@ class _Work:
                     step.canvas.index,
                     step.canvas.passes,
                     self.config.max_denoising_steps,
-                    words.decode(draft),
+                    self.words.decode(draft),
                 )
                 self.seat.emit(frame)
 
@@ -257,7 +260,7 @@ class _Work:
         found = self._structured(self.prepared.encoded, **constraint)
         if found.thought:
             yield Thought(self.index, found.thought)
-        infos = _infos(self.seat, self.config.eos_token_ids, found)
+        infos = infos_of(self.words, found)
         yield from self._whole(
             found.text,
             infos,
@@ -283,7 +286,7 @@ class _Work:
         if found:
             place, stopped = min(found)
             text, reason = text[:place], "stop"
-            infos = _within(infos, len(text.encode()))
+            infos = within(infos, len(text.encode()))
         if text:
             yield Text(self.index, text, tuple(infos) if self.asked.logprobs else ())
         count = thought_tokens + len(infos)
@@ -297,15 +300,12 @@ class _Work:
         JSON under the schema of that function. Both stand where the model writes a call."""
         encoded, names = self.prepared.encoded, self.prepared.names
         ids = [*encoded.ids, *self.prepared.pinned]
-        words = Vocabulary(
-            self.seat.tokenizer, self.seat.model.config.text.vocab_size, self.config.eos_token_ids
-        )
         steps: tuple[int, ...] = ()
         name, written = next(iter(names)), 0
         if len(names) > 1:
             chosen = self._structured(replace(encoded, ids=ids), choices=list(names))
             name, steps, written = chosen.text, chosen.denoising_steps, len(chosen.tokens)
-        ids += words.encode(name)
+        ids += self.words.encode(name)
         room = max(1, self.config.max_tokens - written)
         found = self._structured(
             replace(encoded, ids=ids),
@@ -321,9 +321,7 @@ class _Work:
 
     def _filled(self) -> Iterator[Piece]:
         before, after = str(self.asked.prompt), self.asked.suffix or ""
-        hole = "[[?]]"
-        while hole in before + after or (before + hole + after).count(hole) > 1:
-            hole = f"[{hole}]"
+        hole = unused_hole(before + after)
 
         def show(step: DenoisingStep) -> None:
             self.start()
@@ -343,80 +341,10 @@ class _Work:
         )
         self.start()
         (filled,) = found.holes
-        infos = _infos(self.seat, self.config.eos_token_ids, filled)
+        infos = infos_of(self.words, filled)
         limited = self.asked.max_tokens is not None and lengths[-1] == self.asked.max_tokens
         reason: Reason = "length" if limited and len(filled.tokens) >= lengths[-1] else "stop"
         yield from self._whole(filled.text, infos, [filled.steps], reason=reason)
-
-
-class _Committed:
-    """The tokens of an answer, each as a `TokenInfo` of the moment when it was committed, or as
-    None where it is no part of the text."""
-
-    def __init__(self, seat: Seat, eos: Sequence[int]) -> None:
-        self._words = Vocabulary(seat.tokenizer, seat.model.config.text.vocab_size, tuple(eos))
-        self._eos = tuple(eos)
-        self._infos: list[TokenInfo | None] = []
-        self._given = 0
-        self._canvas = -1
-
-    def take(self, response: GenerationResponse) -> None:
-        """Take in a canvas as its last step left it; a canvas that was taken in before is left
-        out."""
-        if response.canvas_index == self._canvas or response.parts is None:
-            return
-        self._canvas = response.canvas_index
-        tokens = cut(response.canvas, self._eos, len(response.canvas))[0]
-        pieces = response.parts.pieces(tokens)[1:]
-        for place, (token, piece) in enumerate(zip(tokens, pieces, strict=True)):
-            spelled = self._words.pieces[token]
-            info = _info(token, spelled, response.probability[place], response.entropy[place])
-            # A part of a character belongs to the text; markers and names of channels do not.
-            says = piece.kind == "text" and bool(piece.text or info.text == "\ufffd" * len(spelled))
-            self._infos.append(info if says and spelled else None)
-
-    def up_to(self, count: int) -> tuple[TokenInfo, ...]:
-        """The text tokens among the first `count` that no earlier call has returned."""
-        start, self._given = self._given, max(self._given, count)
-        return tuple(info for info in self._infos[start:count] if info is not None)
-
-
-def _thinking(response: GenerationResponse | None, eos: Sequence[int]) -> int:
-    """Tokens of a canvas that say what was thought, as its last step left it."""
-    if response is None or response.parts is None:
-        return 0
-    tokens = cut(response.canvas, eos, len(response.canvas))[0]
-    pieces = response.parts.pieces(tokens)[1:]
-    return sum(piece.kind == "thought" for piece in pieces)
-
-
-def _infos(seat: Seat, eos: Sequence[int], found: Any) -> list[TokenInfo]:
-    """The tokens of what was written, with their entropies and, where they are known,
-    probabilities."""
-    words = Vocabulary(seat.tokenizer, seat.model.config.text.vocab_size, tuple(eos))
-    likely = getattr(found, "probability", None) or [1.0] * len(found.tokens)
-    return [
-        _info(token, words.pieces[token], p, entropy)
-        for token, p, entropy in zip(found.tokens, likely, found.entropy, strict=True)
-    ]
-
-
-def _info(token: int, spelled: bytes, probability: float, entropy: float) -> TokenInfo:
-    text = spelled.decode(errors="replace")
-    log_p = min(0.0, math.log(max(probability, _LEAST)))
-    return TokenInfo(token, text, spelled, log_p, max(0.0, entropy))
-
-
-def _within(infos: Sequence[TokenInfo], length: int) -> list[TokenInfo]:
-    """The tokens that hold the first `length` bytes of what they spell."""
-    kept: list[TokenInfo] = []
-    end = 0
-    for info in infos:
-        if end >= length:
-            break
-        kept.append(info)
-        end += len(info.spelled)
-    return kept
 
 
 def _as_object(schema: Any) -> Any:

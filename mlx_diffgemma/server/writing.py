@@ -12,10 +12,11 @@ from mlx_diffgemma.diffusion.events import DenoisingStep
 from mlx_diffgemma.editing.edit import around_lines, edit
 from mlx_diffgemma.editing.files import split_lines
 from mlx_diffgemma.editing.fill import fill
-from mlx_diffgemma.editing.infill import LENGTHS, infill
+from mlx_diffgemma.editing.infill import LENGTHS, infill, unused_hole
 from mlx_diffgemma.editing.template import parse_template
 from mlx_diffgemma.editing.vocabulary import Vocabulary
-from mlx_diffgemma.generation import GenerationResponse, stream_generate
+from mlx_diffgemma.generation import stream_generate
+from mlx_diffgemma.generation_response import GenerationResponse
 from mlx_diffgemma.server.fields import Fields
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def hole(engine: Engine, fields: Fields) -> Callable[[Seat], Iterator[Any]]:
     most = fields.integer("tokens", 1) or LENGTHS[-1]
     options = _options(fields) | {"prompt": fields.text("prompt") or None}
     near, behind = _near(left, _room(engine), end=True), _near(right, _room(engine))
-    mark = _mark(near + behind)
+    mark = unused_hole(near + behind)
 
     def work(seat: Seat) -> Iterator[Any]:
         found = _formed(
@@ -268,15 +269,6 @@ def _near(text: str, most: int, *, end: bool = False) -> str:
         return cut[cut.find("\n") + 1 :] if "\n" in cut[:-1] else cut
     cut = text[:most]
     return cut[: cut.rfind("\n") + 1] if "\n" in cut[1:] else cut
-
-
-def _mark(text: str) -> str:
-    """A mark for a hole; it does not occur in `text`."""
-    mark, number = "[[?]]", 0
-    while mark in text:
-        number += 1
-        mark = f"[[?{number}]]"
-    return mark
 
 
 def _with_kept(text: str, keep: dict[str, str]) -> str:

@@ -150,8 +150,9 @@ def test_ids_keep_their_pictures_when_they_go_on():
 
 def test_a_model_without_a_tower_refuses_pictures():
     config = ModelConfig.from_dict(make_config(2))
+    picture = PictureSpan(0, 1, "a", np.zeros((9, 48), np.uint8), 3)
     with pytest.raises(PromptError, match="no vision tower"):
-        make_model(config, make_weights(config, 2)).embed_picture(PictureSpan(0, 1, "a"))
+        make_model(config, make_weights(config, 2)).embed_picture(picture)
 
 
 def test_memory_stays_flat_from_one_picture_to_twenty():

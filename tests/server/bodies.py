@@ -37,7 +37,6 @@ USUAL: dict[str, Any] = {
     "text": "a [[?]] b",
     "template": "a {name:word}",
     "instruction": "shorter",
-    "range": "1:1",
     "lines": [1, 1],
     "state": "it rains",
     "questions": {"wet": {"type": "noul", "instructions": "It is wet."}},
@@ -53,20 +52,23 @@ def fields_of(module: str) -> dict[str, str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
             first = node.args[0]
-            if node.func.attr in READERS and _is_name(first):
-                found[first.value] = node.func.attr  # type: ignore[attr-defined]
+            name = _name_in(first)
+            if node.func.attr in READERS and name:
+                found[name] = node.func.attr
     for node in tree.body:  # tables of the module
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
             for each in ast.walk(node.value):
-                if _is_name(each):
-                    found.setdefault(each.value, "")  # type: ignore[attr-defined]
+                name = _name_in(each)
+                if name:
+                    found.setdefault(name, "")
     return found
 
 
-def _is_name(node: ast.AST) -> bool:
+def _name_in(node: ast.AST) -> str | None:
+    """The name of a field that a node of the source spells, if it spells one."""
     if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
-        return False
-    return node.value.isidentifier() and len(node.value) < 40
+        return None
+    return node.value if node.value.isidentifier() and len(node.value) < 40 else None
 
 
 scalars = st.one_of(
@@ -120,7 +122,7 @@ def bodies(module: str) -> st.SearchStrategy[bytes]:
         whole,
         whole,
         whole,
-        st.tuples(whole, st.data()).map(lambda both: both[0]),
+        whole,
         _broken(whole),
         junk.map(_encoded),
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import uvicorn
 
-from mlx_diffgemma.server.asking import Asked, Call, Ended, Piece, Started, Text, Thought
+from mlx_diffgemma.server.pieces import Asked, Call, Ended, Piece, Started, Text, Thought
 
 
 @contextmanager

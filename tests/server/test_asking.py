@@ -12,17 +12,8 @@ import pytest
 
 from mlx_diffgemma import generate_structured, infill, stream_generate
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.server.asking import (
-    Asked,
-    Call,
-    Ended,
-    Frame,
-    Started,
-    Text,
-    Thought,
-    answer,
-    count_tokens,
-)
+from mlx_diffgemma.server.asking import answer, count_tokens
+from mlx_diffgemma.server.pieces import Asked, Call, Ended, Frame, Started, Text, Thought
 from mlx_diffgemma.server.preparing import prepare
 from mlx_diffgemma.server.refusals import RefusedError
 

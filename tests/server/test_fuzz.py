@@ -124,8 +124,6 @@ def routes() -> list[tuple[str, str, str]]:
 
 @pytest.mark.parametrize(("method", "path", "module"), routes())
 def test_no_body_breaks_a_route(asker: Asker, method: str, path: str, module: str) -> None:
-    statuses: set[int] = set()
-
     @settings(
         max_examples=EXAMPLES if method == "POST" else 5,
         deadline=None,
@@ -139,11 +137,9 @@ def test_no_body_breaks_a_route(asker: Asker, method: str, path: str, module: st
         got = asker.ask(method, path, body)
         said = [record.getMessage() for record in asker.failures.records]
         assert not said, (said, asker.failures.records[0].exc_info)
-        assert 200 <= got.status < 500, got.body
-        statuses.add(got.status)
+        assert got.status in (200, 400, 404, 413), got.body
 
     answered()
-    assert statuses <= {200, 400, 404, 413}, statuses
 
 
 def test_the_fields_of_a_module_are_found() -> None:

@@ -11,7 +11,7 @@ import pytest
 from running import Text, call, text, thought, until
 
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.server.asking import TokenInfo
+from mlx_diffgemma.server.pieces import TokenInfo
 
 USER = [{"role": "user", "content": "hi"}]
 WEATHER = {
