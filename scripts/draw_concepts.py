@@ -1,6 +1,6 @@
 """Draw the pictures of docs/concepts.md.
 
-    python scripts/draw_concepts.py docs [--seed 5]
+    python scripts/draw_concepts.py docs [--seed 3]
 
 Two of them show a run of the shipped demo model: the draft after each step, tinted by how unsure
 the model is, and which draws of its first step the entropy bound accepts. The other two show the
@@ -18,7 +18,7 @@ from mlx_diffgemma import load, stream_generate
 from mlx_diffgemma.chart import Chart, linear_axis
 from mlx_diffgemma.generation_response import GenerationResponse
 
-PROMPT = "count\n88 101"
+PROMPT = "count\n7 24"
 BOUND = 0.1  # nats, the release's and the demo's entropy bound
 CELL = 15  # of a draft
 INK, GREY, BLUE, RED = "#222", "#667", "#26a", "#c44"
@@ -99,13 +99,13 @@ def draw_bound(step: GenerationResponse, path: Path) -> None:
     for place, total in shown:
         chart.dot(place, total, BLUE if total <= BOUND else "#bbb")
     accepted = sum(total <= BOUND for total in sums)
-    chart.legend(
-        [
-            (f"{accepted} positions are accepted", BLUE),
-            ("the others turn to noise again", GREY),
-            (f"the entropy bound, {BOUND} nats", RED),
-        ]
+    said = (
+        (f"the entropy bound, {BOUND} nats", RED),
+        (f"{accepted} positions are accepted", BLUE),
+        ("the others turn to noise again", GREY),
     )
+    for row, (text, colour) in enumerate(said):
+        chart.text(chart.x(0) + 12, chart.y(4 * BOUND) + 20 * (row + 1), text, colour=colour)
     chart.write(path)
 
 
@@ -160,7 +160,7 @@ def draw_visibility(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, help="the folder of the SVG files")
-    parser.add_argument("--seed", type=int, default=5, help="of the answer")
+    parser.add_argument("--seed", type=int, default=3, help="of the answer")
     arguments = parser.parse_args()
     model, tokenizer = load("demo")
     run = list(stream_generate(model, tokenizer, PROMPT, seed=arguments.seed))
