@@ -31,7 +31,8 @@ Lengths = Annotated[
 Instead = Annotated[
     str | None,
     Setting(
-        "Text that tells the model what to do, in place of the command's own words.",
+        "Text that tells the model what to do, in place of the command's own words; \\n stands for "
+        "a new line and \\t for a tab.",
         ("--prompt", "-p"),
         panel="Prompt",
     ),

@@ -65,14 +65,12 @@ def generate(
     The answer always has the form of --json-schema FILE, --regex 'v[0-9]+' or --choices yes no
     unsure where one of these is given.
     """
-    from mlx_diffgemma.cli.inputs import read_prompt
+    from mlx_diffgemma.cli.inputs import read_prompt, spelled_out
 
     constraint = validity.constraint(choices or ())
     images = pictures.read(prompt, raw=asking.raw)
     prompt_settings = asking.prompt_settings(images, pictures.image_tokens)
-    if prompt is not None:  # as mlx-lm reads it
-        prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
-    text = read_prompt(prompt, raw=asking.raw)
+    text = read_prompt(spelled_out(prompt), raw=asking.raw)
     if constraint is not None:
         structured.answer(
             text, constraint, asking, loading, reaching, denoising, showing, prompt_settings
