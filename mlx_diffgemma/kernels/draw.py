@@ -6,7 +6,7 @@ token of the block by its own. P(block) is its mass over the total, exactly, and
 choices is an inverse CDF of its own uniform, so that the 24 bits of a float32 uniform are not
 spread over the whole vocabulary.
 
-CONTRIBUTING.md has the measurement beside Gumbel-max, which transforms one uniform a token.
+docs/tried-and-left.md has the measurement beside Gumbel-max, which transforms one uniform a token.
 Letters: N positions, M of them that are looked at, t pieces.
 """
 
