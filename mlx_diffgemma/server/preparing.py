@@ -170,7 +170,7 @@ def _must_call(asked: Asked) -> bool:
 
 def _functions(asked: Asked) -> dict[str, Mapping[str, Any]]:
     """The JSON schemas of the arguments of the functions that may be called, by name."""
-    found = {}
+    found: dict[str, Mapping[str, Any]] = {}
     for tool in checked_tools(asked.tools or []):
         function = tool["function"]
         if asked.tool_choice in ("required", function["name"]):
