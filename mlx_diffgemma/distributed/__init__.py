@@ -1,1 +1,1 @@
-"""One model over several Macs: what is split, who computes what, and how the processes keep together."""
+"""One model over several Macs, with the collectives of `mx.distributed`."""

@@ -10,11 +10,8 @@ thread may be blocked in a collective then.
 from __future__ import annotations
 
 import hmac
-import json
-import os
 import queue
 import secrets
-import select
 import socket
 import threading
 import time
@@ -23,177 +20,24 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_diffgemma.errors import DiffGemmaError
+from mlx_diffgemma.distributed.launched import is_loopback
+from mlx_diffgemma.distributed.line import (
+    LOOK_SECONDS,
+    LOST,
+    Ending,
+    Invitation,
+    Line,
+    RanksError,
+)
 
-LOST = 75  # exit code of a process whose model is broken by another one: EX_TEMPFAIL, "try again"
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 7.0  # after which a process that says nothing counts as hung
 STUCK_SECONDS = 120.0  # after which an order that nobody gets on with counts as hung
 JOIN_SECONDS = 60.0
-LONGEST_LINE = 16 << 20  # bytes
-_LOOK_SECONDS = 0.25
 _GREETING_SECONDS = 2.0  # that a connection may take to show that it knows the secret
 _END_SECONDS = 3.0  # that rank 0 waits for the followers to end
 
-
-class RanksError(DiffGemmaError):
-    """The processes of one model do not fit together, or one of them is gone.
-
-    Attributes:
-        code: the exit code of this process.
-    """
-
-    def __init__(self, message: str, code: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = code
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How all processes end.
-
-    Attributes:
-        code: their exit code.
-        line: one line that says why, or None where rank 0 has said what there is to say.
-    """
-
-    code: int
-    line: str | None = None
-
-
 OnLoss = Callable[[Ending], None]
-
-
-@dataclass(frozen=True)
-class Invitation:
-    """Where rank 0 listens, and the secret by which it and the followers know each other.
-
-    Attributes:
-        hosts: addresses of rank 0; the first that answers is taken.
-        port: TCP port.
-        secret: hexadecimal digits.
-    """
-
-    hosts: tuple[str, ...]
-    port: int
-    secret: str
-
-    def as_bytes(self) -> bytes:
-        return json.dumps([self.hosts, self.port, self.secret]).encode()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Invitation:
-        hosts, port, secret = json.loads(data)
-        return cls(tuple(hosts), port, secret)
-
-    def proof(self, role: str, nonce: str) -> str:
-        """What only a holder of the secret can answer to `nonce`."""
-        return hmac.new(
-            bytes.fromhex(self.secret), f"{role} {nonce}".encode(), "sha256"
-        ).hexdigest()
-
-
-class Line:
-    """One end of a connection that carries JSON lines. Any thread may send; one thread reads.
-
-    Attributes:
-        heard: time (`time.monotonic`) at which bytes came last.
-    """
-
-    def __init__(self, connection: socket.socket) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setblocking(True)
-        self._connection = connection
-        self._sending = threading.Lock()
-        self._buffer = bytearray()
-        self._pending: list[dict[str, Any]] = []  # read, and not asked for yet
-        self.heard = time.monotonic()
-
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Send a message; it blocks where the other side does not read.
-
-        Raises:
-            ValueError: the message is longer than a line may be.
-            OSError: the connection is closed.
-        """
-        data = json.dumps(message, separators=(",", ":")).encode() + b"\n"
-        if len(data) > LONGEST_LINE:
-            raise ValueError(f"a message of {len(data)} bytes is longer than {LONGEST_LINE}")
-        with self._sending:
-            self._connection.sendall(data)
-
-    def send_last(self, message: Mapping[str, Any], seconds: float = 0.5) -> None:
-        """Send a message if it can be done within `seconds`, and close this side for sending."""
-        if self._sending.acquire(timeout=seconds):
-            try:
-                data = json.dumps(message).encode() + b"\n"
-                with suppress(OSError):
-                    self._connection.send(data, socket.MSG_DONTWAIT)
-                    self._connection.shutdown(socket.SHUT_WR)
-            finally:
-                self._sending.release()
-
-    def receive(self, seconds: float) -> list[dict[str, Any]] | None:
-        """The messages that come within `seconds`, perhaps none; None once the other side is gone.
-
-        Raises:
-            RanksError: what came is no message.
-        """
-        if self._pending:
-            messages, self._pending = self._pending, []
-            return messages
-        try:
-            ready, _, _ = select.select([self._connection], [], [], seconds)
-            if not ready:
-                return []
-            data = self._connection.recv(1 << 16)
-        except (OSError, ValueError):  # ValueError: this side is closed
-            return None
-        if not data:
-            return None
-        self.heard = time.monotonic()
-        self._buffer += data
-        if b"\n" not in data:
-            if len(self._buffer) > LONGEST_LINE:
-                raise RanksError(
-                    f"a message of another process is longer than {LONGEST_LINE} bytes."
-                )
-            return []
-        *lines, rest = bytes(self._buffer).split(b"\n")
-        self._buffer[:] = rest
-        return [_parsed(line) for line in lines]
-
-    def wait_for(self, key: str, until: float) -> Any:
-        """The value of the first message that has `key`, before the time `until`.
-
-        Raises:
-            RanksError: it does not come, or something else does.
-        """
-        while (left := until - time.monotonic()) > 0:
-            messages = self.receive(min(left, _LOOK_SECONDS))
-            if messages is None:
-                break
-            if messages:
-                first, *self._pending = messages
-                if key not in first:
-                    break
-                return first[key]
-        raise RanksError("a process did not introduce itself.")
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
-        self._connection.close()
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    try:
-        message = json.loads(line)
-    except (ValueError, RecursionError):
-        message = None
-    if not isinstance(message, dict):
-        raise RanksError("another process sent what is no message; start all of them again.")
-    return message
 
 
 class Leader:
@@ -241,7 +85,7 @@ class Leader:
                         "again.",
                         LOST,
                     )
-                self._server.settimeout(min(left, _LOOK_SECONDS))
+                self._server.settimeout(min(left, LOOK_SECONDS))
                 with suppress(TimeoutError):
                     self._introduce(self._server.accept()[0], until)
         for rank, peer in self._peers.items():
@@ -275,11 +119,24 @@ class Leader:
         """
         with self._sending:
             self._sent += 1
-            for rank, peer in self._peers.items():
-                try:
-                    peer.line.send({"order": dict(order)})
-                except OSError:
-                    raise RanksError(f"rank {rank} is gone.", LOST) from None
+            self._send({"order": dict(order)})
+
+    def spread(self, value: Any) -> None:
+        """Send a value for which each follower waits with `value`; it is no order, and may take as
+        long as it likes to be used.
+
+        Raises:
+            ValueError, RanksError: as for `send`.
+        """
+        with self._sending:
+            self._send({"value": value})
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        for rank, peer in self._peers.items():
+            try:
+                peer.line.send(message)
+            except OSError:
+                raise RanksError(f"rank {rank} is gone.", LOST) from None
 
     def gather(self) -> dict[int, Any]:
         """What each follower hands in with `tell`, by rank. It waits for as long as they live."""
@@ -308,7 +165,7 @@ class Leader:
 
     def _watch(self, rank: int, peer: _Peer) -> None:
         try:
-            while (messages := peer.line.receive(_LOOK_SECONDS)) is not None:
+            while (messages := peer.line.receive(LOOK_SECONDS)) is not None:
                 for message in messages:
                     if "error" in message:
                         line = f"rank {rank}: {message['error']}"
@@ -383,6 +240,7 @@ class Follower:
         self._on_loss = on_loss
         self._line = _connected(rank, invitation)
         self._orders: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._values: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._done = 0
         self._left = threading.Event()
         for target, name in ((self._watch, "rank 0"), (self._beat, "heartbeat")):
@@ -396,6 +254,10 @@ class Follower:
             self._done += 1
             if self._orders.empty():
                 self._report()
+
+    def value(self) -> Any:
+        """The next value that rank 0 gives with `spread`; None too where it ends instead."""
+        return self._values.get()
 
     def tell(self, value: Any) -> None:
         """Hand in what rank 0 asks for with `gather`."""
@@ -422,12 +284,14 @@ class Follower:
 
     def _watch(self) -> None:
         try:
-            while (messages := self._line.receive(_LOOK_SECONDS)) is not None:
+            while (messages := self._line.receive(LOOK_SECONDS)) is not None:
                 for message in messages:
                     if "end" in message:
                         return self._end(Ending(int(message["end"]), message.get("line")))
                     if "order" in message:
                         self._orders.put(message["order"])
+                    if "value" in message:
+                        self._values.put(message["value"])
                 silent = time.monotonic() - self._line.heard
                 if not messages and silent > SILENCE_SECONDS:
                     return self._lose(Ending(LOST, _silent(0, silent)))
@@ -439,6 +303,7 @@ class Follower:
         """End the orders; where the main thread does not end in time, `on_loss` does."""
         self.ending = ending
         self._orders.put(None)
+        self._values.put(None)
         if ending.line is None and self._left.wait(_END_SECONDS - 1.0):
             return
         self._lose(ending)
@@ -450,31 +315,9 @@ class Follower:
             self._on_loss(ending)
 
 
-def addresses() -> tuple[str, ...]:
-    """Addresses of this machine under which another may reach it: those that MLX's host file gives
-    to rank 0 or its JACCL coordinator has, and those of the machine's own name."""
-    found: list[str] = []
-    if path := os.environ.get("MLX_HOSTFILE"):
-        with suppress(OSError, ValueError, LookupError, TypeError), open(path) as file:
-            found += [str(each).rpartition(":")[0] for each in json.load(file)[0]]
-    if coordinator := os.environ.get("MLX_JACCL_COORDINATOR"):
-        found.append(coordinator.rpartition(":")[0])
-    if not found or not all(_is_loopback(each) for each in found):
-        with suppress(OSError):
-            known = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
-            found += [str(address[0]) for *_, address in known]
-    # A link-local address is one on an interface of this machine, which another names otherwise.
-    usable = [each.strip("[]") for each in found if "%" not in each and not each.startswith("fe80")]
-    return tuple(dict.fromkeys(usable)) or ("127.0.0.1",)
-
-
-def _is_loopback(host: str) -> bool:
-    return host.strip("[]") in ("::1", "localhost") or host.startswith("127.")
-
-
 def _listening(hosts: Sequence[str]) -> socket.socket:
     """A socket that listens at a free port: to this machine alone where that is enough."""
-    if all(_is_loopback(host) for host in hosts):
+    if all(is_loopback(host) for host in hosts):
         return socket.create_server((hosts[0], 0), family=_family(hosts[0]))
     if socket.has_dualstack_ipv6():
         return socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
@@ -505,7 +348,7 @@ def _connected(rank: int, invitation: Invitation, seconds: float = JOIN_SECONDS)
             except (RanksError, OSError):
                 pass
             line.close()
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(LOOK_SECONDS)
     where = ", ".join(invitation.hosts)
     raise RanksError(
         f"rank {rank} cannot reach rank 0 at {where}, TCP port {invitation.port}; let it through "

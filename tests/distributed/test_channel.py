@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from mlx_diffgemma.distributed import channel
-from mlx_diffgemma.distributed.channel import LOST, Ending, Follower, Leader, RanksError
+from mlx_diffgemma.distributed import channel, launched, line
+from mlx_diffgemma.distributed.channel import Follower, Leader
+from mlx_diffgemma.distributed.line import LOST, Ending, RanksError
 
 LOCAL = ("127.0.0.1",)
 
@@ -60,7 +61,7 @@ class Ranks:
 @pytest.fixture
 def ranks(monkeypatch):
     monkeypatch.setattr(channel, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(channel, "_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(channel, "LOOK_SECONDS", 0.02)
     made = Ranks()
     yield made
     made.close()
@@ -87,10 +88,12 @@ def test_orders_come_in_order_and_end(ranks):
     assert not any(each.found for each in ranks.losses)
 
 
-def test_followers_hand_in_by_rank(ranks):
+def test_followers_hand_in_by_rank_and_get_values(ranks):
     for rank, follower in ranks.followers.items():
         follower.tell({"rank": rank})
     assert ranks.leader.gather() == {1: {"rank": 1}, 2: {"rank": 2}}
+    ranks.leader.spread([1, 2])
+    assert [each.value() for each in ranks.followers.values()] == [[1, 2]] * 2
 
 
 def test_the_error_of_one_ends_all(ranks):
@@ -107,6 +110,7 @@ def test_a_closed_connection_is_a_loss_for_all(ranks):
 
 
 def test_rank_0_gone_is_a_loss_for_all_others(ranks):
+    ranks.leader._ended.set()  # it does not say so
     for peer in ranks.leader._peers.values():
         peer.line.close()
     for each in ranks.losses[1:]:
@@ -160,15 +164,20 @@ def test_a_follower_does_not_obey_who_lacks_the_secret(monkeypatch):
     monkeypatch.setattr(channel, "JOIN_SECONDS", 1.0)
     leader = Leader(2, LOCAL, Losses())
     other = replace(leader.invitation, secret="00" * 32)
-    accepting = threading.Thread(target=lambda: pytest.raises(RanksError, leader.accept, 1.5))
+
+    def accept() -> None:
+        with pytest.raises(RanksError):
+            leader.accept(1.5)
+
+    accepting = threading.Thread(target=accept)
     accepting.start()
-    with pytest.raises(RanksError, match="cannot reach rank 0 at 127.0.0.1"):
+    with pytest.raises(RanksError, match="cannot reach rank 0"):
         channel._connected(1, other, 1.0)
     accepting.join(5)
 
 
 def test_a_line_is_bounded(ranks, monkeypatch):
-    monkeypatch.setattr(channel, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(line, "LONGEST_LINE", 1000)
     with pytest.raises(ValueError, match="longer than 1000"):
         ranks.leader.send({"ids": "1" * 2000})
     ranks.followers[1]._line._connection.sendall(b"1" * 2000)
@@ -179,10 +188,11 @@ def test_addresses_of_rank_0(monkeypatch, tmp_path):
     hosts = tmp_path / "hosts.json"
     hosts.write_text(json.dumps([["127.0.0.1:32323", "127.0.0.1:32324"], ["127.0.0.1:32325"]]))
     monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
+    assert launched.count() == 2
     monkeypatch.delenv("MLX_JACCL_COORDINATOR", raising=False)
-    assert channel.addresses() == LOCAL
+    assert launched.addresses() == LOCAL
     hosts.write_text(json.dumps([["192.168.7.1:32323"], ["192.168.7.2:32324"]]))
-    assert channel.addresses()[0] == "192.168.7.1"
+    assert launched.addresses()[0] == "192.168.7.1"
     monkeypatch.delenv("MLX_HOSTFILE")
     monkeypatch.setenv("MLX_JACCL_COORDINATOR", "10.0.0.1:32323")
-    assert channel.addresses()[0] == "10.0.0.1"
+    assert launched.addresses()[0] == "10.0.0.1"
