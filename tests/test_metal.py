@@ -157,7 +157,7 @@ def chunk_of_everything(how: Any) -> list[mx.array]:
     wanted = Wanted(
         30.0,
         mx.array([50.0, 40.0, 60.0]),
-        uniforms=mx.random.uniform(shape=(3, 3), key=mx.random.key(0)),
+        chances=mx.random.uniform(shape=(3, 3), key=mx.random.key(0)),
         standing=mx.array([5, 500, 599], mx.int32),
         which=mx.array([0, -1, 1], mx.int32),
         masks=pack_allowed(mx.array(allowed)),

@@ -22,7 +22,7 @@ from mlx_diffgemma.config import ModelConfig, TextConfig
 from mlx_diffgemma.errors import PromptError, UsageError
 from mlx_diffgemma.kernels.activation import softcap
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
-from mlx_diffgemma.kernels.few_tokens import few_tokens_pass, products
+from mlx_diffgemma.kernels.few_tokens import few_tokens_pass
 from mlx_diffgemma.kernels.materialized import whole_pass
 from mlx_diffgemma.kernels.vocabulary import (
     Row,
@@ -140,6 +140,11 @@ class DiffusionGemma(nn.Module):
         """Type of the activations, and of weights that are not quantized."""
         return self.model.decoder.norm.weight.dtype
 
+    @property
+    def table(self) -> EmbeddingTable:
+        """The embedding as rows, which are the head too."""
+        return EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
+
     def compile(self) -> None:
         """Run what follows the attention of each layer as one compiled function, for a GPU."""
         for layer in self.layers:
@@ -225,11 +230,8 @@ class DiffusionGemma(nn.Module):
         Raises:
             UsageError: a row of token ids is empty, or a picture is cut or does not fit its span.
         """
+        require_encodable(ids, prefixes, pictures)
         lengths = [len(row) for row in ids]
-        if not all(lengths):
-            raise UsageError(
-                "there is nothing to encode in an empty row of token ids; leave it out."
-            )
         if self.read_weights is not None and not self.training:
             self.read_weights()
         x = self.embed(mx.array([token for row in ids for token in row], mx.int32)[None])
@@ -313,25 +315,22 @@ class DiffusionGemma(nn.Module):
         """What hidden states [N, D] say of the vocabulary; `rows` say what is asked of them, and
         `standing` [N] of which tokens the probability is wanted. Where every row names its
         candidates, no other word is looked at."""
-        table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
         cap = self.config.text.final_logit_softcapping
         few = all(row.candidates is not None for row in rows)
         run: VocabularyPass = few_tokens_pass if few else self.vocabulary_pass
-        return run(hidden, table, rows, softcap=cap, standing=standing)
+        return run(hidden, self.table, rows, softcap=cap, standing=standing)
 
     def logits_of(self, hidden: mx.array, ids: mx.array) -> mx.array:
         """Hidden states [P, D] and token ids [U] -> the soft-capped logits of these tokens alone,
         [P, U] in float32."""
-        table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
-        raw = products(hidden, table, ids)
+        raw = self.table.scores(hidden, ids)
         # The softcap makes an infinity finite; a sum of products does not.
         poison = raw.sum(axis=-1, keepdims=True) * 0.0
         return softcap(raw, self.config.text.final_logit_softcapping) + poison
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[..., D] -> [..., V] in float32, soft-capped."""
-        table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
-        raw = table.product(hidden).astype(mx.float32)
+        raw = self.table.product(hidden).astype(mx.float32)
         # The softcap makes an infinity finite; a sum of products does not.
         poison = raw.sum(axis=-1, keepdims=True) * 0.0
         return softcap(raw, self.config.text.final_logit_softcapping) + poison
@@ -343,8 +342,7 @@ class DiffusionGemma(nn.Module):
         `processed_logits` are the logits after the temperature.
         """
         weights = mx.softmax(processed_logits.astype(mx.float32), axis=-1).astype(self.dtype)
-        table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
-        return table.expected(weights) * self._embed_scale
+        return self.table.expected(weights) * self._embed_scale
 
     def embed(self, ids: mx.array) -> mx.array:
         """Token ids [...] -> [..., D], scaled by √D."""
@@ -374,6 +372,25 @@ def _no_tower() -> Vision:
     raise PromptError("this model has no vision tower, so it reads no pictures.")
 
 
+def require_encodable(
+    ids: Sequence[Sequence[int]],
+    prefixes: Sequence[Prefix],
+    pictures: Sequence[Mapping[PictureSpan, mx.array]],
+) -> None:
+    """Raise UsageError where `DiffusionGemma.encode` cannot take its arguments."""
+    if not all(len(row) for row in ids):
+        raise UsageError("there is nothing to encode in an empty row of token ids; leave it out.")
+    for row, prefix, own in zip(ids, prefixes, pictures, strict=False):
+        done = len(prefix)
+        for span, seen in sorted(own.items(), key=lambda item: item[0].start):
+            end = len(prefix) + len(row)
+            if span.start < done or span.stop > end or seen.shape[0] != len(span):
+                raise UsageError(
+                    f"a picture of {seen.shape[0]} soft tokens has {len(span)} places, or is cut."
+                )
+            done = span.stop
+
+
 def _with_pictures(
     x: mx.array,
     lengths: Sequence[int],
@@ -388,10 +405,6 @@ def _with_pictures(
     for length, prefix, row in zip(lengths, prefixes, pictures, strict=True):
         for span, seen in sorted(row.items(), key=lambda item: item[0].start):
             start, stop = (begin + place - len(prefix) for place in (span.start, span.stop))
-            if start < max(begin, done) or stop > begin + length or seen.shape[0] != len(span):
-                raise UsageError(
-                    f"a picture of {seen.shape[0]} soft tokens has {len(span)} places, or is cut."
-                )
             parts += [x[:, done:start], seen[None].astype(x.dtype)]
             done = stop
         begin += length

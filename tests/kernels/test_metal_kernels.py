@@ -86,9 +86,10 @@ def wanted_of(count: int, sizes: tuple[int, ...], mode: str) -> Wanted:
     vocab = sum(sizes)
     wanted = Wanted(30.0, mx.array((30 / rng.uniform(0.4, 1, count)).astype(np.float32)))
     if mode in ("draw", "all"):
-        uniforms = rng.random((2 * len(sizes) + 1, count)).astype(np.float32)
+        chances = rng.random((2 * len(sizes) + 1, count)).astype(np.float32)
+        chances[: len(sizes)] = rng.gumbel(size=(len(sizes), count))
         standing = rng.integers(0, vocab, count)
-        wanted = replace(wanted, uniforms=mx.array(uniforms), standing=mx.array(standing, mx.int32))
+        wanted = replace(wanted, chances=mx.array(chances), standing=mx.array(standing, mx.int32))
     if mode in ("masks", "all"):
         allowed = rng.random((3, vocab)) < 0.1
         allowed[0] = False
@@ -119,7 +120,7 @@ def test_vocabulary_chunk(
         here, there = mine.running, twin.running
         assert np.array_equal(here.best_tokens, there.best_tokens)
         assert np.array_equal(here.draw, there.draw)
-        for name in ("best", "draw_logit", "standing_logit"):
+        for name in ("best", "draw_logit", "standing_logit", "race"):
             np.testing.assert_allclose(getattr(here, name), getattr(there, name), rtol=2e-6)
         np.testing.assert_allclose(here.total, there.total, rtol=1e-4, atol=1e-12)
         np.testing.assert_allclose(here.weighted, there.weighted, rtol=1e-4, atol=1e-12)
