@@ -29,8 +29,7 @@ def follow(
 ) -> None:
     """Run the orders of rank 0 on the model of a follower's share until they end. The model is
     changed."""
-    forms.use(model, share, exchange)
-    follower = Following(model, exchange)
+    follower = Following(model, share, exchange)
     for order in orders:
         follower.run(order)
 
@@ -38,12 +37,18 @@ def follow(
 class Following:
     """What a follower holds from one order to the next.
 
+    Args:
+        model: the model of its share, which is changed.
+        share: what it holds of the whole.
+        exchange: the collectives of the ranks.
+
     Attributes:
         prefixes: its parts of prefixes, by their origins.
         layers: the keys and values of canvases in every layer, by theirs.
     """
 
-    def __init__(self, model: DiffusionGemma, exchange: Exchange) -> None:
+    def __init__(self, model: DiffusionGemma, share: Share, exchange: Exchange) -> None:
+        forms.use(model, share, exchange)
         self.model, self.exchange = model, exchange
         self.prefixes: dict[int, Prefix] = {}
         self.layers: dict[int, tuple[KeysValues, ...]] = {}

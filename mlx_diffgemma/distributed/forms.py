@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_diffgemma import cpu
 from mlx_diffgemma.distributed.exchange import Exchange
 from mlx_diffgemma.distributed.shares import Share
 from mlx_diffgemma.distributed.words import SplitEmbedding, SplitTable
@@ -28,8 +29,8 @@ from mlx_diffgemma.model.layers import Attend, DecoderLayer, SelfConditioning
 
 
 def use(model: DiffusionGemma, share: Share, exchange: Exchange) -> None:
-    """Give the model of a share the forms that join it with the others, weights unchanged. A model
-    that was compiled for a GPU is to be compiled again."""
+    """Give the model of a share the forms that join it with the others, weights unchanged, and
+    compile it for a GPU."""
     is_cut = share.split.kind == "tensor"
     for layer in model.layers:
         put(layer, SplitLayer, exchange=exchange, cuts_attention=is_cut, cuts_mlp=is_cut)
@@ -40,6 +41,8 @@ def use(model: DiffusionGemma, share: Share, exchange: Exchange) -> None:
         put(model.model.decoder.embed_tokens, SplitEmbedding, exchange=exchange, words=share.words)
         put(model, SplitModel, exchange=exchange, words=share.words)
         model.vocabulary_pass = vocabulary_pass
+    if not cpu.is_device():
+        model.compile()
 
 
 def put(module: nn.Module, form: type, **attributes: Any) -> None:
