@@ -9,7 +9,6 @@ of token and expert whose experts are held.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -26,6 +25,8 @@ from mlx_diffgemma.kernels.vocabulary import vocabulary_pass
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.model.experts import Experts
 from mlx_diffgemma.model.layers import Attend, DecoderLayer, SelfConditioning
+
+_MADE: dict[tuple[type, type], type] = {}  # so that modules of one kind are of one class
 
 
 def use(model: DiffusionGemma, share: Share, exchange: Exchange) -> None:
@@ -52,9 +53,11 @@ def put(module: nn.Module, form: type, **attributes: Any) -> None:
         setattr(module, name, value)
 
 
-@cache
 def _both(form: type, kind: type) -> type:
-    return type(f"{form.__name__}Of{kind.__name__}", (form, kind), {})
+    made = _MADE.get((form, kind))
+    if made is None:
+        made = _MADE[form, kind] = type(f"{form.__name__}Of{kind.__name__}", (form, kind), {})
+    return made
 
 
 class SplitLayer(DecoderLayer):

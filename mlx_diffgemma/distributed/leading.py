@@ -57,14 +57,19 @@ class Kept(tuple[KeysValues, ...]):
 
 
 class Leading:
-    """How rank 0 tells the followers what to do, and which of what they hold is needed no more."""
+    """How rank 0 tells the followers what to do, and which of what they hold is needed no more.
+
+    Attributes:
+        exchange: the collectives of the ranks.
+        is_broken: whether an order was broken off by an error, so that the ranks are out of step.
+    """
 
     def __init__(self, exchange: Exchange, leader: Sends) -> None:
         self.exchange, self._leader = exchange, leader
         self._numbers = count()
         self._dead: deque[int] = deque()
         self._last: mx.array | None = None
-        self._is_broken = False
+        self.is_broken = False
 
     @contextmanager
     def ordered(self, order: Order) -> Iterator[None]:
@@ -74,15 +79,15 @@ class Leading:
         Raises:
             BrokenOffError: an earlier order was broken off by an error.
         """
-        if self._is_broken:
+        if self.is_broken:
             raise BrokenOffError("a pass over several Macs was broken off; start all of them anew.")
         dead = [self._dead.popleft() for _ in range(len(self._dead))]
         with _interrupted_afterwards():
-            self._is_broken = True
+            self.is_broken = True
             self._leader.send({**order, "dead": dead} if dead else order)
             yield
             mx.async_eval(self.exchange.pending())
-            self._is_broken = False
+            self.is_broken = False
 
     def origin(self) -> Origin:
         """The name of something that the followers keep until rank 0 has no more use for it."""

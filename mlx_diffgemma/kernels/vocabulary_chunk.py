@@ -440,12 +440,15 @@ def _in_mlx(
         words = mx.concatenate([words, free])[wanted.which]  # −1 takes the last row: all free
         x = forbid(x, words)
 
-    # A stable sort, so that of equals the first comes first.
     tokens = mx.broadcast_to(mx.arange(start, start + size, dtype=mx.int32), x.shape)
-    both = mx.concatenate([before.best, x], axis=1)
+    few, of_few = x, tokens
+    for length in (BLOCK, BEST):
+        few, of_few = _of_best_blocks(few, of_few, length)
+    # A stable sort, so that of equals the first comes first.
+    both = mx.concatenate([before.best, few], axis=1)
     order = mx.argsort(-both, axis=-1)[:, :BEST]
     best = mx.take_along_axis(both, order, axis=-1)
-    together = mx.concatenate([before.best_tokens, tokens], axis=1)
+    together = mx.concatenate([before.best_tokens, of_few], axis=1)
     best_tokens = mx.take_along_axis(together, order, axis=-1)
     best_tokens = mx.where(best > FORBIDDEN, best_tokens, 0)
 
@@ -490,3 +493,18 @@ def _in_mlx(
     # Which position has each slot: those without one sort to the front.
     dense = mx.argsort(wanted.slots)[count - wanted.dense :]
     return Chunk(running, e[dense].astype(dtype), shrink[dense][:, None])
+
+
+def _of_best_blocks(x: mx.array, tokens: mx.array, length: int) -> tuple[mx.array, mx.array]:
+    """Logits [M, v] and tokens [M, v] of those blocks of a `length` in which the BEST largest
+    logits are, in the order in which they stand: sorting all of a chunk takes long."""
+    padding = [(0, 0), (0, -x.shape[1] % length)]
+    x, tokens = mx.pad(x, padding, constant_values=FORBIDDEN), mx.pad(tokens, padding)
+    blocks = x.reshape(x.shape[0], -1, length)
+    if blocks.shape[1] <= BEST:
+        return x, tokens
+    which = mx.sort(mx.argsort(-blocks.max(axis=-1), axis=-1)[:, :BEST], axis=-1)[..., None]
+    return (
+        mx.take_along_axis(blocks, which, axis=1).reshape(x.shape[0], -1),
+        mx.take_along_axis(tokens.reshape(blocks.shape), which, axis=1).reshape(x.shape[0], -1),
+    )

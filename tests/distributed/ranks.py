@@ -30,11 +30,13 @@ from tiny_models import make_config, make_model, make_weights
 from mlx_diffgemma import cpu
 from mlx_diffgemma.checkpoint.quantization import Format
 from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.diffusion.denoiser import Denoiser, InFlight, denoise
 from mlx_diffgemma.diffusion.encode import encode
 from mlx_diffgemma.diffusion.events import Finished
 from mlx_diffgemma.diffusion.generate import generate_canvases
-from mlx_diffgemma.diffusion.noise import seeded
+from mlx_diffgemma.diffusion.noise import SeededNoise, seeded
 from mlx_diffgemma.distributed.exchange import Exchange
 from mlx_diffgemma.distributed.following import Following
 from mlx_diffgemma.distributed.group import join
@@ -57,7 +59,7 @@ CHUNK = 128  # words of a piece of the vocabulary
 IMAGE = 6
 EOS = (1, 5)
 SEEDS = 20
-CONFIG = DiffusionConfig(max_tokens=40, max_denoising_steps=6, eos_token_ids=(1,))
+CONFIG = DiffusionConfig(max_tokens=24, max_denoising_steps=5, eos_token_ids=(1,))
 FEEDBACK = 0.05  # rounding dies out from step to step
 SMALL = {
     "vocab_size": 416, "head_dim": 8, "hidden_size": 36, "intermediate_size": 40, "num_experts": 7,
@@ -113,12 +115,16 @@ def view(model: DiffusionGemma, cache: PrefixCache, length: int, seed: int) -> C
 
 
 def logits(pair: Pair) -> None:
-    """Prompts beyond the window and in pieces, canvases of several lengths together."""
+    """Prompts beyond the window and in pieces, canvases of several lengths together, and a part of
+    a canvas whose other positions are seen as they were."""
+    places = np.array([1, 2, 5])
 
     def seen(model: DiffusionGemma) -> mx.array:
         caches = [cached(model, prompt(length), step_size=11) for length in (50, 3)]
         views = [view(model, cache, 9 + n, n) for n, cache in enumerate(caches)]
-        return model.logits(model.decode(views))
+        hidden, kept = model.decode_keeping(views)
+        some = [replace(views[1], places=places, layers=kept[1], tokens=views[1].tokens + 1)]
+        return model.logits(mx.concatenate([hidden, model.decode([*some, views[0]])]))
 
     close(pair.both(seen))
 
@@ -151,38 +157,43 @@ def predictions(pair: Pair) -> None:
 
 
 def trajectories(pair: Pair) -> None:
-    """Token for token, one canvas behind the other, alone and in a batch."""
-    rows = [prompt(length) for length in (30, 4, 17)]
+    """Token for token in every step, of canvases of 20 seeds behind two prefixes together."""
 
-    def written(model: DiffusionGemma) -> list[Any]:
-        found = []
-        for seed in range(SEEDS):
-            some = rows if seed % 4 == 0 else rows[seed % 3 :][:1]
-            *_, last = generate_canvases(model, some, CONFIG, seeded(seed))
-            assert isinstance(last, Finished)
-            found.append((last.tokens, last.steps))
-        return found
+    def drafts(model: DiffusionGemma) -> list[Any]:
+        behind = [cached(model, prompt(length)).prefix for length in (30, 5)]
+        vocab = model.config.text.vocab_size
+        flight = {
+            seed: InFlight(Canvas.start(CONFIG, SeededNoise(seed), 0, 24, vocab), behind[seed % 2])
+            for seed in range(SEEDS)
+        }
 
-    expected, found = pair.both(written)
-    assert found == expected
-    assert len({tokens for tokens, _ in expected}) == SEEDS
+        def following(seed: int, canvas: Canvas) -> InFlight | None:
+            return None if canvas.done else InFlight(canvas, behind[seed % 2])
+
+        return [
+            {seed: (c.draft.tolist(), c.tokens.tolist()) for seed, c in stepped.items()}
+            for stepped in denoise(Denoiser(model), flight, following)
+        ]
+
+    expected, found = pair.both(drafts)
+    assert found == expected and len(expected) > 3
+    assert len({str(draft) for draft, _ in expected[-1].values()}) == len(expected[-1]) > 3
 
 
-def other_settings(pair: Pair) -> None:
-    """Cut soft embeddings, settled positions that are not computed, drafts that the encoder
-    confirms."""
-    settings = [
+def generations(pair: Pair) -> None:
+    """Canvases that are committed one behind the other, in a batch and alone: with soft embeddings
+    that are cut short, and with drafts that the encoder confirms."""
+    for each in (
+        {"max_tokens": 40},
         {"soft_cutoff": 4.0},
-        {"settled_after": 1, "max_denoising_steps": 10},
-        {"encoder_check": 0.5},
-    ]
-    known = {name for each in settings for name in each} & set(DiffusionConfig.__annotations__)
-    for each in settings:
-        config = replace(CONFIG, **{name: each[name] for name in each if name in known})
+        {"encoder_check": 0.01, "check_below": 1e4},
+    ):
+        config = CONFIG.override(**each)
 
         def written(model: DiffusionGemma, config: DiffusionConfig = config) -> Any:
-            *_, last = generate_canvases(model, [prompt(12), prompt(5)], config, seeded(5))
-            return last.tokens, last.steps
+            *_, last = generate_canvases(model, [prompt(12), prompt(3)], config, seeded(5))
+            assert isinstance(last, Finished)
+            return last.tokens, last.steps, last.encodings
 
         expected, found = pair.both(written)
         assert found == expected
@@ -273,7 +284,7 @@ def structured(pair: Pair) -> None:
     def written(model: DiffusionGemma) -> Any:
         done = generate_structured(
             model, pair.tokenizer, "x", 60, raw=True, json_schema=schema, seed=2,
-            max_denoising_steps=8,
+            max_denoising_steps=4,
         )  # fmt: skip
         return done.tokens
 
@@ -334,10 +345,10 @@ class Case:
     chunk: int | None = CHUNK
 
     def config(self) -> ModelConfig:
-        return ModelConfig.from_dict(make_config(5, **self.text) | {"canvas_length": 24})
+        return ModelConfig.from_dict(make_config(11, **self.text) | {"canvas_length": 24})
 
     def whole(self, config: ModelConfig) -> DiffusionGemma:
-        model = make_model(config, make_weights(config, 5, feedback=FEEDBACK))
+        model = make_model(config, make_weights(config, 11, feedback=FEEDBACK))
         return self.finished(packed(model) if self.packed else model)
 
     def part(self, share: Share, whole: DiffusionGemma) -> DiffusionGemma:
@@ -380,16 +391,16 @@ def counted(pair: Pair) -> None:
 
 
 ALL = (
-    logits, predictions, trajectories, other_settings, prefixes, pictures, editing, structured,
+    logits, predictions, trajectories, generations, prefixes, pictures, editing, structured,
     decisions, counted, refusals,
 )  # fmt: skip
 
 
 def cases(ranks: int) -> dict[str, Case]:
     even = Split.even("tensor", ranks)
-    some = (logits, predictions, trajectories, prefixes, counted)
+    some = (logits, trajectories, prefixes, counted)
     return {
-        "tensor": Case(even, ALL),
+        "tensor": Case(even, ALL if ranks == 2 else (logits, predictions, trajectories, counted)),
         "packed": Case(even, some, PACKED, packed=True, on_a_cpu=True),
         "uneven": Case(Split("tensor", (2.0, *[1.0] * (ranks - 1))), some, on_a_cpu=True),
         "experts": Case(Split.even("experts", ranks), (logits, trajectories, counted)),
