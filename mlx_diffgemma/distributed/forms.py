@@ -26,6 +26,7 @@ from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.model.experts import Experts
 from mlx_diffgemma.model.layers import Attend, DecoderLayer, SelfConditioning
 
+_READ_FROM = 512  # pairs of token and expert from which on the host reads whose they are
 _MADE: dict[tuple[type, type], type] = {}  # so that modules of one kind are of one class
 
 
@@ -93,24 +94,33 @@ class SplitLayer(DecoderLayer):
 
 
 class SplitExperts(Experts):
-    """Some of the experts that the router chooses from. The host reads which pairs of token and
-    expert are theirs, so that no product is computed for another's."""
+    """Some of the experts that the router chooses from.
+
+    Where there are many pairs of token and expert, the host reads which of them are theirs, so that
+    no product is computed for another's; a wait costs less than those. Few pairs are all computed,
+    another's with the last expert and a weight of 0.
+    """
 
     held: range
 
     def __call__(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
         """[N, D], the experts [N, K] of each token and their weights [N, K] -> [N, D]."""
-        local = np.array(chosen).astype(np.int32).reshape(-1) - self.held.start
-        is_held = (local >= 0) & (local < len(self.held))
-        pairs = np.flatnonzero(is_held)
+        if chosen.size < _READ_FROM:
+            local = chosen.astype(mx.int32) - self.held.start
+            is_held = (local >= 0) & (local < len(self.held))
+            experts = mx.where(is_held, local, len(self.held) - 1).astype(mx.uint32)
+            return super().__call__(x, experts, mx.where(is_held, weights, 0.0))
+        which = np.array(chosen).astype(np.int32).reshape(-1) - self.held.start
+        is_own = (which >= 0) & (which < len(self.held))
+        pairs = np.flatnonzero(is_own)
         if not len(pairs):
             return mx.zeros_like(x)
-        pairs = pairs[np.argsort(local[pairs], kind="stable")]
-        tokens, experts = mx.array(pairs // chosen.shape[1]), mx.array(local[pairs])
-        outputs = self.outputs(x[tokens], experts.astype(mx.uint32), is_sorted=True)
-        places = np.zeros(len(local), np.int32)
+        pairs = pairs[np.argsort(which[pairs], kind="stable")]
+        tokens, experts = mx.array(pairs // chosen.shape[1]), mx.array(which[pairs], mx.uint32)
+        outputs = self.outputs(x[tokens], experts, is_sorted=True)
+        places = np.zeros(len(which), np.int32)
         places[pairs] = np.arange(len(pairs))
-        own = mx.where(mx.array(is_held.reshape(chosen.shape)), weights, 0.0)
+        own = mx.where(mx.array(is_own.reshape(chosen.shape)), weights, 0.0)
         return expert_combine(outputs, mx.array(places), own)
 
 
