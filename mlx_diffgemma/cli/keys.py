@@ -103,6 +103,25 @@ class Guard:
                 termios.tcsetattr(self._terminal, termios.TCSADRAIN, modes)
 
 
+def returner() -> Callable[[], None]:
+    """A function that gives the terminal back with the modes that it has now. Any thread may call
+    it, when the process is about to end."""
+    terminal = _terminal()
+    if terminal is None:
+        return _nothing
+    with suppress(termios.error):
+        modes = termios.tcgetattr(terminal)
+
+        def give_back() -> None:
+            if _in_front(terminal):
+                with suppress(termios.error, OSError):
+                    termios.tcsetattr(terminal, termios.TCSANOW, modes)
+                    os.write(terminal, f"\r{SHOW_CURSOR}{PLAIN_PASTE}".encode())
+
+        return give_back
+    return _nothing
+
+
 def drop() -> None:
     """Drop the keys that were typed and not read."""
     with suppress(termios.error, OSError, ValueError):

@@ -54,6 +54,9 @@ def open_model(loading: Loading) -> Opened:
             chat_template=loading.chat_template,
             trust_remote_code=loading.trust_remote_code,
             check=loading.check,
+            ranks=loading.ranks,
+            parallel=loading.parallel,
+            weights=loading.weights,
         )
     except (CheckpointError, MemoryShortageError) as error:
         if name is not None:

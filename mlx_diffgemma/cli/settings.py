@@ -16,6 +16,7 @@ from mlx_diffgemma.config import SOFT_TOKENS
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.diffusion.profiles import PROFILES, profile_settings
+from mlx_diffgemma.distributed.group import Ranks
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
 from mlx_diffgemma.text.prompt_settings import PromptSettings
@@ -30,7 +31,12 @@ _MODEL, _PROMPT, _DENOISING, _OUTPUT = "Model", "Prompt", "Denoising", "Output"
 
 @dataclass(frozen=True)
 class Loading:
-    """Which model is loaded, and how."""
+    """Which model is loaded, and how.
+
+    Attributes:
+        ranks: the processes that compute the model together; None where this one is alone. It is no
+            option: `cli.ranks` puts it in.
+    """
 
     model: Annotated[
         str | None,
@@ -56,6 +62,22 @@ class Loading:
     check: Annotated[
         bool, Setting("Search for NaN and infinity in all weights before use.", panel=_MODEL)
     ] = False
+    parallel: Annotated[
+        str | None,
+        Setting(
+            "Split of the model among the Macs that mlx.launch starts: tensor, experts, pipeline, "
+            "or auto.",
+            panel=_MODEL,
+        ),
+    ] = None
+    weights: Annotated[
+        str | None,
+        Setting(
+            "Shares of the Macs in the model, such as 2,1; equal ones if left out.",
+            panel=_MODEL,
+        ),
+    ] = None
+    ranks: Ranks | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
