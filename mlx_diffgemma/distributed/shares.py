@@ -138,13 +138,16 @@ class Share:
 
     def part(self, name: str) -> Part | None:
         """What the rank holds of the parameter `name` of the whole text model (or of its scales or
-        biases); None where it holds nothing of it."""
+        biases); None where it holds nothing of it. A name that no parameter has is held whole by
+        every rank, so that loading refuses it."""
         layer = _LAYER.match(name)
         if layer is None:
             if name.startswith(_HEAD_ONLY) and not self.has_embedding:
                 return None
             return self._cut(name, name, None)
         index = int(layer["at"])
+        if index >= self.config.text.num_hidden_layers:
+            return Part(name)
         if index not in self.layers:
             return None
         local = f"{layer['before']}{index - self.layers.start}{name[layer.end() :]}"

@@ -14,6 +14,7 @@ from mlx_diffgemma.bench.presets import config_like
 from mlx_diffgemma.checkpoint.locate import RELEASE
 from mlx_diffgemma.checkpoint.names import expected_shapes, module_path
 from mlx_diffgemma.checkpoint.quantization import RECIPES, Format
+from mlx_diffgemma.checkpoint.ranges import GAP, runs_of
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.distributed.loading import local_model, share_of_weights
 from mlx_diffgemma.distributed.shares import Share, Split, parameter_bytes, shares_of
@@ -37,6 +38,24 @@ def held(share: Share, sizes: dict[str, float]) -> float:
         part = share.part(name)
         if part is not None:
             total += size if part.axis is None else size * len(part.span) / part.extent
+    return total
+
+
+def read(share: Share, formats: dict[str, Format]) -> int:
+    """Bytes that a rank reads from disk of a model in these formats, gaps included."""
+    total = 0
+    for name, shape in expected_shapes(share.config).items():
+        part, fmt = share.part(name), formats.get(module_path(name))
+        if part is None:
+            continue
+        stored = [(shape, 2)]
+        if fmt is not None and fmt.quantized:
+            *rows, columns = shape
+            scales = (*rows, columns // fmt.group_size)
+            scale_bytes = round((fmt.bits_per_weight - fmt.bits) * fmt.group_size / 8)
+            stored = [((*rows, columns * fmt.bits // 32), 4), (scales, scale_bytes)]
+        for each, item in stored:
+            total += runs_of(each, part.slices(each), item).with_gaps(GAP)
     return total
 
 
@@ -73,6 +92,7 @@ def test_a_rank_holds_its_share_of_the_release(recipe: str, ranks: int) -> None:
     for kind in ("tensor", "pipeline"):
         for share in shares_of(config, Split.even(kind, ranks), formats):
             assert held(share, sizes) <= (1 / ranks + 0.05) * whole, (kind, share.rank)
+            assert read(share, formats) <= (1 / ranks + 0.05) * whole, (kind, share.rank)
 
 
 def test_shares_follow_weights() -> None:
