@@ -102,10 +102,10 @@ class EmbeddingTable:
         for start in range(0, self.vocab_size, size):
             yield start, self.part(start, min(start + size, self.vocab_size))
 
-    def held(self, ids: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
-        """Where the rows of tokens [P, K] are in `weight`, and weights [P, K] that are 0 where a
-        row is not held here."""
-        return ids, weights
+    def held(self, ids: mx.array, weights: mx.array) -> tuple[mx.array, mx.array, EmbeddingTable]:
+        """Tokens [P, K] and their weights [P, K] as `weighted_rows` takes them for those whose rows
+        are held here, and the table of these."""
+        return ids, weights, self
 
     def summed(self, partial: mx.array) -> mx.array:
         """A sum over all tokens, from one over those whose rows are held here."""

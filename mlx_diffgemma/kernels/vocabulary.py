@@ -103,10 +103,8 @@ def vocabulary_pass(
         few = np.flatnonzero(positions.few)
         if len(few):
             at, count = mx.array(few), len(positions.places)
-            ids, shares = table.held(
-                _among(state.best_tokens, at, count), _among(weights, at, count)
-            )
-            parts.append((few, weighted_rows(ids, shares, table, implementation=implementation)))
+            held = table.held(_among(state.best_tokens, at, count), _among(weights, at, count))
+            parts.append((few, weighted_rows(*held, implementation=implementation)))
         parts = _summed(parts, table)
         soft = positions.soft_embeddings(parts, table, hidden.dtype)
     fixed = mx.array(positions.fixed)

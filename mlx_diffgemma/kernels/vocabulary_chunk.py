@@ -462,9 +462,9 @@ def _in_mlx(
     draw, draw_logit, race = before.draw, before.draw_logit, before.race
     if wanted.chances is not None:
         chunks = wanted.chances.shape[0] // 2
-        running = race_of(chunk_mass, top[:, 0], wanted.chances[place])
-        taken = running > race
-        race = mx.where(taken, running, race)
+        run = race_of(chunk_mass, top[:, 0], wanted.chances[place])
+        taken = run > race
+        race = mx.where(taken, run, race)
         block = choose_by_mass(masses, wanted.chances[chunks + place])
         inside = block[:, None] * BLOCK + mx.arange(BLOCK)
         of_block = mx.take_along_axis(e, mx.minimum(inside, size - 1), axis=-1)

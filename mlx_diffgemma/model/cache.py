@@ -196,14 +196,19 @@ class Prefix:
         dropped a position yet, one of its marks, or a prefix of no tokens. It ends inside no
         picture."""
         common = self._in_common(ids)
-        if common == len(self) or self._is_whole:
+        if self.can_be_cut(common):
             return self.cut(common)
         fitting = [mark.length for mark in self.marks if mark.length <= common]
         return self.cut(max(fitting)) if fitting else self.emptied()
 
+    def can_be_cut(self, length: int) -> bool:
+        """Whether the first `length` tokens are there without encoding anything: all of them, some
+        of which no sliding layer has dropped a position yet, or those before a mark."""
+        marks = (mark.length for mark in self.marks)
+        return length == len(self) or self._is_whole or length in marks
+
     def cut(self, length: int) -> Prefix:
-        """The first `length` tokens, where nothing has to be encoded for them: all of them, some of
-        which no sliding layer has dropped a position yet, or those before a mark."""
+        """The first `length` tokens, of which `can_be_cut` holds."""
         if length == len(self):
             return self
         if self._is_whole:
