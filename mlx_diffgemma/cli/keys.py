@@ -79,7 +79,7 @@ class Guard:
         self._give_back()
         if signum == signal.SIGTERM and self._terminal is not None:
             os.write(self._terminal, (SHOW_CURSOR + PLAIN_PASTE * self._echo).encode())
-        signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signum, self._handlers[signum])
         os.kill(os.getpid(), signum)
         # The program goes on here, after SIGCONT.
         signal.signal(signum, self._handle)

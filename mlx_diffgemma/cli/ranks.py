@@ -6,6 +6,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from types import FrameType
 
 import typer
 
@@ -55,9 +56,14 @@ def run(body: Callable[..., None], loading: Loading, *, debug: bool) -> None:
     except typer.Exit as error:
         ending = Ending(error.exit_code)
         raise
+    except SystemExit as error:
+        ending = Ending(error.code if isinstance(error.code, int) else 1)
+        raise
     finally:
         if found and found[0].leader is not None:
             found[0].end(ending)
+            if ending.code and not debug:  # MLX may wait in a collective for ever
+                end_process(ending)
 
 
 def _follow(loading: Loading) -> None:
@@ -89,7 +95,14 @@ def _joined(place: int) -> Ranks:
 
     ranks = join(end)
     signal.signal(signal.SIGINT, before if interruptible and place == 0 else signal.SIG_IGN)
+    if place == 0:
+        signal.signal(signal.SIGTERM, _terminate)
     return ranks
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    """A signal handler that ends rank 0 by an exception, so that it tells the others."""
+    raise SystemExit(128 + signum)
 
 
 def _facts(loading: Loading) -> dict[str, str]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _NEEDED = ("greenlet", "starlette", "uvicorn")
 _GB = 1e9
-_FAREWELL_SECONDS = 3.0  # for clients to be told that another Mac is lost
+_FAREWELL_SECONDS = 2.0  # for clients to be told that another Mac is lost
 _TICK = 0.25  # seconds
 _CLEAR = "\r\x1b[K" if sys.stderr is not None and sys.stderr.isatty() else ""
 

@@ -173,18 +173,18 @@ class Leader:
                     if "error" in message:
                         self._ended.wait(_FIRST_SECONDS)
                         line = f"rank {rank}: {message['error']}"
-                        return self._lose(Ending(int(message.get("code", 1)), line))
+                        return self.lose(Ending(int(message.get("code", 1)), line))
                     if "told" in message:
                         peer.told.put(message["told"])
                     if message.get("done", peer.done) != peer.done:
                         peer.done, peer.moved = message["done"], time.monotonic()
                 now = time.monotonic()
                 if not messages and now - peer.line.heard > SILENCE_SECONDS:
-                    return self._lose(Ending(LOST, _silent(rank, now - peer.line.heard)))
+                    return self.lose(Ending(LOST, _silent(rank, now - peer.line.heard)))
                 self._check_progress(now)
-            self._lose(Ending(LOST, _gone(rank)))
+            self.lose(Ending(LOST, _gone(rank)))
         except RanksError as error:
-            self._lose(Ending(LOST, f"rank {rank}: {error}"))
+            self.lose(Ending(LOST, f"rank {rank}: {error}"))
         finally:
             peer.gone.set()
 
@@ -196,7 +196,7 @@ class Leader:
             return
         moved = max(self._idle, *(peer.moved for peer in self._peers.values()))
         if now - moved > STUCK_SECONDS:
-            self._lose(
+            self.lose(
                 Ending(
                     LOST,
                     f"{_named(behind)} did not finish an order for {now - moved:.0f} s; look at "
@@ -204,7 +204,9 @@ class Leader:
                 )
             )
 
-    def _lose(self, ending: Ending) -> None:
+    def lose(self, ending: Ending) -> None:
+        """Tell all followers to end, and have `on_loss` end this process. Later calls do nothing,
+        and neither do calls after `end`."""
         with self._losing:
             if self._ended.is_set():
                 return

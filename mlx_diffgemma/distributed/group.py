@@ -69,8 +69,11 @@ class Ranks:
         self._end_process(ending)
 
     def settle(self, error: BaseException) -> None:
-        """Wait for the end of this process where `error` comes of a collective that broke: another
-        process is gone then, and the thread that watches it is about to say which."""
+        """Act on an error after which the processes cannot go on together; others are left to the
+        caller. Where a collective broke, another process is gone, and the thread that watches it is
+        about to end this one. Where an order was broken off, all are ended here."""
+        if isinstance(error, RanksError) and self.leader is not None:
+            self.leader.lose(Ending(error.exit_code, str(error)))
         if isinstance(error, RuntimeError) and str(error).startswith(_COLLECTIVES):
             time.sleep(SILENCE_SECONDS + 1.0)
 

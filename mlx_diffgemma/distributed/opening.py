@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_diffgemma.checkpoint import memory
-from mlx_diffgemma.checkpoint.loading import read_config
+from mlx_diffgemma.checkpoint.loading import open_checkpoint, read_config
 from mlx_diffgemma.checkpoint.shards import stored_tensors
 from mlx_diffgemma.distributed import launched
 from mlx_diffgemma.distributed.group import Ranks, join
@@ -136,7 +136,8 @@ def chosen_split(
             "give one for each."
         )
     kinds = KINDS if parallel in (None, AUTO) else (parallel,)
-    config, formats = ...
+    opened = open_checkpoint(folder)
+    config, formats = opened.config, opened.formats()
     weights = weights or (1.0,) * len(memories)
     for kind in kinds[:-1]:
         split = Split(kind, weights)
