@@ -5,20 +5,33 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from dataclasses import replace
+from importlib.metadata import version
 from types import FrameType
+from typing import Protocol
 
 import typer
 
 from mlx_diffgemma import __version__
 from mlx_diffgemma.cli import errors, keys
-from mlx_diffgemma.cli.settings import Loading
 from mlx_diffgemma.distributed import launched
 from mlx_diffgemma.distributed.group import Ranks, end_process, join
 from mlx_diffgemma.distributed.line import Ending
 
 
-def run(body: Callable[..., None], loading: Loading, *, debug: bool) -> None:
+class Loadable(Protocol):
+    """Which model is loaded, and how, as the command line says."""
+
+    parallel: str | None
+    weights: str | None
+
+    def among(self, ranks: Ranks) -> Loadable:
+        """The same, for a model that these processes compute together."""
+
+    def load(self) -> object:
+        """Load the model, or a share of it."""
+
+
+def run(body: Callable[..., None], loading: Loadable, *, debug: bool) -> None:
     """Run the body of a command on rank 0, and what it asks for on the other ranks. All processes
     end when one does.
 
@@ -38,7 +51,7 @@ def run(body: Callable[..., None], loading: Loading, *, debug: bool) -> None:
         ranks = _joined(place)
         found.append(ranks)
         ranks.agree(_facts(loading))
-        here = replace(loading, ranks=ranks)
+        here = loading.among(ranks)
         try:
             if place == 0:
                 body(loading=here)
@@ -66,16 +79,14 @@ def run(body: Callable[..., None], loading: Loading, *, debug: bool) -> None:
                 end_process(ending)
 
 
-def _follow(loading: Loading) -> None:
+def _follow(loading: Loadable) -> None:
     """Compute what rank 0 orders, until it ends this process.
 
     Raises:
         typer.Exit: always, with the exit code of rank 0.
     """
-    from mlx_diffgemma.cli.opening import open_model
-
     try:
-        open_model(loading)  # it comes back by an exception alone
+        loading.load()  # it comes back by an exception alone
     except SystemExit as end:
         raise typer.Exit(end.code if isinstance(end.code, int) else 1) from None
 
@@ -105,13 +116,11 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + signum)
 
 
-def _facts(loading: Loading) -> dict[str, str]:
+def _facts(loading: Loadable) -> dict[str, str]:
     """What has to be the same on all ranks before a model is looked at."""
-    import mlx.core as mx
-
     return {
         "mlx-diffgemma": __version__,
-        "mlx": mx.__version__,
+        "mlx": version("mlx"),
         "--parallel": loading.parallel or "auto",
         "--weights": loading.weights or "none",
     }

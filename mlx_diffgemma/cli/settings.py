@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
 from mlx_diffgemma.cli.command import Changes, Of
@@ -22,6 +22,8 @@ from mlx_diffgemma.settings import Setting
 from mlx_diffgemma.text.prompt_settings import PromptSettings
 
 if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
     from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
 DEFAULT_MODEL = "mlx-community/diffusiongemma-26B-A4B-it-4bit"
@@ -78,6 +80,31 @@ class Loading:
         ),
     ] = None
     ranks: Ranks | None = field(default=None, compare=False)
+
+    def among(self, ranks: Ranks) -> Loading:
+        """The same, for a model that these processes compute together."""
+        return replace(self, ranks=ranks)
+
+    def load(self, name: str | None = None) -> tuple[DiffusionGemma, TokenizerWrapper]:
+        """Load the model, which is called `name`; None takes the one of the settings.
+
+        Raises:
+            DiffGemmaError: it cannot be loaded.
+            SystemExit: this process followed rank 0, which has ended it.
+        """
+        from mlx_diffgemma.generation import load
+
+        return load(
+            name or self.model or DEFAULT_MODEL,
+            revision=self.revision,
+            adapter_path=self.adapter_path,
+            chat_template=self.chat_template,
+            trust_remote_code=self.trust_remote_code,
+            check=self.check,
+            ranks=self.ranks,
+            parallel=self.parallel,
+            weights=self.weights,
+        )
 
 
 @dataclass(frozen=True)
