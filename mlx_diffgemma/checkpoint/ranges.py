@@ -150,7 +150,7 @@ class RangeReader:
         return out
 
     def _fill(self, file: io.FileIO, start: int, out: np.ndarray) -> None:
-        view = memoryview(out)
+        view = out.data.cast("B")
         file.seek(start)
         while view.nbytes:
             count = file.readinto(view[:_MOST])

@@ -31,11 +31,13 @@ from mlx_diffgemma.distributed.line import (
 )
 
 BEAT_SECONDS = 1.0
-SILENCE_SECONDS = 7.0  # after which a process that says nothing counts as hung
+SILENCE_SECONDS = 6.0  # after which a process that says nothing counts as hung
 STUCK_SECONDS = 120.0  # after which an order that nobody gets on with counts as hung
 JOIN_SECONDS = 60.0
 _GREETING_SECONDS = 2.0  # that a connection may take to show that it knows the secret
+_FIRST_SECONDS = 0.5  # that rank 0 has to fail of the same error as a follower, and to name it
 _END_SECONDS = 3.0  # that rank 0 waits for the followers to end
+_FAIL_SECONDS = 10.0  # that a follower which failed waits for rank 0 to end it
 
 OnLoss = Callable[[Ending], None]
 
@@ -136,6 +138,7 @@ class Leader:
             try:
                 peer.line.send(message)
             except OSError:
+                time.sleep(_END_SECONDS)  # the thread that reads ends this process
                 raise RanksError(f"rank {rank} is gone.", LOST) from None
 
     def gather(self) -> dict[int, Any]:
@@ -168,19 +171,20 @@ class Leader:
             while (messages := peer.line.receive(LOOK_SECONDS)) is not None:
                 for message in messages:
                     if "error" in message:
+                        self._ended.wait(_FIRST_SECONDS)
                         line = f"rank {rank}: {message['error']}"
-                        return self._lose(Ending(int(message.get("code", 1)), line))
+                        return self.lose(Ending(int(message.get("code", 1)), line))
                     if "told" in message:
                         peer.told.put(message["told"])
                     if message.get("done", peer.done) != peer.done:
                         peer.done, peer.moved = message["done"], time.monotonic()
                 now = time.monotonic()
                 if not messages and now - peer.line.heard > SILENCE_SECONDS:
-                    return self._lose(Ending(LOST, _silent(rank, now - peer.line.heard)))
+                    return self.lose(Ending(LOST, _silent(rank, now - peer.line.heard)))
                 self._check_progress(now)
-            self._lose(Ending(LOST, _gone(rank)))
+            self.lose(Ending(LOST, _gone(rank)))
         except RanksError as error:
-            self._lose(Ending(LOST, f"rank {rank}: {error}"))
+            self.lose(Ending(LOST, f"rank {rank}: {error}"))
         finally:
             peer.gone.set()
 
@@ -192,7 +196,7 @@ class Leader:
             return
         moved = max(self._idle, *(peer.moved for peer in self._peers.values()))
         if now - moved > STUCK_SECONDS:
-            self._lose(
+            self.lose(
                 Ending(
                     LOST,
                     f"{_named(behind)} did not finish an order for {now - moved:.0f} s; look at "
@@ -200,7 +204,9 @@ class Leader:
                 )
             )
 
-    def _lose(self, ending: Ending) -> None:
+    def lose(self, ending: Ending) -> None:
+        """Tell all followers to end, and have `on_loss` end this process. Later calls do nothing,
+        and neither do calls after `end`."""
         with self._losing:
             if self._ended.is_set():
                 return
@@ -264,8 +270,9 @@ class Follower:
         with suppress(OSError):
             self._line.send({"told": value})
 
-    def fail(self, error: str, code: int = 1, seconds: float = _END_SECONDS) -> None:
-        """Tell rank 0 that this process failed, upon which all end, and wait until it says so."""
+    def fail(self, error: str, code: int = 1, seconds: float = _FAIL_SECONDS) -> None:
+        """Tell rank 0 that this process failed, upon which all end; `on_loss` ends this one. It
+        comes back where that has not come to pass within `seconds`."""
         self._line.send_last({"error": error, "code": code})
         self._left.wait(seconds)
 
@@ -310,7 +317,6 @@ class Follower:
 
     def _lose(self, ending: Ending) -> None:
         if not self._left.is_set():
-            self._left.set()
             self.ending = ending
             self._on_loss(ending)
 

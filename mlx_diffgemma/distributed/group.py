@@ -5,17 +5,30 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NoReturn
-
-import mlx.core as mx
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlx_diffgemma.distributed import launched
-from mlx_diffgemma.distributed.channel import JOIN_SECONDS, Follower, Leader, OnLoss
+from mlx_diffgemma.distributed.channel import (
+    JOIN_SECONDS,
+    SILENCE_SECONDS,
+    Follower,
+    Leader,
+    OnLoss,
+)
 from mlx_diffgemma.distributed.line import LOST, Ending, Invitation, RanksError
+from mlx_diffgemma.errors import DiffGemmaError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 _INVITATION_BYTES = 4096
+_COLLECTIVES = ("[ring]", "[jaccl]", "[mpi]", "[nccl]", "[distributed]")  # in MLX's own errors
+_FLUSH_SECONDS = 0.5
+_ENDING = threading.Lock()
 # MLX holds Python's lock while it connects, so that only another process can end the wait.
 _ENDS_A_WAIT = """
 import os, select, sys
@@ -35,14 +48,34 @@ class Ranks:
         size: how many there are.
         leader: the channel to the others, on rank 0; None on the others.
         follower: the channel to rank 0, on the others; None on rank 0.
+        farewell: called when another process is lost, before this one ends; it must return within
+            seconds.
     """
 
-    def __init__(
-        self, group: mx.distributed.Group, leader: Leader | None, follower: Follower | None
-    ) -> None:
-        self.group, self.leader, self.follower = group, leader, follower
+    def __init__(self, group: mx.distributed.Group, end: OnLoss) -> None:
+        self.group = group
         self.rank: int = group.rank()
         self.size: int = group.size()
+        self.leader: Leader | None = None
+        self.follower: Follower | None = None
+        self.farewell: OnLoss | None = None
+        self._end_process = end
+
+    def lost(self, ending: Ending) -> None:
+        """Say farewell, and end the process."""
+        if self.farewell is not None:
+            with suppress(Exception):
+                self.farewell(ending)
+        self._end_process(ending)
+
+    def settle(self, error: BaseException) -> None:
+        """Act on an error after which the processes cannot go on together; others are left to the
+        caller. Where a collective broke, another process is gone, and the thread that watches it is
+        about to end this one. Where an order was broken off, all are ended here."""
+        if isinstance(error, RanksError) and self.leader is not None:
+            self.leader.lose(Ending(error.exit_code, str(error)))
+        if isinstance(error, RuntimeError) and str(error).startswith(_COLLECTIVES):
+            time.sleep(SILENCE_SECONDS + 1.0)
 
     def agree(self, facts: Mapping[str, str]) -> None:
         """Go on only where `facts` are the same on all ranks. All of them have to call this.
@@ -98,6 +131,20 @@ class Ranks:
         self.end(Ending(1, line))
         raise RanksError(line)
 
+    def fail(self, error: Exception) -> None:
+        """End all processes because of an error in this one. On rank 0 the caller says which it
+        was; of a follower's error, all processes print the line."""
+        self.settle(error)
+        code = error.exit_code if isinstance(error, DiffGemmaError) else 1
+        if self.leader is not None:
+            self.leader.end(Ending(code))
+            return
+        line = next(iter(str(error).splitlines()), "")
+        if not isinstance(error, DiffGemmaError):
+            line = f"{type(error).__name__}: {line}"
+        assert self.follower is not None
+        self.follower.fail(line, code)
+
     def end(self, ending: Ending = Ending(0)) -> int:
         """End all processes, on rank 0; leave, on the others. Returns the exit code of this one."""
         if self.leader is not None:
@@ -108,18 +155,39 @@ class Ranks:
         return self.follower.ending.code if self.follower.ending else LOST
 
 
-def join(on_loss: OnLoss, seconds: float = JOIN_SECONDS) -> Ranks:
+def end_process(ending: Ending) -> None:
+    """End this process at once, whatever its other threads are doing, and say on stderr why."""
+    with _ENDING:  # it is never given back
+        flushing = threading.Thread(target=_flush, daemon=True)
+        flushing.start()
+        flushing.join(_FLUSH_SECONDS)
+        if ending.line is not None:
+            who = f"rank {launched.rank()}: " if launched.rank() else ""
+            with suppress(OSError):
+                os.write(2, f"error: {who}{' '.join(ending.line.splitlines())}\n".encode())
+        os._exit(ending.code)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+
+
+def join(end: OnLoss = end_process, seconds: float = JOIN_SECONDS) -> Ranks:
     """Come together with the other processes that were started with this one.
 
     Args:
-        on_loss: called from a thread of its own when another process is lost; it has to end this
-            one.
+        end: ends this process with a code and a line. It is called from a thread of its own when
+            another process is lost.
         seconds: how long the others may take to come.
 
     Raises:
         RanksError: MLX cannot connect the processes, or they do not come in time.
     """
     with _ended_after(seconds):
+        import mlx.core as mx
+
         try:
             group = mx.distributed.init(strict=True)
         except RuntimeError as error:
@@ -129,17 +197,21 @@ def join(on_loss: OnLoss, seconds: float = JOIN_SECONDS) -> Ranks:
                 "network between the machines.",
                 LOST,
             ) from None
-        if group.rank() == 0:
-            leader = Leader(group.size(), launched.addresses(), on_loss)
-            _shared(leader.invitation.as_bytes(), group)
-            leader.accept(seconds)
-            return Ranks(group, leader, None)
-        invitation = Invitation.from_bytes(_shared(b"", group))
-        return Ranks(group, None, Follower(group.rank(), invitation, on_loss))
+        ranks = Ranks(group, end)
+        if ranks.rank == 0:
+            ranks.leader = Leader(ranks.size, launched.addresses(), ranks.lost)
+            _shared(ranks.leader.invitation.as_bytes(), group)
+            ranks.leader.accept(seconds)
+        else:
+            invitation = Invitation.from_bytes(_shared(b"", group))
+            ranks.follower = Follower(ranks.rank, invitation, ranks.lost)
+        return ranks
 
 
 def _shared(data: bytes, group: mx.distributed.Group) -> bytes:
     """The bytes of rank 0 on all ranks; the others give none."""
+    import mlx.core as mx
+
     padded = list(data.ljust(_INVITATION_BYTES, b"\0"))
     assert len(padded) == _INVITATION_BYTES
     total = mx.distributed.all_sum(mx.array(padded, mx.int32), group=group, stream=mx.cpu)

@@ -22,9 +22,10 @@ import numpy as np
 
 from mlx_diffgemma.distributed import forms
 from mlx_diffgemma.distributed.exchange import Exchange
+from mlx_diffgemma.distributed.line import LOST, RanksError
 from mlx_diffgemma.distributed.orders import Order, told_masks, told_pictures, told_prefix, told_row
 from mlx_diffgemma.distributed.shares import Share
-from mlx_diffgemma.errors import DiffGemmaError, UsageError
+from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.kernels.rows import Row, VocabularyResult
 from mlx_diffgemma.model.cache import KeysValues, Origin, Prefix
 from mlx_diffgemma.model.diffusion_gemma import CanvasView, DiffusionGemma, require_encodable
@@ -37,7 +38,7 @@ class Sends(Protocol):
     def send(self, order: Mapping[str, Any]) -> None: ...
 
 
-class BrokenOffError(DiffGemmaError):
+class BrokenOffError(RanksError):
     """A pass over several Macs broke off in the middle, so that they are no longer in step."""
 
 
@@ -80,7 +81,9 @@ class Leading:
             BrokenOffError: an earlier order was broken off by an error.
         """
         if self.is_broken:
-            raise BrokenOffError("a pass over several Macs was broken off; start all of them anew.")
+            raise BrokenOffError(
+                "a pass over several Macs was broken off; start all of them anew.", LOST
+            )
         dead = [self._dead.popleft() for _ in range(len(self._dead))]
         with _interrupted_afterwards():
             self.is_broken = True

@@ -24,9 +24,14 @@ LOOK_SECONDS = 0.25  # between two looks at a connection
 class RanksError(DiffGemmaError):
     """The processes of one model do not fit together, or one of them is gone.
 
-    Attributes:
+    Args:
         code: the exit code of this process.
+
+    Attributes:
+        retry_after: seconds after which a client of a server may try again.
     """
+
+    retry_after = 10
 
     def __init__(self, message: str, code: int = 1) -> None:
         super().__init__(message)

@@ -97,7 +97,7 @@ def test_followers_hand_in_by_rank_and_get_values(ranks):
 
 
 def test_the_error_of_one_ends_all(ranks):
-    ranks.followers[2].fail("the weights are gone; fetch them.", 1, seconds=5)
+    ranks.followers[2].fail("the weights are gone; fetch them.", 1, seconds=0)
     expected = Ending(1, "rank 2: the weights are gone; fetch them.")
     assert [each.wait() for each in ranks.losses] == [expected] * 3
 
