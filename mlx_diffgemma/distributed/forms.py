@@ -17,6 +17,7 @@ import numpy as np
 
 from mlx_diffgemma import cpu
 from mlx_diffgemma.distributed.exchange import Exchange
+from mlx_diffgemma.distributed.pipeline import PipelineModel
 from mlx_diffgemma.distributed.shares import Share
 from mlx_diffgemma.distributed.words import SplitEmbedding, SplitTable
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
@@ -33,6 +34,15 @@ _MADE: dict[tuple[type, type], type] = {}  # so that modules of one kind are of 
 def use(model: DiffusionGemma, share: Share, exchange: Exchange) -> None:
     """Give the model of a share the forms that join it with the others, weights unchanged, and
     compile it for a GPU."""
+    if share.split.kind == "pipeline":
+        put(model, PipelineModel, exchange=exchange, share=share)
+    else:
+        _use_in_layers(model, share, exchange)
+    if not cpu.is_device():
+        model.compile()
+
+
+def _use_in_layers(model: DiffusionGemma, share: Share, exchange: Exchange) -> None:
     is_cut = share.split.kind == "tensor"
     for layer in model.layers:
         put(layer, SplitLayer, exchange=exchange, cuts_attention=is_cut, cuts_mlp=is_cut)
@@ -43,8 +53,6 @@ def use(model: DiffusionGemma, share: Share, exchange: Exchange) -> None:
         put(model.model.decoder.embed_tokens, SplitEmbedding, exchange=exchange, words=share.words)
         put(model, SplitModel, exchange=exchange, words=share.words)
         model.vocabulary_pass = vocabulary_pass
-    if not cpu.is_device():
-        model.compile()
 
 
 def put(module: nn.Module, form: type, **attributes: Any) -> None:

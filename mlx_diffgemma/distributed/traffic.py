@@ -27,20 +27,26 @@ class Traffic:
 def step_traffic(
     share: Share, positions: int, itemsize: int, *, is_first: bool = False, canvases: int = 1
 ) -> Traffic:
-    """What a step over canvases takes that are split by tensor or by experts.
+    """What a step over canvases takes.
 
     Args:
         positions: those of all canvases; each needs soft embeddings, and none is bound to a token
             or may take only some.
         itemsize: bytes of an activation.
         is_first: whether the canvases have no soft embeddings yet.
-        canvases: how many of them draw.
+        canvases: how many they are; all draw, and all are of one length.
     """
     text = share.config.text
     ids = Traffic(1, _NUMBER * positions)
     states = Traffic(1, itemsize * positions * text.hidden_size)
     step = ids if is_first else ids + states
-    if share.split.kind == "tensor":
+    if share.split.kind == "pipeline":
+        ranks = share.split.ranks
+        parts = min(ranks, canvases)
+        most = -(-canvases // parts) * positions // canvases
+        tick = Traffic(1, itemsize * ranks * most * text.hidden_size)
+        step += tick.times(parts + ranks - 1)
+    elif share.split.kind == "tensor":
         # Attention; the dense MLP and the experts in one message; self-conditioning once.
         layer = states + Traffic(1, 2 * states.bytes)
         step += layer.times(text.num_hidden_layers) + states

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 
 import mlx.core as mx
@@ -32,7 +33,7 @@ from mlx_diffgemma.kernels.vocabulary import (
 )
 from mlx_diffgemma.model.attention import Attention, attend
 from mlx_diffgemma.model.cache import KeysValues, LayerPrefix, Prefix, PrefixCache
-from mlx_diffgemma.model.layers import DecoderLayer, SelfConditioning
+from mlx_diffgemma.model.layers import Attend, DecoderLayer, SelfConditioning
 from mlx_diffgemma.model.vision import Vision
 from mlx_diffgemma.pictured import PictureSpan
 
@@ -97,6 +98,21 @@ class CanvasView:
     soft_embeddings: mx.array | None = None
     places: np.ndarray | None = None
     layers: tuple[KeysValues, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Positions on their way through the layers.
+
+    Attributes:
+        x: [1, N, D].
+        look: gives, for the index of a layer, how its attention looks at what is in sight.
+        scalars: by what the output of each layer is multiplied.
+    """
+
+    x: mx.array
+    look: Callable[[int], Attend]
+    scalars: tuple[mx.array, ...]
 
 
 class DiffusionGemma(nn.Module):
@@ -242,23 +258,23 @@ class DiffusionGemma(nn.Module):
             for prefix, row in zip(prefixes, own_pictures, strict=True)
         ]
         layers: list[list[LayerPrefix]] = [[] for _ in prefixes]
-        scalars = self.model.encoder.language_model.layers
-        for index, (layer, own) in enumerate(zip(self.layers, scalars, strict=True)):
 
-            def look(attention: Attention, x: mx.array, index: int = index) -> mx.array:
-                outputs = []
-                for row, heads in enumerate(_rows(lengths, *attention.project(x))):
-                    prefix, (queries, keys, values) = prefixes[row], heads
-                    queries, keys = attention.rotate(queries, keys, len(prefix))
-                    longer, keys, values = prefix.layers[index].extended(keys, values, prefix.room)
-                    layers[row].append(longer)
-                    # A gradient is traced, and nothing can be evaluated inside it.
-                    bounded = not attention.training
-                    sight = replace(attention.causal, pictures=spans[row])
-                    outputs.append(attend(queries, keys, values, sight, bounded=bounded))
-                return attention.output(_joined(outputs))
+        def look(index: int, attention: Attention, x: mx.array) -> mx.array:
+            outputs = []
+            for row, heads in enumerate(_rows(lengths, *attention.project(x))):
+                prefix, (queries, keys, values) = prefixes[row], heads
+                queries, keys = attention.rotate(queries, keys, len(prefix))
+                longer, keys, values = prefix.layers[index].extended(keys, values, prefix.room)
+                layers[row].append(longer)
+                # A gradient is traced, and nothing can be evaluated inside it.
+                bounded = not attention.training
+                sight = replace(attention.causal, pictures=spans[row])
+                outputs.append(attend(queries, keys, values, sight, bounded=bounded))
+            return attention.output(_joined(outputs))
 
-            x = layer(x, look, own.layer_scalar)
+        encoders = self.model.encoder.language_model.layers
+        scalars = tuple(layer.layer_scalar for layer in encoders)
+        (x,) = self.through_layers([Pass(x, lambda index: partial(look, index), scalars)])
         longer = tuple(
             replace(
                 prefix,
@@ -280,6 +296,32 @@ class DiffusionGemma(nn.Module):
         """As `decode`, with the keys and values of each canvas in every layer, which a later pass
         over a part of it needs. Where a canvas names `places` [A], only those positions are
         computed and counted in N."""
+        passes, kept = [], []
+        for some in self.dealt(canvases):
+            one, own = self._canvas_pass(some)
+            passes.append(one)
+            kept += own
+        outputs = self.through_layers(passes)
+        x = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)
+        return self.model.decoder.norm(x)[0], tuple(map(tuple, kept))
+
+    def dealt(self, canvases: Sequence[CanvasView]) -> Sequence[Sequence[CanvasView]]:
+        """Which canvases, in order, go through the layers together."""
+        return [canvases]
+
+    def through_layers(self, passes: Sequence[Pass]) -> list[mx.array]:
+        """What comes out of the last layer, [1, N, D] for each pass."""
+        outputs = []
+        for one in passes:
+            x = one.x
+            for index, (layer, scalar) in enumerate(zip(self.layers, one.scalars, strict=True)):
+                x = layer(x, one.look(index), scalar)
+            outputs.append(x)
+        return outputs
+
+    def _canvas_pass(self, canvases: Sequence[CanvasView]) -> tuple[Pass, list[list[KeysValues]]]:
+        """A pass over canvases, and for each of them a list to which every layer adds its keys and
+        values."""
         places = [None if c.places is None else mx.array(c.places) for c in canvases]
         parts = [
             canvas.tokens if place is None else canvas.tokens[place]
@@ -287,27 +329,25 @@ class DiffusionGemma(nn.Module):
         ]
         lengths = [part.shape[0] for part in parts]
         x = self.embed(mx.concatenate(parts)[None])
-        x = self.model.decoder.self_conditioning(x, self._soft(canvases, places, x))
+        x = self.conditioned(x, self._soft(canvases, places, x))
         kept: list[list[KeysValues]] = [[] for _ in canvases]
-        for index, layer in enumerate(self.layers):
 
-            def look(attention: Attention, x: mx.array, index: int = index) -> mx.array:
-                outputs = []
-                for row, heads in enumerate(_rows(lengths, *attention.project(x))):
-                    canvas, (queries, keys, values) = canvases[row], heads
-                    offset = len(canvas.prefix)
-                    queries, keys = attention.rotate(queries, keys, offset, places[row])
-                    if canvas.places is not None:
-                        stale = canvas.layers[index]
-                        keys = _replaced(stale[0], keys, canvas.places)
-                        values = _replaced(stale[1], values, canvas.places)
-                    kept[row].append((keys, values))
-                    keys, values = canvas.prefix.layers[index].followed_by(keys, values)
-                    outputs.append(attend(queries, keys, values, None))
-                return attention.output(_joined(outputs))
+        def look(index: int, attention: Attention, x: mx.array) -> mx.array:
+            outputs = []
+            for row, heads in enumerate(_rows(lengths, *attention.project(x))):
+                canvas, (queries, keys, values) = canvases[row], heads
+                queries, keys = attention.rotate(queries, keys, len(canvas.prefix), places[row])
+                if canvas.places is not None:
+                    stale = canvas.layers[index]
+                    keys = _replaced(stale[0], keys, canvas.places)
+                    values = _replaced(stale[1], values, canvas.places)
+                kept[row].append((keys, values))
+                keys, values = canvas.prefix.layers[index].followed_by(keys, values)
+                outputs.append(attend(queries, keys, values, None))
+            return attention.output(_joined(outputs))
 
-            x = layer(x, look, layer.layer_scalar)
-        return self.model.decoder.norm(x)[0], tuple(map(tuple, kept))
+        scalars = tuple(layer.layer_scalar for layer in self.layers)
+        return Pass(x, lambda index: partial(look, index), scalars), kept
 
     def predict(
         self, hidden: mx.array, rows: Sequence[Row], standing: mx.array | None = None
@@ -347,6 +387,12 @@ class DiffusionGemma(nn.Module):
     def embed(self, ids: mx.array) -> mx.array:
         """Token ids [...] -> [..., D], scaled by √D."""
         return self.model.decoder.embed_tokens(ids).astype(self.dtype) * self._embed_scale
+
+    def conditioned(self, x: mx.array, soft_embeddings: mx.array) -> mx.array:
+        """The embeddings of canvases with what was expected of them: [1, N, D] twice ->
+        [1, N, D]."""
+        conditioned: mx.array = self.model.decoder.self_conditioning(x, soft_embeddings)
+        return conditioned
 
     @property
     def _embed_scale(self) -> mx.array:

@@ -399,11 +399,13 @@ ALL = (
 def cases(ranks: int) -> dict[str, Case]:
     even = Split.even("tensor", ranks)
     some = (logits, trajectories, prefixes, counted)
+    pipe = (logits, trajectories, prefixes, pictures, decisions, counted)
     return {
         "tensor": Case(even, ALL if ranks == 2 else (logits, predictions, trajectories, counted)),
         "packed": Case(even, some, PACKED, packed=True, on_a_cpu=True),
         "uneven": Case(Split("tensor", (2.0, *[1.0] * (ranks - 1))), some, on_a_cpu=True),
         "experts": Case(Split.even("experts", ranks), (logits, trajectories, counted)),
+        "pipeline": Case(Split.even("pipeline", ranks), pipe, on_a_cpu=True),
         "one-chunk": Case(even, (logits, trajectories, counted), chunk=None),
     }
 

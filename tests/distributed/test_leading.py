@@ -8,6 +8,7 @@ import signal
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_diffgemma.distributed.exchange import Exchange
 from mlx_diffgemma.distributed.leading import BrokenOffError, lead
@@ -16,6 +17,7 @@ from mlx_diffgemma.distributed.orders import found_prefix, told_prefix
 from mlx_diffgemma.distributed.shares import Split, shares_of
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.model.diffusion_gemma import CanvasView
+from mlx_diffgemma.model.layers import DecoderLayer
 
 
 class Sent(list):
@@ -28,8 +30,6 @@ class Sent(list):
 @pytest.fixture
 def leading(tiny_model):
     """A model that leads nobody, and what it orders."""
-    from mlx.utils import tree_flatten
-
     whole, sent = tiny_model(11), Sent()
     (share,) = shares_of(whole.config, Split.even("tensor", 1))
     model = local_model(share)
@@ -71,12 +71,13 @@ def test_ctrl_c_takes_effect_behind_rank_0s_own_part(leading):
     assert hidden.shape[0] == 2 and len(sent) == 2
 
 
-def test_a_pass_that_broke_off_is_the_last_one(leading):
+def test_a_pass_that_broke_off_is_the_last_one(leading, monkeypatch):
     model, sent = leading
-    layer, model.model.decoder.norm = model.model.decoder.norm, None
-    with pytest.raises(TypeError):
-        model.encode([[7]], [model.empty_prefix()])
-    model.model.decoder.norm = layer
+    with monkeypatch.context() as broken:
+        broken.setattr(DecoderLayer, "before_experts", None)
+        with pytest.raises(TypeError):
+            model.encode([[7]], [model.empty_prefix()])
+    assert model.leading.is_broken
     with pytest.raises(BrokenOffError, match="start all of them anew"):
         model.encode([[7]], [model.empty_prefix()])
     assert len(sent) == 1

@@ -54,6 +54,7 @@ def found(folder: Path, ranks: int, case: str) -> list[list[dict]]:
         (2, "packed"),
         (2, "uneven"),
         (2, "experts"),
+        (2, "pipeline"),
         (2, "one-chunk"),
         (4, "tensor"),
     ],
