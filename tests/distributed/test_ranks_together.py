@@ -64,6 +64,10 @@ def test_mlx_launch_starts_the_program(tmp_path):
     program = tmp_path / "mlx-diffgemma"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m mlx_diffgemma "$@"\n')
     program.chmod(0o755)
-    command = [sys.executable, launch, "-n", "2", "--backend", "ring", "--", program]
-    done = subprocess.run([*command, *QUICK], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stdout.strip()
+    command = [sys.executable, launch, "-n", "2", "--backend", "ring", "--", program, *QUICK]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as launched:
+        assert launched.stdin is not None and launched.stdout is not None
+        said = launched.stdout.read()  # the launcher is busy where its own stdin has ended
+        launched.stdin.close()
+    assert launched.returncode == 0 and said.strip()
