@@ -182,8 +182,8 @@ MACS = (
 LINKS = (
     Link(
         "10 GbE, ring", 1.18e9, 300e-6,
-        "94% of the line's rate; about 300 us a collective of the ring over TCP, as reported at the "
-        "release of JACCL",
+        "94% of the rate of the line; about 300 us a collective of the ring over TCP, as reported "
+        "when JACCL came out",
     ),
     Link(
         "TB4, ring", 2.05e9, 300e-6,

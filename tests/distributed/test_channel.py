@@ -119,7 +119,7 @@ def test_ranks_that_differ_are_refused_on_all(ranks):
 
     agree(facts)
     with pytest.raises(
-        RanksError, match="rank 2 has config.json bb and rank 0 has config.json aa;"
+        RanksError, match=r"rank 2 has config\.json bb and rank 0 has config\.json aa;"
     ):
         agree(facts | {"config.json": "bb"})
     assert "rank 2 has config.json bb" in (ranks.losses[1].wait().line or "")
