@@ -308,12 +308,13 @@ class Follower:
 
     def _end(self, ending: Ending) -> None:
         """End the orders; where the main thread does not end in time, `on_loss` does."""
+        if ending.line is not None:
+            return self._lose(ending)
         self.ending = ending
         self._orders.put(None)
         self._values.put(None)
-        if ending.line is None and self._left.wait(_END_SECONDS - 1.0):
-            return
-        self._lose(ending)
+        if not self._left.wait(_END_SECONDS - 1.0):
+            self._lose(ending)
 
     def _lose(self, ending: Ending) -> None:
         if not self._left.is_set():

@@ -162,9 +162,8 @@ def end_process(ending: Ending) -> None:
         flushing.start()
         flushing.join(_FLUSH_SECONDS)
         if ending.line is not None:
-            who = f"rank {launched.rank()}: " if launched.rank() else ""
             with suppress(OSError):
-                os.write(2, f"error: {who}{' '.join(ending.line.splitlines())}\n".encode())
+                os.write(2, f"error: {' '.join(ending.line.splitlines())}\n".encode())
         os._exit(ending.code)
 
 

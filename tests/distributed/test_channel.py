@@ -7,11 +7,13 @@ import socket
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from mlx_diffgemma.distributed import channel, launched, line
 from mlx_diffgemma.distributed.channel import Follower, Leader
+from mlx_diffgemma.distributed.group import Ranks
 from mlx_diffgemma.distributed.line import LOST, Ending, RanksError
 
 LOCAL = ("127.0.0.1",)
@@ -34,7 +36,7 @@ class Losses:
         return ending
 
 
-class Ranks:
+class Sides:
     """A leader and its followers in one process."""
 
     def __init__(self, size: int = 3) -> None:
@@ -62,7 +64,7 @@ class Ranks:
 def ranks(monkeypatch):
     monkeypatch.setattr(channel, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(channel, "LOOK_SECONDS", 0.02)
-    made = Ranks()
+    made = Sides()
     yield made
     made.close()
 
@@ -94,6 +96,34 @@ def test_followers_hand_in_by_rank_and_get_values(ranks):
     assert ranks.leader.gather() == {1: {"rank": 1}, 2: {"rank": 2}}
     ranks.leader.spread([1, 2])
     assert [each.value() for each in ranks.followers.values()] == [[1, 2]] * 2
+
+
+def test_ranks_that_differ_are_refused_on_all(ranks):
+    """By facts that rank 0 has, by those that it lacks, and only then."""
+    groups = {
+        rank: SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: 3) for rank in range(3)
+    }
+    seen = {rank: Ranks(groups[rank], ranks.losses[rank]) for rank in range(3)}
+    seen[0].leader = ranks.leader
+    for rank, follower in ranks.followers.items():
+        seen[rank].follower = follower
+    facts = {"mlx": "0.32.4", "config.json": "aa"}
+
+    def agree(theirs: dict[str, str]) -> None:
+        for rank in (1, 2):
+            asking = threading.Thread(
+                target=seen[rank].agree, args=(theirs if rank == 2 else facts,)
+            )
+            asking.start()
+        seen[0].agree(facts)
+
+    agree(facts)
+    with pytest.raises(
+        RanksError, match=r"rank 2 has config\.json bb and rank 0 has config\.json aa;"
+    ):
+        agree(facts | {"config.json": "bb"})
+    assert "rank 2 has config.json bb" in (ranks.losses[1].wait().line or "")
+    assert ranks.losses[2].wait().code == 1
 
 
 def test_the_error_of_one_ends_all(ranks):
