@@ -86,6 +86,7 @@ class Pair:
 
 
 Check = Callable[[Pair], None]
+APART: list[float] = []  # the differences that a check has met
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -104,6 +105,7 @@ def close(pair: tuple[Any, Any], share: float = 1e-5) -> None:
     expected, found = (np.array(each, np.float64) for each in pair)
     largest = np.abs(expected).max()
     assert largest > 1e-2
+    APART.append(float(np.abs(found - expected).max() / largest))
     np.testing.assert_allclose(found, expected, rtol=0, atol=share * largest)
 
 
@@ -438,7 +440,9 @@ def main(name: str) -> None:
             except Exception:
                 error = traceback.format_exc()
             seconds = round(time.perf_counter() - begun, 2)
-            found = {"check": check.__name__, "error": error, "seconds": seconds}
+            apart = max(APART, default=0.0)
+            APART.clear()
+            found = {"check": check.__name__, "error": error, "seconds": seconds, "apart": apart}
             print(json.dumps(found), flush=True)
         ranks.end()
         return
