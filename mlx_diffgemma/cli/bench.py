@@ -129,7 +129,7 @@ def bench(
             metavar="[TWIN]", help="Autoregressive model for --against mlx-lm.", show_default=""
         ),
     ] = None,
-    loading: Annotated[Loading, Only("model", "adapter_path")],
+    loading: Annotated[Loading, Only("model", "adapter_path", "parallel", "weights")],
     shapes: Shapes,
     measuring: Measuring,
     against: Annotated[
