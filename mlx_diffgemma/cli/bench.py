@@ -158,6 +158,8 @@ def bench(
         raise UsageError("--model and --random exclude each other: drop one.")
     if loading.adapter_path is not None and (shapes.random or against):
         raise UsageError("--adapter-path goes with --model; fuse it to compare others.")
+    if loading.ranks is not None and (shapes.random or against):
+        raise UsageError("--random and --against need one Mac alone: drop them, or mlx.launch.")
     rival, twin_model = _others(against, twin)
     blas = openblas_room.load_openblas(openblas) if openblas else None
     from mlx_diffgemma.bench.run import PROMPT, Plan
