@@ -129,7 +129,7 @@ def bench(
             metavar="[TWIN]", help="Autoregressive model for --against mlx-lm.", show_default=""
         ),
     ] = None,
-    loading: Annotated[Loading, Only("model", "adapter_path")],
+    loading: Annotated[Loading, Only("model", "adapter_path", "parallel", "weights")],
     shapes: Shapes,
     measuring: Measuring,
     against: Annotated[
@@ -158,6 +158,8 @@ def bench(
         raise UsageError("--model and --random exclude each other: drop one.")
     if loading.adapter_path is not None and (shapes.random or against):
         raise UsageError("--adapter-path goes with --model; fuse it to compare others.")
+    if loading.ranks is not None and (shapes.random or against):
+        raise UsageError("--random and --against need one Mac alone: drop them, or mlx.launch.")
     rival, twin_model = _others(against, twin)
     blas = openblas_room.load_openblas(openblas) if openblas else None
     from mlx_diffgemma.bench.run import PROMPT, Plan

@@ -74,7 +74,8 @@ def find(reaching: Reaching, loading: Loading, only_here: Mapping[str, bool]) ->
     given = [option for option, is_given in only_here.items() if is_given]
     if reaching.server is None:
         place = os.environ.get(PLACE, DEFAULT_URL)
-        if reaching.no_server or given or loading.check or not place:
+        alone = loading.check or loading.parallel or loading.weights or loading.ranks
+        if reaching.no_server or given or alone or not place:
             return None
         try:
             remote = Remote(place, seconds=_LOOK_SECONDS)
@@ -87,6 +88,8 @@ def find(reaching: Reaching, loading: Loading, only_here: Mapping[str, bool]) ->
         return remote
     if reaching.no_server:
         raise UsageError("--server and --no-server contradict each other: drop one.")
+    if loading.ranks is not None:
+        raise UsageError("--server needs no other Macs: drop it, or run without mlx.launch.")
     if given:
         raise UsageError(f"{given[0]} does not go with --server: drop one.")
     remote = Remote(reaching.server)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,8 @@ class Engine:
         model, tokenizer: what `load` returns.
         name: what clients call the model.
         settings: bounds of the engine.
+        settle: called with the error of a request before its client hears of it, and may call
+            `fail` or wait until another thread does.
 
     Attributes:
         context: tokens of prompt and answer together, in whole canvases.
@@ -91,7 +93,9 @@ class Engine:
         *,
         name: str,
         settings: EngineSettings = EngineSettings(),
+        settle: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
+        self._settle = settle
         self.model, self.tokenizer, self.name, self.settings = model, tokenizer, name, settings
         canvas = model.config.canvas_length
         self.context = model.config.text.max_position_embeddings // canvas * canvas
@@ -103,11 +107,13 @@ class Engine:
         if share is None:
             share = (left or 8 << 30) // _SHARE_OF_PREFIXES
         self.prefixes = KeptPrefixes(share)
+        self._offered = left or 0
         self._waiting: list[Job] = []
         self._running: list[Job] = []
         self._changed = threading.Condition()
         self._stopping = False
         self._seconds_a_canvas = 0.0
+        self._denoiser = Denoiser(model)
         self.hub: greenlet = getcurrent()
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._thread.start()
@@ -123,7 +129,8 @@ class Engine:
 
         Raises:
             QueueFullError: too many requests wait, or the engine is about to end.
-            MemoryShortageError: the request does not fit into memory even if it runs alone.
+            MemoryShortageError: the request needs more memory than this machine has offered since
+                the engine began. One that needs more than there is now waits its turn.
         """
         reserved = self._bytes(prompt_tokens, answer_tokens)
         job = Job(self, work, reserved)
@@ -153,10 +160,21 @@ class Engine:
             self._changed.notify()
         self._thread.join(seconds)
 
+    def fail(self, error: BaseException) -> None:
+        """Refuse new requests and end all others with an error, so that nobody waits for ever. The
+        engine's own thread may be blocked for good."""
+        with self._changed:
+            if self.failure is not None:
+                return
+            self.failure = error
+            jobs, self._waiting, self._running = [*self._running, *self._waiting], [], []
+        for job in jobs:
+            job.ticket.deliver(End(error))
+
     @property
     def alive(self) -> bool:
         """Whether requests are answered."""
-        return self._thread.is_alive() and not self._stopping
+        return self._thread.is_alive() and not self._stopping and self.failure is None
 
     def wake(self) -> None:
         with self._changed:
@@ -179,11 +197,12 @@ class Engine:
             held = self.counters.prefix_bytes + sum(
                 job.seat.cache.nbytes for job in list(self._running)
             )
-            if estimate.total > free + held:
+            self._offered = max(self._offered, free + held)
+            if estimate.total > self._offered:
                 raise MemoryShortageError(
                     f"a prompt of {prompt_tokens} tokens needs about "
                     f"{memory.size_text(estimate.total)} and this machine offers "
-                    f"{memory.size_text(free + held)}; shorten it or lower max_tokens."
+                    f"{memory.size_text(self._offered)}; shorten it or lower max_tokens."
                 )
         return estimate.total
 
@@ -196,12 +215,8 @@ class Engine:
                 while self._next_requests():
                     self._turns()
                     self._joint_step()
-        except BaseException as error:  # a fault of the engine itself: nobody may wait for ever
-            self.failure = error
-            with self._changed:
-                jobs, self._waiting, self._running = [*self._running, *self._waiting], [], []
-            for job in jobs:
-                job.ticket.deliver(End(error))
+        except BaseException as error:  # a fault of the engine itself
+            self.fail(error)
 
     def _next_requests(self) -> bool:
         """Wait for requests, and begin those that fit. Returns False where the engine is to end."""
@@ -249,19 +264,24 @@ class Engine:
     def _joint_step(self) -> None:
         """Run one pass over the canvases of the requests that share the next step."""
         jobs = self._sharing()
-        if not jobs:
-            return
+        if jobs:
+            self._step(jobs)
+
+    def _step(self, jobs: Sequence[Job]) -> None:
         started = time.perf_counter()
         steps = [job.awaits for job in jobs if isinstance(job.awaits, JointStep)]
-        denoiser = Denoiser(self.model)
         count = sum(len(step.canvases) for step in steps)
         try:
-            queued = denoiser.queue(
+            queued = self._denoiser.queue(
                 [canvas for step in steps for canvas in step.canvases],
                 [prefix for step in steps for prefix in step.prefixes],
             )
         except Exception as error:  # out of memory, or a fault of MLX: it is of this step alone
-            self._hand_out(jobs, steps, error)
+            if len(jobs) == 1:
+                self._hand_out(jobs, steps, error)
+            else:  # no request fails by the fault of another
+                for job in jobs:
+                    self._step([job])
             return
         lengths = [len(step.canvases) for step in steps]
         for step in steps:
@@ -326,6 +346,10 @@ class Engine:
     def ended(self, job: Job, error: BaseException | None) -> None:
         """Note that the work of a request is over, with the error that ended it. Its greenlet calls
         this as its last act."""
+        if error is not None:
+            self._settle(error)
+        if self.failure is not None:  # everybody was told
+            return
         self._running.remove(job)
         counters = self.counters
         if error is None:
