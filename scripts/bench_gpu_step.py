@@ -31,7 +31,7 @@ import mlx.core as mx
 from rich.console import Console
 
 from mlx_diffgemma.bench.device import measure_device
-from mlx_diffgemma.bench.presets import RELEASE, SMALL, config_like
+from mlx_diffgemma.bench.presets import RELEASE, TINY, config_like
 from mlx_diffgemma.bench.random_model import chosen_dtype, chosen_recipe
 from mlx_diffgemma.bench.rival import KNOWN, NAME
 from mlx_diffgemma.bench.variants import Line, Variant, as_table, guessed_seconds, measure
@@ -49,8 +49,6 @@ _MISSING = (
     f'beside/bin/pip install . "{NAME}=={KNOWN}" && '
     f"beside/bin/python scripts/bench_gpu_step.py --part {NAME}"
 )
-_SMALL_WORDS = 8320  # so many that a pass never holds the logits, and that they are two chunks
-_SMALL_TEXT = {"vocab_size": _SMALL_WORDS, "hidden_size": 64, "intermediate_size": 64}
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -83,8 +81,7 @@ def _workbench(args: argparse.Namespace) -> Workbench:
             if number is not None and number < 1:
                 raise UsageError(f"--{name} must be at least 1, not {number}.")
     if args.small:
-        raw = config_like(SMALL)
-        raw["text_config"] = raw["text_config"] | _SMALL_TEXT
+        raw = config_like(TINY)
     else:
         if mx.default_device().type == mx.DeviceType.cpu:
             raise UsageError("these shapes take a CPU hours; run this on a GPU, or add --small.")

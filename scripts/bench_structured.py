@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,11 +32,11 @@ from mlx_diffgemma.demo import sudoku
 from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.constraints import FREE, Layout
 from mlx_diffgemma.diffusion.denoiser import Denoiser, Queued
-from mlx_diffgemma.diffusion.lookahead import few_tokens_in, tokens_in
+from mlx_diffgemma.diffusion.lookahead import tokens_in
 from mlx_diffgemma.diffusion.stopping import as_shown, has_converged
 from mlx_diffgemma.editing.grammar import GrammarMatcher, json_schema_matcher, regex_matcher
 from mlx_diffgemma.editing.session import Session
-from mlx_diffgemma.editing.vocabulary import Vocabulary
+from mlx_diffgemma.editing.vocabulary import Kind, Vocabulary
 from mlx_diffgemma.errors import NumericalError
 from mlx_diffgemma.model.cache import Prefix
 
@@ -91,6 +90,18 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         },
     },
 }  # fmt: skip
+
+# What must stand somewhere later, which a search byte by byte does not find.
+LATE: dict[str, dict[str, Any]] = {
+    "[a-z]cole": {"type": "string", "pattern": "[a-z]cole"},
+    r"\wcole": {"type": "string", "pattern": r"\wcole"},
+    "names with cole": {
+        "type": "object",
+        "patternProperties": {"[a-z]cole": {"type": "integer"}},
+        "minProperties": 1,
+        "additionalProperties": False,
+    },
+}
 
 
 Start = Callable[[Vocabulary], GrammarMatcher]
@@ -155,42 +166,43 @@ class Guesses(Denoiser):
     """Stands in for a model: what it predicts takes no time of the device, and grows surer with
     every pass.
 
-    Each position has a token that it would take, by a hash of the position and what it may hold,
-    and as much doubt of it as a random number says, half of which goes with every pass.
+    Each position of a canvas has tokens that it would take, the best first, and as much doubt of
+    the best that may stand there as a random number says, half of which goes with every pass. The
+    tokens are of one `kind`.
     """
 
-    def __init__(self, model: Any, vocabulary: Vocabulary, seed: int) -> None:
+    def __init__(self, model: Any, vocabulary: Vocabulary, seed: int, kind: Kind = "text") -> None:
         super().__init__(model)
-        self.text, self.seed = tokens_in(vocabulary.text), seed
+        self.text, self.seed = np.array(tokens_in(vocabulary.kind(kind))), seed
+        self.wished: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def queue(self, canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> Queued:
         return Guessed([self._guessed(canvas) for canvas in canvases])
 
     def _guessed(self, canvas: Canvas) -> Canvas:
         layout, length = canvas.layout, len(canvas)
-        few = None if layout is None else layout.few
-        masks = {} if layout is None or few else layout.masks(canvas.vocab)
-        tokens, entropy = np.zeros(length, np.int32), np.zeros(length, np.float32)
-        for place in range(length):
-            if layout is not None and layout.fixed[place] != FREE:
-                tokens[place] = layout.fixed[place]
-                continue
-            rng = random.Random(f"{self.seed} {canvas.index} {place}")
-            entropy[place] = rng.expovariate(1.0) * 0.5**canvas.passes
-            tokens[place] = self._choice(rng, masks.get(place))
+        wishes, doubts = self._wishes(canvas.index, length)
+        tokens, entropy = wishes[:, 0].copy(), doubts * np.float32(0.5) ** canvas.passes
+        if layout is not None:
+            for place, mask in layout.masks(canvas.vocab).items():
+                may = mask[wishes[place] // 32] >> (wishes[place] % 32) & 1
+                # Where nothing that the position would take may stand, one of what may is taken.
+                allowed = wishes[place][may == 1] if may.any() else np.array(tokens_in(mask))
+                if len(allowed):
+                    tokens[place] = allowed[wishes[place, 0] % len(allowed) if not may.any() else 0]
+            tokens = np.where(layout.open, tokens, layout.fixed)
+            entropy = np.where(layout.open, entropy, np.float32(0))
         order = np.sort(entropy)
         bound = order[np.cumsum(order) - order <= canvas.settings.entropy_bound].max()
         return denoised(canvas, tokens, entropy, entropy <= bound)
 
-    def _choice(self, rng: random.Random, mask: np.ndarray | None) -> int:
-        """The first of the tokens that the position would take which may stand there."""
-        few = None if mask is None else few_tokens_in(mask, 1024)
-        if few is not None:
-            return rng.choice(few)
-        while True:
-            token = rng.choice(self.text)
-            if mask is None or mask[token // 32] >> (token % 32) & 1:
-                return token
+    def _wishes(self, index: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [C, 32] that the positions of a canvas would take, and their doubts [C]."""
+        if (index, length) not in self.wished:
+            rng = np.random.default_rng((self.seed, index, length))
+            wishes = rng.choice(self.text, (length, 32)).astype(np.int32)
+            self.wished[index, length] = wishes, rng.exponential(1.0, length).astype(np.float32)
+        return self.wished[index, length]
 
 
 @dataclass(frozen=True)
@@ -252,9 +264,9 @@ def daily(size: int, seeds: int, max_tokens: int) -> None:
     following, require = matching._Match.following, matching.Closer.require
 
     def timed(self: Any, row: object, canvas: Any) -> Any:
-        start = time.perf_counter()
+        start = time.thread_time()
         found = following(self, row, canvas)
-        spent.append(time.perf_counter() - start)
+        spent.append(time.thread_time() - start)
         return found
 
     def seen(self: Any, state: Any, most: int) -> None:
@@ -268,7 +280,7 @@ def daily(size: int, seeds: int, max_tokens: int) -> None:
         f"{'most ms':>8} {'begin ms':>9}"
     )
     total, slow = np.zeros(7), 0
-    for name, schema in DAILY.items():
+    for name, schema in {**DAILY, **LATE}.items():
         row = np.zeros(7)
         for seed in range(seeds):
             way = json_schema_matcher(vocabulary, schema).way_out(4096, thorough=True)
@@ -301,11 +313,12 @@ def daily(size: int, seeds: int, max_tokens: int) -> None:
             ]  # fmt: skip
             row[5] = max(row[5], 1000 * max(spent, default=0.0))
         slow += row[4] > 20 * row[1]
+        most = max(total[5], row[5])
         total += row
-        total[5] = max(total[5], row[5])
+        total[5] = most
         _daily_row(name, row, seeds)
-    _daily_row("all", total, seeds * len(DAILY))
-    print(f"{slow} of {len(DAILY)} schemas took more than 20 ms a pass")
+    _daily_row("all", total, seeds * len(DAILY | LATE))
+    print(f"{slow} of {len(DAILY | LATE)} schemas took more than 20 ms a pass")
 
 
 def _daily_row(name: str, row: np.ndarray, runs: int) -> None:

@@ -1,4 +1,4 @@
-"""Record a canvas forming, as a picture for the README.
+"""Record a canvas forming, as a picture for the documentation.
 
     python scripts/record_demo.py docs/canvas.svg [--seed 30]
 

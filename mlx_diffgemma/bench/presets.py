@@ -11,7 +11,7 @@ from mlx_diffgemma.config import FULL, SLIDING
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.reading import read_object
 
-SMALL = "small-262k"
+SMALL, TINY = "small-262k", "tiny"
 
 _COMMON: dict[str, Any] = {
     "hidden_activation": "gelu_pytorch_tanh",
@@ -62,6 +62,9 @@ _TEXT: dict[str, dict[str, Any]] = {
         "top_k_experts": 2,
     },
 }
+# Shapes to try a benchmark with. The words are so many that a pass over the vocabulary never holds
+# all logits, and that they are two chunks.
+_TEXT[TINY] = _TEXT[SMALL] | {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 8320}
 
 PRESETS = tuple(_TEXT)
 

@@ -92,7 +92,15 @@ SMALL_SIZES = Sizes(
 
 class Workbench:
     """The model that everything is measured on. What it asks of memory and time is known before
-    its weights are made."""
+    its weights are made.
+
+    Args:
+        config, recipe, dtype: shapes, formats and type of a model with random weights.
+        sizes: what is measured.
+        burst: steps that are timed together.
+        profiles: names of the profiles that are measured; the others are compared with the first.
+        loaded: a model to measure in place of one with random weights.
+    """
 
     def __init__(
         self,
@@ -102,17 +110,20 @@ class Workbench:
         sizes: Sizes,
         burst: int = 3,
         profiles: Sequence[str] = tuple(PROFILES),
+        loaded: DiffusionGemma | None = None,
     ) -> None:
         self.config = replace(config, canvas_length=sizes.canvas)
         self.recipe, self.dtype, self.sizes = recipe, dtype, sizes
-        self.burst, self.profiles = burst, profiles
-        blank = blank_model(self.config, recipe, dtype)
+        self.burst, self.profiles, self._loaded = burst, profiles, loaded
+        blank = loaded or blank_model(self.config, recipe, dtype)
         self.weights = Weights(self.config, formats_of(blank), dtype.size)
         self.weight_bytes = weight_bytes(blank)
 
     @cached_property
     def model(self) -> DiffusionGemma:
-        """The model with random weights, compiled as it is for a GPU."""
+        """The model that is loaded, or one with random weights, compiled as it is for a GPU."""
+        if self._loaded is not None:
+            return self._loaded
         model = random_model(self.config, self.recipe, self.dtype)
         model.compile()
         return model

@@ -181,7 +181,7 @@ class Chat:
             _say(f"{file} goes with the next question.")
 
     def _turn(self, question: str, interactive: bool) -> None:
-        from mlx_diffgemma.cli import report
+        from mlx_diffgemma.cli import summaries
         from mlx_diffgemma.cli.inputs import is_text
         from mlx_diffgemma.cli.opening import note_markers
         from mlx_diffgemma.cli.outcome import Outcome
@@ -202,7 +202,7 @@ class Chat:
                 raise
             errors.complain(str(error))
         else:
-            for remark in report.remarks(outcome, GO_ON, MAKE_ROOM):
+            for remark in summaries.remarks(outcome, GO_ON, MAKE_ROOM):
                 _say(remark)
             if not outcome.text.strip():
                 return
@@ -210,7 +210,7 @@ class Chat:
             self.turns.append(self._asked(question))
             self.images.clear()
             self.turns.append({"role": "assistant", "content": outcome.text})
-            _say(report.summary(outcome))
+            _say(summaries.summary(outcome))
 
     def _answer(self, question: str, outcome: Outcome) -> None:
         from mlx_diffgemma.cli import keys, output, remote_answers

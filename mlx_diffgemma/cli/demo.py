@@ -158,7 +158,7 @@ def _open_page(loading: Loading) -> None:
 
 
 def _solve(opened: Opened, console: Console, made: Puzzle, seed: int, watch: bool) -> bool:
-    from mlx_diffgemma.cli import display, grid, output, report
+    from mlx_diffgemma.cli import display, grid, output, summaries
     from mlx_diffgemma.cli.outcome import Outcome, pieces_of
     from mlx_diffgemma.demo import sudoku
     from mlx_diffgemma.generation import stream_generate
@@ -185,7 +185,7 @@ def _solve(opened: Opened, console: Console, made: Puzzle, seed: int, watch: boo
     else:
         output.collect(start, outcome)
     right = _judge(console, outcome.text, puzzle, solution)
-    print(report.effort(outcome))
+    print(summaries.effort(outcome))
     return right
 
 

@@ -10,6 +10,7 @@ import typer
 
 from mlx_diffgemma.cli import editing
 from mlx_diffgemma.cli.command import command
+from mlx_diffgemma.cli.inputs import spelled_out
 from mlx_diffgemma.cli.settings import Loading, Reaching
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
@@ -60,6 +61,7 @@ def edit(
     if force and not write:
         raise UsageError("--force is for --write: give both, or neither.")
     candidates = editing.read_lengths(lengths)
+    prompt = spelled_out(prompt)
     from mlx_diffgemma.cli import output, remote
     from mlx_diffgemma.editing.files import (
         FileError,

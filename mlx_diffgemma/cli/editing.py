@@ -31,7 +31,8 @@ Lengths = Annotated[
 Instead = Annotated[
     str | None,
     Setting(
-        "Text that tells the model what to do, in place of the command's own words.",
+        "Text that tells the model what to do, in place of the command's own words; \\n stands for "
+        "a new line and \\t for a tab.",
         ("--prompt", "-p"),
         panel="Prompt",
     ),
@@ -159,7 +160,7 @@ def note_effort(passes: int, seed: int, *, converged: bool = True, cut: int = 0)
     """Say on stderr how many passes it took, by which seed, whether every canvas settled, and how
     many tokens behind the text were cut off."""
     from mlx_diffgemma.cli import output
-    from mlx_diffgemma.cli.report import UNSETTLED
+    from mlx_diffgemma.cli.summaries import UNSETTLED
 
     if cut:
         output.note(

@@ -8,6 +8,7 @@ import typer
 
 from mlx_diffgemma.cli import editing
 from mlx_diffgemma.cli.command import command
+from mlx_diffgemma.cli.inputs import spelled_out
 from mlx_diffgemma.cli.settings import Loading, Reaching
 from mlx_diffgemma.settings import Setting
 
@@ -37,6 +38,7 @@ def fill(
     """
     whole = editing.read_input(text, template, "template")
     candidates = editing.read_lengths(lengths)
+    prompt = spelled_out(prompt)
     from mlx_diffgemma.cli import remote
 
     together = sorted({n for each in candidates for n in each})

@@ -65,14 +65,12 @@ def generate(
     The answer always has the form of --json-schema FILE, --regex 'v[0-9]+' or --choices yes no
     unsure where one of these is given.
     """
-    from mlx_diffgemma.cli.inputs import read_prompt
+    from mlx_diffgemma.cli.inputs import read_prompt, spelled_out
 
     constraint = validity.constraint(choices or ())
     images = pictures.read(prompt, raw=asking.raw)
     prompt_settings = asking.prompt_settings(images, pictures.image_tokens)
-    if prompt is not None:  # as mlx-lm reads it
-        prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
-    text = read_prompt(prompt, raw=asking.raw)
+    text = read_prompt(spelled_out(prompt), raw=asking.raw)
     if constraint is not None:
         structured.answer(
             text, constraint, asking, loading, reaching, denoising, showing, prompt_settings
@@ -90,7 +88,7 @@ def _answer(
     showing: Showing,
     prompt_settings: PromptSettings,
 ) -> None:
-    from mlx_diffgemma.cli import opening, output, remote, remote_answers, report
+    from mlx_diffgemma.cli import opening, output, remote, remote_answers, summaries
     from mlx_diffgemma.cli.outcome import Outcome, pieces_of
 
     server = remote.find(reaching, loading, remote.only_here(asking, prompt_settings))
@@ -121,7 +119,7 @@ def _answer(
     outcome = Outcome()
     if showing.json:
         output.collect(start, outcome)
-        output.write_line(report.as_json(outcome, opened))
+        output.write_line(summaries.as_json(outcome, opened))
         return
     thoughts = output.thoughts(showing.show_thought, showing.hide_thought)
     if output.can_draw(showing.watch):
@@ -129,6 +127,6 @@ def _answer(
         output.draw(start, pieces, outcome, thoughts)
     else:
         output.stream(start, outcome, thoughts)
-    for remark in report.remarks(outcome, GO_ON, MAKE_ROOM):
+    for remark in summaries.remarks(outcome, GO_ON, MAKE_ROOM):
         output.note(remark)
-    output.note(report.statistics(outcome))
+    output.note(summaries.statistics(outcome))

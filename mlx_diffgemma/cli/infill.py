@@ -8,6 +8,7 @@ import typer
 
 from mlx_diffgemma.cli import editing
 from mlx_diffgemma.cli.command import command
+from mlx_diffgemma.cli.inputs import spelled_out
 from mlx_diffgemma.cli.settings import Loading, Reaching
 from mlx_diffgemma.settings import Setting
 
@@ -43,6 +44,7 @@ def infill(
     """
     whole = editing.read_input(text, file, "text")
     candidates = editing.read_lengths(lengths)
+    prompt = spelled_out(prompt)
     from mlx_diffgemma.cli import remote
 
     only_here = {"--raw": prompting.raw, "--lengths for each hole": len(candidates) > 1}

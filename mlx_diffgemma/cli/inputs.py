@@ -31,6 +31,11 @@ def read_prompt(given: str | None, *, raw: bool = False) -> str:
     return prompt
 
 
+def spelled_out(prompt: str | None) -> str | None:
+    """A prompt of an option as mlx-lm reads it: `\\n` stands for a new line and `\\t` for a tab."""
+    return None if prompt is None else prompt.replace("\\n", "\n").replace("\\t", "\t")
+
+
 def read_text(read: Callable[[], str]) -> str:
     """What `read` returns from stdin.
 

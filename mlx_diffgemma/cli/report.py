@@ -1,144 +1,186 @@
-"""What is said about a generation once it is over: for people on stderr, for machines as JSON."""
+"""`mlx-diffgemma report`: checks and times of this machine, as a table to paste."""
 
 from __future__ import annotations
 
-import json
+import sys
+import threading
+import time
+from contextlib import AbstractContextManager
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mlx_diffgemma.cli.display import printable
-from mlx_diffgemma.cli.opening import Opened
-from mlx_diffgemma.cli.outcome import Outcome
-from mlx_diffgemma.cli.streams import as_line
-from mlx_diffgemma.text.tool_calls import ToolCall
+from mlx_diffgemma.cli.command import Only, command
+from mlx_diffgemma.cli.settings import Loading
+from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.reading import os_reason, shown
+from mlx_diffgemma.settings import Setting
 
-EMPTY_ANSWER = (
-    "the answer is empty: the model ended it on the first canvas. Try another --seed, or say more."
+if TYPE_CHECKING:
+    from mlx_diffgemma.kernels.dispatch import Launcher
+    from mlx_diffgemma.survey.run import Begun, Survey
+    from mlx_diffgemma.survey.subject import Opened
+
+_OUTPUT = "Output"
+_EMULATOR = "metal_emulator"  # of tests/kernels, where that is on Python's path
+_TICK = 0.5  # seconds
+
+
+@command(
+    "mlx-diffgemma report",
+    "mlx-diffgemma report --output report.md",
+    "mlx-diffgemma report --model mlx-community/diffusiongemma-26B-A4B-it-4bit --part answers",
 )
-BLANK_ANSWER = "the answer is empty: it is white space alone. Try another --seed, or say more."
-UNSETTLED = "not every canvas settled within its steps; --steps N allows more."
-THOUGHT_ALONE = "the answer is empty: the model thought and then said nothing."
-
-
-def remarks(outcome: Outcome, go_on: str, make_room: str) -> list[str]:
-    """Lines that say what a user should know of an answer beside its text.
-
-    Args:
-        go_on: how to go on with an answer that `--max-tokens` cut; `{}` in it stands for a larger
-            number of tokens.
-        make_room: what to do about a context that is full.
-    """
-    lines = [f"tool call: {_call(call)}" for call in outcome.tool_calls]
-    lines += [f"{call.error}: {_one_line(call.raw)}" for call in outcome.failed_calls]
-    if outcome.empty and outcome.thought:
-        lines.append(THOUGHT_ALONE)
-    elif outcome.empty:
-        lines.append(BLANK_ANSWER if outcome.text else EMPTY_ANSWER)
-    last = outcome.last
-    if last is not None and last.finish_reason == "length":
-        tokens = last.generation_tokens
-        what = "thought" if outcome.empty and outcome.thought else "answer"
-        cut = f"the {what} was cut at {_count(tokens, 'token')}"
-        if last.context_full:
-            lines.append(f"{cut}, where the model's context ends; {make_room}")
-        else:
-            lines.append(f"{cut}; {go_on.format(2 * tokens)}")
-    if last is not None and not last.converged:
-        lines.append(UNSETTLED)
-    return lines
-
-
-def statistics(outcome: Outcome) -> str:
-    """Several lines: speeds, steps, canvases, tokens per forward, peak memory, seed."""
-    last = outcome.last
-    if last is None:
-        return ""
-    rows = (
-        ("prompt", f"{_count(last.prompt_tokens, 'token')}, {last.prompt_tps:.1f} tokens/s"),
-        *((("pictures", f"{last.images} in {last.image_seconds:.2f} s"),) if last.images else ()),
-        (
-            "generation",
-            f"{_count(last.generation_tokens, 'token')}, {last.generation_tps:.1f} tokens/s",
+def report(
+    *,
+    loading: Annotated[Loading, Only("model", "revision")],
+    part: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Name of a part to run, such as kernels; it may be given several times, and all parts "
+            "run if left out.",
+            panel="What to measure",
         ),
-        ("denoising", effort(outcome)),
-        ("memory", f"{last.peak_memory:.2f} GB at the peak" if last.peak_memory else ""),
-        ("seed", str(last.seed)),
-    )
-    return "\n".join(f"{name + ':':<12}{value}" for name, value in rows if value)
+    ] = (),
+    output: Annotated[
+        str | None, Setting("File for the table in place of stdout.", panel=_OUTPUT)
+    ] = None,
+    json: Annotated[bool, Setting("One JSON object instead of a table.", panel=_OUTPUT)] = False,
+) -> None:
+    """Check every Metal kernel and measure where the time goes on this Mac, and print a table to
+    paste into an issue.
+
+    Nothing is sent anywhere. The table names no user, host, folder or serial number. Without
+    --model, it takes the demo model and random weights in the release's width. Ctrl-C ends it and
+    prints what was found so far.
+    """
+    from mlx_diffgemma.survey.pieces import PARTS
+
+    for name in part:
+        if name not in PARTS:
+            raise UsageError(f"--part {shown(name)} is unknown; known are {', '.join(PARTS)}.")
+    target = None if output is None else Path(output)
+    if target is not None:
+        _write(target, "")
+    chosen = tuple(name for name in PARTS if not part or name in part)
+    _say("This checks and measures:")
+    for name in chosen:
+        _say(f"  {name}: {PARTS[name]}")
+    survey = _survey(loading, chosen)
+    ending: BaseException | None = None
+    try:
+        _say("Measuring for some seconds how long that takes.")
+        _say(f"It takes about {_duration(survey.prepare())}.")
+        _say("Ctrl-C ends it and prints what was found.")
+        with _Progress() as progress:
+            for begun in survey.run():
+                progress.show(begun)
+                if target is not None:  # a GPU that fails may end the process
+                    _write(target, _text(survey, json))
+    except KeyboardInterrupt as interrupt:
+        ending = interrupt
+    text = _text(survey, json)
+    if target is None:
+        print(text)
+    else:
+        _write(target, text)
+    wrong = sum(row.ok is False for row in survey.rows)
+    _say(f"{wrong} {'row is' if wrong == 1 else 'rows are'} wrong." if wrong else "Nothing failed.")
+    _say("Paste it into an issue with the form 'Report of a machine'.")
+    if ending is not None:
+        raise ending
 
 
-def summary(outcome: Outcome) -> str:
-    """One short line for a turn of a conversation: tokens, speed, steps and canvases."""
-    last = outcome.last
-    if last is None:
-        return ""
-    return (
-        f"{_count(last.generation_tokens, 'token')}, {last.generation_tps:.1f} tokens/s, "
-        f"{effort(outcome)}"
-    )
+def _survey(loading: Loading, parts: tuple[str, ...]) -> Survey:
+    from mlx_diffgemma import cpu
+    from mlx_diffgemma.survey.run import Survey
+    from mlx_diffgemma.survey.subject import FULL, SMALL, Subject
+
+    launcher, kernels = _kernels()
+    extent = SMALL if cpu.is_device() else FULL
+    return Survey(Subject(extent, launcher, kernels, _opened(loading)), parts)
 
 
-def effort(outcome: Outcome) -> str:
-    """Steps, canvases and tokens per forward pass, which decide the speed on every machine."""
-    last = outcome.last
-    if last is None:
-        return ""
-    steps = last.denoising_steps
-    each = f" ({' + '.join(map(str, steps))})" if len(steps) > 1 else ""
-    return (
-        f"{_count(sum(steps), 'step')}{each}, {_count(len(steps), 'canvas', 'canvases')}, "
-        f"{last.tokens_per_forward:.1f} tokens per forward"
-    )
+def _opened(loading: Loading) -> Opened | None:
+    if loading.model is None:
+        return None
+    from mlx_diffgemma.cli import opening
+    from mlx_diffgemma.survey.facts import name_of
+    from mlx_diffgemma.survey.subject import Opened
+
+    opened = opening.open_model(loading)
+    return Opened(name_of(opened.name), opened.model, opened.tokenizer)
 
 
-def as_json(outcome: Outcome, opened: Opened) -> str:
-    """One JSON object on one line; times in seconds, peak memory in GB (1e9 bytes)."""
-    last = outcome.last
-    assert last is not None, "a generation ends with a response"
-    return as_line(
-        {
-            "text": outcome.text,
-            "thought": outcome.thought,
-            "tool_calls": [
-                {"name": call.name, "arguments": call.arguments} for call in outcome.tool_calls
-            ],
-            "failed_calls": [
-                {"name": call.name, "raw": call.raw, "error": call.error}
-                for call in outcome.failed_calls
-            ],
-            "empty": outcome.empty,
-            "tokens": list(last.tokens),
-            "finish_reason": last.finish_reason,
-            "context_full": last.context_full,
-            "converged": last.converged,
-            "stop_token": last.stop_token,
-            "stop_string": last.stop_string,
-            "prompt_tokens": last.prompt_tokens,
-            "generation_tokens": last.generation_tokens,
-            "canvases": len(last.denoising_steps),
-            "denoising_steps": list(last.denoising_steps),
-            "tokens_per_forward": last.tokens_per_forward,
-            "times": {
-                "load_s": opened.load_seconds,
-                "prompt_s": outcome.prompt_seconds,
-                "images_s": last.image_seconds,
-                "generation_s": outcome.generation_seconds,
-            },
-            "images": last.images,
-            "prompt_tps": last.prompt_tps,
-            "generation_tps": last.generation_tps,
-            "peak_memory": last.peak_memory,
-            "seed": last.seed,
-            "model": opened.name,
-        }
-    )
+def _kernels() -> tuple[Launcher | None, str]:
+    """What runs the source of the kernels here, and what to call it."""
+    from mlx_diffgemma.kernels.dispatch import launch_on_metal, launcher_for
+
+    if launcher_for("auto") is launch_on_metal:
+        return launch_on_metal, "Metal"
+    if find_spec(_EMULATOR) is not None:
+        import tempfile
+
+        folder = Path(tempfile.mkdtemp(prefix="kernels-"))
+        emulator: Any = import_module(_EMULATOR)
+        return emulator.MetalEmulator(folder), "emulated on the CPU where they are checked"
+    return None, "plain-MLX twins"
 
 
-def _call(call: ToolCall) -> str:
-    return json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
+def _text(survey: Survey, as_json: bool) -> str:
+    return survey.as_json() if as_json else survey.as_markdown()
 
 
-def _one_line(text: str) -> str:
-    return printable(" ".join(text.split()))
+def _write(target: Path, text: str) -> None:
+    """Replace what the file holds; an empty text only sees whether that can be done."""
+    try:
+        with target.open("w" if text else "a", encoding="utf-8") as file:
+            file.write(f"{text}\n" if text else "")
+    except (OSError, ValueError) as error:  # a null byte in the name
+        reason = os_reason(error)
+        raise UsageError(f"--output {shown(str(target))} cannot be written: {reason}.") from None
 
 
-def _count(number: int, noun: str, plural: str | None = None) -> str:
-    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(1.0, seconds):.0f} s"
+
+
+class _Progress(AbstractContextManager["_Progress"]):
+    """Says on stderr which piece runs and how long the rest takes: on a terminal on one line that
+    counts down, else on a line a piece."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._text, self._ends = "", 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._count_down, name="progress", daemon=True)
+
+    def __enter__(self) -> _Progress:
+        if self._terminal:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        if self._terminal:
+            self._thread.join()
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def show(self, begun: Begun) -> None:
+        """A piece begins."""
+        piece = begun.piece
+        self._text = f"[{begun.number}/{begun.count}] {piece.part}: {piece.what}"
+        self._ends = time.monotonic() + begun.seconds_left
+        if not self._terminal:
+            _say(f"{self._text}, about {_duration(begun.seconds_left)} left")
+
+    def _count_down(self) -> None:
+        while not self._over.wait(_TICK):
+            left = _duration(self._ends - time.monotonic())
+            line = f"{self._text}, about {left} left"[:78]
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)

@@ -63,13 +63,24 @@ class Closer:
 
     def affordable(self, state: State, tokens: Sequence[int], room: int) -> list[int]:
         """A beginning of `tokens` behind which an ending still fits, the two within `room` tokens:
-        the longest of those tried, which are all tokens that fit, half of them, a quarter, and so
-        on. [] where no ending fits behind any of them."""
-        count = min(len(tokens), room)
+        the longest of those tried. Tried are all tokens that fit, half of them, a quarter, and so
+        on, and then as many as leave room for an ending as long as that of the first that fits. []
+        where no ending fits behind any of them."""
+        most = count = min(len(tokens), room)
         while count:
-            after = state.copy()
-            after.advance(list(tokens[:count]))
-            if after.way_out(room - count) is not None:
-                return list(tokens[:count])
+            ending = self._after(state, tokens[:count], room)
+            if ending is not None:
+                break
             count //= 2
-        return []
+        else:
+            return []
+        more = min(most - 1, room - len(ending))
+        if more > count and self._after(state, tokens[:more], room) is not None:
+            count = more
+        return list(tokens[:count])
+
+    def _after(self, state: State, tokens: Sequence[int], room: int) -> list[int] | None:
+        """An ending behind `tokens` that takes what they leave of `room`, or None."""
+        after = state.copy()
+        after.advance(list(tokens))
+        return after.way_out(room - len(tokens))

@@ -146,7 +146,7 @@ class _Match:
             return InFlight(canvas, self.cache.prefix)
         kept = self.closer.affordable(matcher, text[: min(ready, valid)], room)
         ends = eos and ready > valid
-        if not kept and not ends:
+        if not kept and not (ends and valid == 0 and matcher.may_end):
             # No room is left but for the end: the next token may take it out of reach.
             _pin(matcher, pinned, self.closer.ending(matcher, room), len(canvas))
             return self._close(canvas, ended=len(pinned) < len(canvas) or matcher.may_end)

@@ -1,7 +1,7 @@
 """Named trade-offs between speed and fidelity to the reference, as settings of `DiffusionConfig`.
 
-Each profile but 'exact' adds settings to another one. The README has what was measured of profiles
-on the demo model, with the command that measures it.
+Each profile but 'exact' adds settings to another one. docs/guides/speed.md has what was measured of
+them on the demo model, with the command that measures it.
 """
 
 from __future__ import annotations

@@ -258,14 +258,15 @@ def _require_shared(prefixes: Sequence[Prefix]) -> None:
 @contextmanager
 def _interrupted_afterwards() -> Iterator[None]:
     """Inside, Ctrl-C is held back; it takes effect behind it."""
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():
         yield  # Python interrupts the main thread alone
         return
-    pressed: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *signals: pressed.append(signals))
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if pressed and callable(before):
-            before(*pressed[0])
+        if pressed:
+            signal.raise_signal(signal.SIGINT)

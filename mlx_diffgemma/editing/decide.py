@@ -75,9 +75,14 @@ def decide(
             that answers in a form of its own. The prompt is then the state alone, and an option
             stands in the answer by its name.
         calibration: what `calibrate` fitted for this model; None leaves probabilities as they are.
-        images, image_tokens: pictures that the questions are about too, before the state.
-        seed, system_prompt, raw, prefix_cache, prefill_step_size, denoiser: as for
-            `stream_generate`.
+        images: pictures that the questions are about too; they stand before the state.
+        image_tokens: most tokens of a picture; None takes the checkpoint's own number.
+        seed: as for `stream_generate`.
+        system_prompt: as in `PromptSettings`.
+        raw: as in `PromptSettings`.
+        prefix_cache: as for `stream_generate`.
+        prefill_step_size: as for `stream_generate`.
+        denoiser: as for `stream_generate`.
         settings: fields of `DecisionSettings`.
 
     Raises:

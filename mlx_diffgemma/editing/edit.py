@@ -92,8 +92,10 @@ def edit(
             lines have now are written; 0 changes nothing.
         lengths: how many tokens the new lines may take; the model chooses among them.
         prompt: what to tell the model, in place of the instruction and the text.
-        seed, config, settings: as for `stream_generate`.
+        seed: as for `stream_generate`.
+        config: as for `stream_generate`.
         on_step: called with the `DenoisingStep` after each step.
+        settings: fields of `DiffusionConfig` and `PromptSettings`, as for `stream_generate`.
 
     Raises:
         UsageError: the lines are not in the text, do not fit in a canvas, or strength is out of

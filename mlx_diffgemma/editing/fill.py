@@ -78,8 +78,10 @@ def fill(
         template: as `parse_template` reads it.
         lengths: how many tokens a slot may take; the model chooses.
         prompt: what to tell the model; by default, to write the template filled in.
-        seed, config, settings: as for `stream_generate`.
+        seed: as for `stream_generate`.
+        config: as for `stream_generate`.
         on_step: called with the `DenoisingStep` after each step.
+        settings: fields of `DiffusionConfig` and `PromptSettings`, as for `stream_generate`.
 
     Raises:
         UsageError: the template is malformed, or a slot cannot be satisfied or does not fit.

@@ -73,8 +73,10 @@ def infill(
         lengths: how many tokens a hole may take, as candidates for every hole, or as one sequence
             of candidates for each hole. Where a hole has several, the model chooses.
         prompt: what to tell the model; by default, to write the text without its holes.
-        seed, config, settings: as for `stream_generate`.
+        seed: as for `stream_generate`.
+        config: as for `stream_generate`.
         on_step: called with the `DenoisingStep` after each step.
+        settings: fields of `DiffusionConfig` and `PromptSettings`, as for `stream_generate`.
 
     Raises:
         UsageError: the text has no hole, or the lengths do not fit the text or the canvas.

@@ -88,16 +88,20 @@ def generate_structured(
     """Answer a prompt with text that satisfies one constraint, always.
 
     Args:
+        prompt: as for `stream_generate`.
+        max_tokens: as for `stream_generate`.
         json_schema: a parsed JSON schema; the answer is JSON on one line that validates.
         regex: a regular expression in Rust's syntax that the whole answer matches.
         choices: the answers allowed.
         validate: how often to try for an answer under a schema that says more than is enforced: the
             rest is checked in the answer, and each further try takes the next seed. Without it such
             a schema is refused.
-        prompt, max_tokens, seed, config, settings: as for `stream_generate`. Where `thinking` is
-            asked for and the model opens a thought, the thought is written freely, and the
-            constraint holds from its end on.
+        seed: as for `stream_generate`.
+        config: as for `stream_generate`.
         on_step: called with the `DenoisingStep` after each step.
+        settings: fields of `DiffusionConfig` and `PromptSettings`, as for `stream_generate`. Where
+            `thinking` is asked for and the model opens a thought, the thought is written freely,
+            and the constraint holds from its end on.
 
     Raises:
         UsageError: the constraint is malformed or impossible, or max_tokens is too small for it.

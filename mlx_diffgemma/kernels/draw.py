@@ -7,7 +7,7 @@ Then one of the winner's blocks of tokens is chosen by its mass, and a token of 
 own, each by the inverse CDF of a uniform. So each choice has the 24 bits of a float32 uniform, and
 they are not spread over the whole vocabulary.
 
-CONTRIBUTING.md has the measurement beside Gumbel-max, which transforms one uniform a token.
+docs/tried-and-left.md has the measurement beside Gumbel-max, which transforms one uniform a token.
 Letters: N positions, M of them that are looked at, t pieces.
 """
 

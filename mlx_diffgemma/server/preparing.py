@@ -215,8 +215,9 @@ def _call_marker(tokenizer: Any) -> tuple[int, ...]:
 
 def _lengths(engine: Engine, config: DiffusionConfig, asked: Asked) -> tuple[int, ...]:
     """The numbers of tokens that a gap may take."""
-    room = (config.canvas_length or engine.model.config.canvas_length) - 2
+    canvas = config.canvas_length or engine.model.config.canvas_length
     if asked.present is not None:
+        room = canvas - 2
         with engine.tokenizing:
             controls = control_tokens_of(hf_tokenizer(tokenizer_of(engine)))
             present = len(controls.encode_text(asked.present)) if asked.present else 0
@@ -225,7 +226,8 @@ def _lengths(engine: Engine, config: DiffusionConfig, asked: Asked) -> tuple[int
                 f"the text to be replaced has {present} tokens, and a canvas holds {room}; give "
                 "less of it."
             )
-        return tuple(candidate_lengths(present, 1.0, room + 2))
-    room = min(room, asked.max_tokens or max(LENGTHS))
+        return tuple(candidate_lengths(present, 1.0, canvas))
+    # A token on each side may grow into the gap, and the answer's end takes a place too.
+    room = min(canvas - 3, asked.max_tokens or max(LENGTHS))
     known = [length for length in (*LENGTHS, *_LONGER) if length < room]
     return (*known, max(1, room))

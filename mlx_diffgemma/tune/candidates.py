@@ -25,5 +25,5 @@ CANDIDATES: dict[str, Settings] = {
     "bound, cool 16": {**SWIFT, "entropy_bound": 0.3, "cooling_steps": 16},
     "settled, cool 16": {**SWIFT, "settled_bound": 1.0, "cooling_steps": 16},
 }
-"""The candidates by name. README and CONTRIBUTING.md have what was measured of such rules on the
+"""The candidates by name. docs/tried-and-left.md has what was measured of such rules on the
 demo model."""

@@ -62,6 +62,13 @@ def test_infill_as_json():
     assert found["passes"] >= 3 and found["seed"] == 1 and found["cut"] == 0
 
 
+def test_a_prompt_spells_new_lines_as_generate_does():
+    prompt = "record\\nname: toke\\nage: 41\\ncity: rome"
+    text = '{"name": "toke", "age": [[?]], "city": "rome"}'
+    asked = ["infill", "--model", "demo", "--seed", "0", "-p", prompt, "--text", text]
+    assert run(*asked).stdout == text.replace("[[?]]", "41")
+
+
 def test_infill_says_what_the_model_did_not_see():
     text = "[[?]]" + "x" * 70
     result = run("infill", "--text", text, *QUICK, "--lengths", "2", "--prompt", "x")

@@ -167,6 +167,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "fuse": ("--model", "demo", "--adapter-path", "DATA"),
     "tune": (),
     "bench": (),
+    "report": ("--model", "demo"),
 }
 CONVERT: dict[str, tuple[str, ...]] = {
     "": ("--model", str(CHECKPOINT), "--mlx-path", "made", "--plan"),

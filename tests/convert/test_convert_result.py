@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import contents, convert_to, plan_of, read_weights, write_tiny, write_weights
+from docs.blocks import blocks_of, check
 from one_pass import decoded, encoded
 from safetensors import safe_open
 
@@ -137,6 +138,8 @@ def test_the_card_says_what_it_is(tiny_4bit):
     assert "# base, 4bit" in text
     assert "| experts | 4bit/64 | 294,912 | 4.50 | 0.17 MB |" in text
     assert "mlx-diffgemma generate" in text and "mlx_vlm.generate" in text
+    for block in blocks_of(text, "the card"):
+        check(block)
 
 
 @pytest.mark.parametrize("recipe", ["fp16", "4bit"])

@@ -85,6 +85,13 @@ def test_affordable_tokens_leave_an_ending_within_reach():
             assert kept == list(drafted)
 
 
+def test_all_that_leaves_room_for_the_end_is_afforded():
+    long = (0,) * 30
+    endings = [(*long[:length], 1) for length in range(31)]
+    for room in range(2, 31):
+        assert Closer().affordable(Words(endings), long, room) == list(long[: room - 1])
+
+
 def test_what_cannot_end_is_said_so():
     with pytest.raises(ClosingError) as error:
         Closer().require(Words([]), 10)

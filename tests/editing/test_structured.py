@@ -8,6 +8,7 @@ import re
 import jsonschema
 import numpy as np
 import pytest
+from bench_structured import Guesses
 from json_schemas import random_schema
 from small_models import demo, tiny, vocabulary
 
@@ -70,6 +71,23 @@ def test_json_always_validates(load):
     print(f"\n{load.__name__}: {done} schemas, {tokens} tokens, {choices} open, {passes} passes")
 
 
+def test_what_guesses_without_end_is_ended_too():
+    """Nothing that is guessed ends an answer, and all of it grows certain."""
+    model, tokenizer = tiny()
+    words = vocabulary(model, tokenizer)
+    rng = np.random.default_rng(8)
+    for seed in range(30):
+        schema = random_schema(rng)
+        found = generate_structured(
+            model, tokenizer, "x", 160, raw=True, json_schema=schema, seed=seed,
+            denoiser=Guesses(model, words, seed, "word" if seed % 2 else "text"),
+            eos_token_ids=words.eos, max_denoising_steps=20,
+        )  # fmt: skip
+        jsonschema.validate(json.loads(found.text), schema)
+        open_tokens = choices_in(model, tokenizer, schema, found.tokens)
+        assert found.passes <= open_tokens + len(found.denoising_steps)
+
+
 @pytest.mark.parametrize("load", [tiny, demo])
 @pytest.mark.parametrize(
     "pattern",
@@ -106,6 +124,36 @@ def test_what_may_be_anything_takes_hardly_more_passes_than_without_a_grammar():
     for seed in range(4):
         found = generate_structured(model, tokenizer, "sudoku", 60, regex="(?s:.*)", seed=seed)
         last = list(stream_generate(model, tokenizer, "sudoku", 60, seed=seed))[-1]
+        passes, plain = passes + found.passes, plain + sum(last.denoising_steps)
+    assert passes <= 1.2 * plain
+
+
+def test_a_free_string_takes_hardly_more_passes_than_a_plain_answer():
+    """With guesses in place of a model, which would write on for ever: a string in quotes is ended
+    where its room ends. (A draft that is certain up to the last token was looked at without end.)
+    """
+    model, tokenizer = tiny(canvas=64)
+    words = vocabulary(model, tokenizer)
+    how = {"raw": True, "canvas_length": 64, "eos_token_ids": words.eos}
+    passes = plain = 0
+    for seed in range(12):
+        steps: list[object] = []
+
+        def stepped(step: object, steps: list[object] = steps) -> None:
+            steps.append(step)
+            assert len(steps) < 64, "the answer takes more passes than tokens"
+
+        found = generate_structured(
+            model, tokenizer, "x", 48, json_schema={"type": "string"}, seed=seed,
+            denoiser=Guesses(model, words, seed, "word"), on_step=stepped, **how,
+        )  # fmt: skip
+        assert len(found.tokens) == 48 and isinstance(json.loads(found.text), str)
+        last = list(
+            stream_generate(
+                model, tokenizer, "x", 48, seed=seed, stop_at_eos=False,
+                denoiser=Guesses(model, words, seed, "word"), **how,
+            )
+        )[-1]  # fmt: skip
         passes, plain = passes + found.passes, plain + sum(last.denoising_steps)
     assert passes <= 1.2 * plain
 

@@ -114,6 +114,14 @@ def test_a_form_is_kept_and_a_gap_is_filled_as_alone(demo_engine):
     assert text_of(gap) == alike.holes[0].text
 
 
+def test_a_gap_may_ask_for_more_tokens_than_a_canvas_holds(demo_engine):
+    # Both sides end in a token that may grow into the gap.
+    room = demo_engine.model.config.canvas_length - 3
+    asked = {"prompt": "1 2 ", "suffix": " 4 5", "seed": 1, "settings": {"max_denoising_steps": 2}}
+    longest = pieces_of(demo_engine, Asked(**asked, max_tokens=10 * room))
+    assert text_of(longest) == text_of(pieces_of(demo_engine, Asked(**asked, max_tokens=room)))
+
+
 @pytest.mark.parametrize("choice", ["required", "weather"])
 def test_a_call_that_must_be_made_validates(calling_engine, choice):
     asked = Asked(
