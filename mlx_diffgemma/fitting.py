@@ -99,9 +99,11 @@ def fit_to_context(
     config: DiffusionConfig | Sequence[DiffusionConfig],
     *,
     step_size: int | None = None,
+    check_memory: bool = True,
 ) -> list[DiffusionConfig]:
     """Check prompts that are to be run together, with settings for all or for each, against the
-    model; returns the settings of each, with an answer that ends where its context ends.
+    model; returns the settings of each, with an answer that ends where its context ends. Whether
+    there is memory for them now is left open where `check_memory` is False.
 
     Raises:
         PromptError: a prompt is empty or too long, has ids outside the vocabulary or image tokens
@@ -142,6 +144,8 @@ def fit_to_context(
             )
         fitted.append(replace(settings, max_tokens=min(settings.max_tokens, canvases * length)))
         lengths.append(length)
+    if not check_memory:
+        return fitted
     pictures = [span for ids in prompts for span in pictures_of(ids)]
     sizes = [0 if span.patches is None else len(span.patches) for span in pictures]
     estimate = memory.estimate(

@@ -20,6 +20,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -222,12 +223,14 @@ class Found:
         answered, left, busy: requests by their names: right answers, clients that went away, and
             refusals of a full queue.
         wrong: what was lost or answered wrong.
+        seconds: for how long clients asked.
         samples: (seconds since the start, bytes of the process, bytes that MLX holds).
     """
 
     answered: Counter[str] = field(default_factory=Counter)
     left: Counter[str] = field(default_factory=Counter)
     busy: int = 0
+    seconds: float = 0.0
     wrong: list[str] = field(default_factory=list)
     samples: list[tuple[float, float, float]] = field(default_factory=list)
 
@@ -246,9 +249,13 @@ async def soak(port: int, pid: int, options: argparse.Namespace) -> Found:
     start = time.monotonic()
     end = start + options.seconds
 
+    def goes_on() -> bool:
+        enough = options.answers and found.answered.total() >= options.answers
+        return time.monotonic() < end and not enough
+
     async def asking(number: int) -> None:
         choose = random.Random(f"{options.seed} {number}")
-        while time.monotonic() < end:
+        while goes_on():
             case, expected, seconds = choose.choice(known)
             # An answer takes longer in company; a client may leave at any moment of it.
             leaves = choose.random() < options.leaving
@@ -272,12 +279,13 @@ async def soak(port: int, pid: int, options: argparse.Namespace) -> Found:
                 found.wrong.append(f"{case.name}: {type(error).__name__} {error}")
 
     async def watching() -> None:
-        while time.monotonic() < end:
+        while goes_on():
             metrics = await metrics_of(port)
             found.samples.append((time.monotonic() - start, resident(pid), metrics["active_bytes"]))
             await asyncio.sleep(1.0)
 
     await asyncio.gather(watching(), *(asking(number) for number in range(options.clients)))
+    found.seconds = time.monotonic() - start
     await settled(port, pid)
     for case, expected, _ in known:  # alone again, which also lets Python collect its garbage
         status, body = await client.ask(case)
@@ -375,6 +383,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hours", type=float, help="Length of the run in hours.")
     parser.add_argument("--seconds", type=float, default=600.0, help="Length in seconds.")
+    parser.add_argument("--answers", type=int, help="Right answers after which it ends sooner.")
     parser.add_argument("--clients", type=int, default=64, help="Clients at the same time.")
     parser.add_argument("--leaving", type=float, default=0.3, help="Share that goes away.")
     parser.add_argument("--slow", type=float, default=0.1, help="Share that reads slowly.")
@@ -405,15 +414,13 @@ def main() -> None:
     print(
         f"{found.answered.total()} answers right, {len(found.wrong)} problems, "
         f"{found.left.total()} clients left, {found.busy} refused for now, "
-        f"{options.clients} clients, {options.seconds:.0f} s"
+        f"{options.clients} clients, {found.seconds:.0f} s"
     )
     sys.exit(1 if found.wrong else 0)
 
 
 def _drained(process: subprocess.Popen[str]) -> list[str]:
     """The last lines of the server's log, read on so that it never waits for us."""
-    import threading
-
     assert process.stderr is not None
     lines: list[str] = []
 

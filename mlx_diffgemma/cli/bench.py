@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -187,7 +186,10 @@ def bench(
     if json:
         print(report.as_json())
     else:
-        _print_tables(report)
+        from mlx_diffgemma.bench.table import as_tables
+        from mlx_diffgemma.cli.output import print_table
+
+        print_table(as_tables(report))
 
 
 def _measure(loading: Loading, shapes: Shapes, plan: Plan) -> BenchReport:
@@ -258,13 +260,3 @@ def _require(rival: bool, vocabulary_pass: str | None) -> None:
 def _say(text: str) -> None:
     if sys.stderr.isatty():
         print(text, file=sys.stderr)
-
-
-def _print_tables(report: BenchReport) -> None:
-    from rich.console import Console
-
-    from mlx_diffgemma.bench.table import as_tables
-
-    # A pipe has no width of its own.
-    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 110
-    Console(width=width, markup=False, emoji=False, highlight=False).print(as_tables(report))

@@ -41,7 +41,7 @@ def identity(loading: Loading) -> str:
         None if name is None else _whole(name),
         loading.revision,
         loading.adapter_path and _whole(loading.adapter_path),
-        loading.chat_template,
+        loading.chat_template and _template(loading.chat_template),
     )
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -50,6 +50,14 @@ def _whole(name: str) -> str:
     """A folder by its whole path, anything else as it is."""
     path = Path(name).expanduser()
     return str(path.resolve()) if name != "demo" and path.is_dir() else name
+
+
+def _template(given: str) -> str:
+    """The text of a template, of which a file may be named."""
+    try:
+        return given if "{" in given else Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, RuntimeError, ValueError):  # loading says what is wrong
+        return given
 
 
 def find(reaching: Reaching, loading: Loading, only_here: Mapping[str, bool]) -> Remote | None:

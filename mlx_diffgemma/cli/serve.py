@@ -41,11 +41,7 @@ def serve(*, loading: Loading, settings: ServerSettings) -> None:
 
     docs/server.md lists the routes. Ctrl-C ends within five seconds, a second one at once.
     """
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"serve needs {', '.join(missing)}: pip install 'mlx-diffgemma[server]' brings it."
-        )
+    check_packages("serve")
     if settings.api_key is None and os.environ.get(KEY):
         settings = replace(settings, api_key=os.environ[KEY])
     from mlx_diffgemma.server import lifecycle, logs
@@ -72,6 +68,19 @@ def serve(*, loading: Loading, settings: ServerSettings) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def check_packages(asked: str) -> None:
+    """Raise UsageError where a package is not installed that a server needs.
+
+    Args:
+        asked: the command or option that needs it, as the user gave it.
+    """
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"{asked} needs {', '.join(missing)}: pip install 'mlx-diffgemma[server]' brings it."
+        )
 
 
 def _engine(loading: Loading, settings: ServerSettings, server: Server) -> Engine:

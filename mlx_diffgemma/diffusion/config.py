@@ -224,9 +224,9 @@ class DiffusionConfig:
         for name in ("soft_cutoff", "certain_below", "late_bound", "settled_bound", "run_entropy"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0.0)
+                object.__setattr__(self, name, float(getattr(self, name)))  # MLX takes no 10**40
         if self.encoder_check is not None:
             check_share("encoder_check", self.encoder_check)
-        check_number("check_below", self.check_below, 0.0)
         if self.sampler not in SAMPLERS:
             raise UsageError(
                 f"unknown sampler {shown(self.sampler)}; known are {', '.join(SAMPLERS)}."
@@ -235,18 +235,20 @@ class DiffusionConfig:
             "draw_likeliest", "stop_at_eos", "shrink_canvas", "forbid_empty", "free_behind_eos",
         ):  # fmt: skip
             check_flag(name, getattr(self, name))
-        check_number("accept_threshold", self.accept_threshold, 0.0)
+        for name in (
+            "accept_threshold", "check_below", "confidence_threshold", "entropy_bound",
+            "eos_certainty", "t_max",
+        ):  # fmt: skip
+            check_number(name, getattr(self, name), 0.0)
+            object.__setattr__(self, name, float(getattr(self, name)))
         if not isinstance(self.eos_token_ids, tuple):
             raise UsageError(f"eos_token_ids must be a tuple, not {shown(self.eos_token_ids)}.")
         for token in (*self.eos_token_ids, self.pad_token_id):
             check_integer("a token id", token, 0)
         check_number("t_min", self.t_min, 0.0, inclusive=True)
-        check_number("t_max", self.t_max, 0.0)
+        object.__setattr__(self, "t_min", float(self.t_min))
         if self.t_max < _COLDEST:  # logits divided by less leave the range of float32
             raise UsageError(f"t_max must be at least {_COLDEST:g}, not {self.t_max:g}.")
-        check_number("entropy_bound", self.entropy_bound, 0.0)
-        check_number("confidence_threshold", self.confidence_threshold, 0.0)
-        check_number("eos_certainty", self.eos_certainty, 0.0)
         if self.t_max < self.t_min:
             raise UsageError(f"t_max ({self.t_max:g}) must not be below t_min ({self.t_min:g}).")
 

@@ -24,7 +24,8 @@ from mlx_diffgemma.server.engine import Engine
 from mlx_diffgemma.server.fields import Fields, is_integer
 from mlx_diffgemma.server.jobs import Seat
 from mlx_diffgemma.server.knobs import knobs
-from mlx_diffgemma.server.openai import HARMLESS, error, messages_of
+from mlx_diffgemma.server.openai import HARMLESS, error
+from mlx_diffgemma.server.openai_messages import messages_of
 from mlx_diffgemma.server.pieces import Asked
 from mlx_diffgemma.server.preparing import Prepared, at_temperature, count, prepare
 from mlx_diffgemma.server.streams import read_json, sse

@@ -107,11 +107,13 @@ class Engine:
         if share is None:
             share = (left or 8 << 30) // _SHARE_OF_PREFIXES
         self.prefixes = KeptPrefixes(share)
+        self._offered = left or 0
         self._waiting: list[Job] = []
         self._running: list[Job] = []
         self._changed = threading.Condition()
         self._stopping = False
         self._seconds_a_canvas = 0.0
+        self._denoiser = Denoiser(model)
         self.hub: greenlet = getcurrent()
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._thread.start()
@@ -127,7 +129,8 @@ class Engine:
 
         Raises:
             QueueFullError: too many requests wait, or the engine is about to end.
-            MemoryShortageError: the request does not fit into memory even if it runs alone.
+            MemoryShortageError: the request needs more memory than this machine has offered since
+                the engine began. One that needs more than there is now waits its turn.
         """
         reserved = self._bytes(prompt_tokens, answer_tokens)
         job = Job(self, work, reserved)
@@ -194,11 +197,12 @@ class Engine:
             held = self.counters.prefix_bytes + sum(
                 job.seat.cache.nbytes for job in list(self._running)
             )
-            if estimate.total > free + held:
+            self._offered = max(self._offered, free + held)
+            if estimate.total > self._offered:
                 raise MemoryShortageError(
                     f"a prompt of {prompt_tokens} tokens needs about "
                     f"{memory.size_text(estimate.total)} and this machine offers "
-                    f"{memory.size_text(free + held)}; shorten it or lower max_tokens."
+                    f"{memory.size_text(self._offered)}; shorten it or lower max_tokens."
                 )
         return estimate.total
 
@@ -260,19 +264,24 @@ class Engine:
     def _joint_step(self) -> None:
         """Run one pass over the canvases of the requests that share the next step."""
         jobs = self._sharing()
-        if not jobs:
-            return
+        if jobs:
+            self._step(jobs)
+
+    def _step(self, jobs: Sequence[Job]) -> None:
         started = time.perf_counter()
         steps = [job.awaits for job in jobs if isinstance(job.awaits, JointStep)]
-        denoiser = Denoiser(self.model)
         count = sum(len(step.canvases) for step in steps)
         try:
-            queued = denoiser.queue(
+            queued = self._denoiser.queue(
                 [canvas for step in steps for canvas in step.canvases],
                 [prefix for step in steps for prefix in step.prefixes],
             )
         except Exception as error:  # out of memory, or a fault of MLX: it is of this step alone
-            self._hand_out(jobs, steps, error)
+            if len(jobs) == 1:
+                self._hand_out(jobs, steps, error)
+            else:  # no request fails by the fault of another
+                for job in jobs:
+                    self._step([job])
             return
         lengths = [len(step.canvases) for step in steps]
         for step in steps:

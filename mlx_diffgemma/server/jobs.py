@@ -16,7 +16,7 @@ from greenlet import GreenletExit, greenlet
 
 from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.denoiser import Denoiser, Look, Queued
-from mlx_diffgemma.errors import DiffGemmaError, NumericalError
+from mlx_diffgemma.errors import DiffGemmaError, MemoryShortageError, NumericalError
 from mlx_diffgemma.model.cache import Prefix, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.server.prefixes import KeptPrefixes
@@ -35,6 +35,16 @@ class CancelledError(DiffGemmaError):
     retry_after = 1
 
 
+class NoMemoryNowError(MemoryShortageError):
+    """There is no memory at present for a request that fits into what this machine has offered.
+
+    Attributes:
+        retry_after: seconds after which it is worth trying again.
+    """
+
+    retry_after = 5
+
+
 @dataclass
 class Counters:
     """What the engine has done so far, and what it is doing.
@@ -47,7 +57,7 @@ class Counters:
         canvas_steps: passes over a canvas: canvases of all steps.
         canvases: canvases that were begun.
         chunks: turns of encoding and of looks at a canvas.
-        tokens: tokens that were committed.
+        tokens: tokens of the whole answers of `asking.answer`.
         prompt_tokens: tokens of all prompts.
         cached_tokens: tokens of prompts that were known from earlier requests.
         step_seconds: seconds spent in joint steps.
@@ -217,6 +227,8 @@ class Job:
                 self.seat.emit(value)
         except GreenletExit:
             error = CancelledError(_CANCELLED)
+        except MemoryShortageError as raised:  # what can never fit is refused before it begins
+            error = NoMemoryNowError(str(raised))
         except DiffGemmaError as raised:
             error = raised
         except BaseException as raised:

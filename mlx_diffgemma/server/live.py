@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -27,10 +27,11 @@ from mlx_diffgemma.diffusion.constraints import FREE, Layout
 from mlx_diffgemma.diffusion.encode import encode
 from mlx_diffgemma.diffusion.noise import SeededNoise
 from mlx_diffgemma.editing.vocabulary import Vocabulary
-from mlx_diffgemma.errors import NumericalError, UsageError, not_finite
+from mlx_diffgemma.errors import NumericalError, not_finite
 from mlx_diffgemma.model.cache import Prefix
 from mlx_diffgemma.model.diffusion_gemma import CanvasView
 from mlx_diffgemma.server.jobs import Seat
+from mlx_diffgemma.server.orders import Order
 
 MOST_KEPT = 32
 """Live canvases that a server keeps; the one that was used least recently goes first."""
@@ -42,42 +43,6 @@ ALTERNATIVES = 8
 _LOOKS = 2  # canvases of noise that alternatives are averaged over
 _AHEAD = 4  # values that a client has not read, from which steps are told later
 _SHORTEST = 0.25  # share of the schedule that is run again at least after a change
-
-
-@dataclass(frozen=True)
-class Change:
-    """What somebody does to a canvas.
-
-    Attributes:
-        kind: "pin" sets `tokens` from the first of the `places` on and holds them, "free" lets
-            places go and noises them, "renoise" replaces a share of places that are not pinned.
-        places: positions, ascending.
-        tokens: tokens to pin, one for each place; empty for other kinds.
-        strength: share of the places that "renoise" replaces, from 0 to 1.
-    """
-
-    kind: Literal["pin", "free", "renoise"]
-    places: tuple[int, ...]
-    tokens: tuple[int, ...] = ()
-    strength: float = 1.0
-
-
-@dataclass(frozen=True)
-class Order:
-    """What is to become of a live canvas.
-
-    Attributes:
-        changes: changes in the order in which they are made.
-        step: number of the step to go back to first; None goes on from the last.
-        strength: share of what is neither pinned nor changed that is noised where the canvas was
-            done.
-        steps: most steps to run; None runs until it is done.
-    """
-
-    changes: tuple[Change, ...] = ()
-    step: int | None = None
-    strength: float = 0.0
-    steps: int | None = None
 
 
 @dataclass
@@ -161,7 +126,7 @@ class Live:
         left: int | None = None
         late: list[int] = []
         while True:
-            for order in self._taken():
+            for order in self._taken(run):
                 left = order.steps
                 at = self._obey(order)
                 if order.step is not None:
@@ -281,18 +246,22 @@ class Live:
         self.canvases.append(canvas)
         self.pinned.append(dict(self.pins))
 
-    def _taken(self) -> list[Order]:
+    def _taken(self, run: int) -> list[Order]:
+        """The orders that wait for a run; those that wait for a later run are left to it."""
         with self._lock:
+            if run != self._run:
+                return []
             taken, self._orders = self._orders, []
         return taken
 
     def _over(self, run: int) -> bool:
-        """Whether no order waits; if so, the run is marked as over."""
+        """Whether no order waits for a run; if so, it is marked as over."""
         with self._lock:
+            if run != self._run:
+                return True
             if self._orders:
                 return False
-            if run == self._run:
-                self._running = False
+            self._running = False
             return True
 
     def _obey(self, order: Order) -> int:
@@ -390,19 +359,6 @@ class LiveCanvases:
             self._kept.move_to_end(name)
             self._trim()  # canvases grow while they are kept
         return live
-
-
-def checked(change: Change, length: int) -> Change:
-    """The change, if it fits a canvas of `length` positions.
-
-    Raises:
-        UsageError: a place lies outside the canvas, or the strength is not from 0 to 1.
-    """
-    if not change.places or change.places[0] < 0 or change.places[-1] >= length:
-        raise UsageError(f"the change lies outside the canvas, whose places go to {length - 1}.")
-    if not 0 <= change.strength <= 1:
-        raise UsageError(f"strength must be from 0 to 1, not {change.strength:g}.")
-    return change
 
 
 def _shown(canvas: Canvas) -> np.ndarray:

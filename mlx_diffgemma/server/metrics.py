@@ -113,7 +113,7 @@ _OF_ENGINE = {
     "canvas_steps_total": ("canvas_steps", "Passes over a canvas, of all steps."),
     "canvases_total": ("canvases", "Canvases that were begun."),
     "turns_total": ("chunks", "Turns of encoding and of looks at a canvas."),
-    "tokens_total": ("tokens", "Tokens that were committed."),
+    "tokens_total": ("tokens", "Tokens of whole answers in chats, completions and messages."),
     "prompt_tokens_total": ("prompt_tokens", "Tokens of all prompts."),
     "cached_tokens_total": ("cached_tokens", "Tokens of prompts that were known."),
     "prefixes": ("prefixes", "Prefixes that are kept."),

@@ -27,7 +27,8 @@ from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.fitting import configured, fit_to_context
 from mlx_diffgemma.server import writing
 from mlx_diffgemma.server.fields import Fields, is_integer
-from mlx_diffgemma.server.live import MOST_STEPS, Change, Live, LiveCanvases, Order, checked
+from mlx_diffgemma.server.live import MOST_STEPS, Live, LiveCanvases
+from mlx_diffgemma.server.orders import Order, read_order
 from mlx_diffgemma.server.preparing import tokenizer_of
 from mlx_diffgemma.server.refusals import RefusedError
 from mlx_diffgemma.server.streams import json_lines, read_json
@@ -103,7 +104,9 @@ def routes(server: Server) -> list[Route]:
     async def change(request: Request) -> Response:
         live = _known(canvases, request)
         fields = Fields(await read_json(request))
-        order = await asyncio.to_thread(_order, server.engine, live, fields)
+        order = await asyncio.to_thread(
+            read_order, fields, live.vocabulary, live.length, server.engine.tokenizing
+        )
         return _running(server.engine, live, order)
 
     async def alternatives(request: Request) -> Response:
@@ -196,7 +199,7 @@ def _live(engine: Engine, fields: Fields) -> Live:
         if given is not None:
             prompt = f"{sudoku.BARE_PROMPT}\n{given}"
         ids = encode_prompt(tokenizer, prompt)
-        (config,) = fit_to_context(model, [ids], config)
+        (config,) = fit_to_context(model, [ids], config, check_memory=False)
         length = config.canvas_length or model.config.canvas_length
         pins: dict[int, int] = {}
         allowed = dict(not_at_first(config.eos_token_ids, length, vocabulary.size).allowed)
@@ -259,41 +262,6 @@ def _grid(
         if character != sudoku.BLANK:
             pins[place] = tokens[place][0]
     return pins, allowed
-
-
-def _order(engine: Engine, live: Live, fields: Fields) -> Order:
-    """The order that a request spells out."""
-    changes = []
-    for each in fields.objects("changes"):
-        kind: Any = each.choice("kind", ("pin", "free", "renoise"), required=True)
-        first = each.integer("place", 0, required=True) or 0
-        tokens: list[int] = []
-        count = (each.integer("count", 1) or 1) if kind != "pin" else 0
-        if kind == "pin":
-            text, token = each.text("text"), each.integer("token", 0)
-            if text:
-                with engine.tokenizing:
-                    tokens = live.vocabulary.encode(text)
-            elif token is not None:
-                tokens = [token]
-            if not tokens or tokens[-1] >= live.vocabulary.size:
-                raise each.refused("text", "must be some text, or token one that there is.")
-            if text and live.vocabulary.decode(tokens) != text:
-                raise each.refused("text", "has characters that this model cannot write.")
-            count = len(tokens)
-        strength = each.number("strength", 0.0)
-        places = tuple(range(first, min(first + count, live.length + 1)))
-        change = Change(kind, places, tuple(tokens), 1.0 if strength is None else strength)
-        changes.append(checked(change, live.length))
-    strength = fields.number("strength", 0.0)
-    order = Order(
-        tuple(changes),
-        fields.integer("at", 0),
-        min(1.0, strength or 0.0),
-        fields.integer("run", 0),
-    )
-    fields.settle({})
-    return order
 
 
 def _running(engine: Engine, live: Live, order: Order, *, begins: bool = False) -> Response:

@@ -28,6 +28,11 @@ from mlx_diffgemma.text.tokenizer import hf_tokenizer
 
 MOST_ANSWERS = 128
 _LONGER = (48, 64, 96, 128, 192)  # further lengths of a gap, where `max_tokens` allows them
+_MORE_NAMES = {
+    "additionalProperties", "allOf", "anyOf", "dependentSchemas", "else", "if", "oneOf",
+    "patternProperties", "propertyNames", "then", "unevaluatedProperties",
+}  # fmt: skip
+"""Keywords of a schema by which an object may hold names that are not among its properties."""
 _COLDEST = 1e-4  # the least `t_max` of `DiffusionConfig`
 
 
@@ -86,7 +91,6 @@ def prepare(engine: Engine, asked: Asked) -> Prepared:
 
     Raises:
         UsageError, PromptError, RefusedError: what is asked contradicts itself or cannot be done.
-        MemoryShortageError: the request can never fit into memory.
     """
     _check(asked)
     with engine.tokenizing:
@@ -100,7 +104,8 @@ def prepare(engine: Engine, asked: Asked) -> Prepared:
             **asked.settings,
         )
     config = at_temperature(config, asked.temperature)
-    fit_to_context(engine.model, [encoded.ids], config)
+    # The engine judges memory: what does not fit beside others now may wait until they are done.
+    fit_to_context(engine.model, [encoded.ids], config, check_memory=False)
     return Prepared(
         asked,
         encoded,
@@ -165,12 +170,25 @@ def _must_call(asked: Asked) -> bool:
 
 def _functions(asked: Asked) -> dict[str, Mapping[str, Any]]:
     """The JSON schemas of the arguments of the functions that may be called, by name."""
-    found = {}
+    found: dict[str, Mapping[str, Any]] = {}
     for tool in checked_tools(asked.tools or []):
         function = tool["function"]
         if asked.tool_choice in ("required", function["name"]):
-            found[function["name"]] = function.get("parameters") or {"type": "object"}
+            found[function["name"]] = arguments_schema(function.get("parameters") or {})
     return found
+
+
+def arguments_schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON schema of the arguments of a call that must be made: an object that holds no names
+    but those of the function's `parameters`, unless these say that there may be others."""
+    if "$ref" in parameters:
+        return dict(parameters)
+    schema = {"type": "object", "properties": {}, **parameters}
+    properties, required = schema["properties"], schema.get("required", [])
+    closed = isinstance(properties, dict) and isinstance(required, list)
+    if closed and not _MORE_NAMES.intersection(schema) and all(n in properties for n in required):
+        schema["additionalProperties"] = False
+    return schema
 
 
 def _encoded(engine: Engine, asked: Asked) -> Encoded:

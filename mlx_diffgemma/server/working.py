@@ -309,7 +309,7 @@ class _Work:
         room = max(1, self.config.max_tokens - written)
         found = self._structured(
             replace(encoded, ids=ids),
-            json_schema=_as_object(names[name]),
+            json_schema=names[name],
             validate=TRIES,
             config=replace(self.config, max_tokens=room),
         )
@@ -345,10 +345,3 @@ class _Work:
         limited = self.asked.max_tokens is not None and lengths[-1] == self.asked.max_tokens
         reason: Reason = "length" if limited and len(filled.tokens) >= lengths[-1] else "stop"
         yield from self._whole(filled.text, infos, [filled.steps], reason=reason)
-
-
-def _as_object(schema: Any) -> Any:
-    """The schema of the arguments of a call, made to demand an object where it names no type."""
-    if isinstance(schema, dict) and "type" not in schema and "$ref" not in schema:
-        return {**schema, "type": "object"}
-    return schema

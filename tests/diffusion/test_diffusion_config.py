@@ -117,3 +117,10 @@ def test_a_bad_file_names_the_file():
 def test_values_of_another_kind(data, message):
     with pytest.raises(ConfigError, match=message):
         DiffusionConfig.from_dict(data)
+
+
+def test_a_number_is_a_float_whatever_it_is_given_as():
+    vast = ("run_entropy", "entropy_bound", "accept_threshold", "soft_cutoff", "late_bound")
+    config = DiffusionConfig().override(t_min=1, t_max=2, **dict.fromkeys(vast, 10**40))
+    for name in ("t_min", "t_max", *vast):
+        assert isinstance(getattr(config, name), float), name

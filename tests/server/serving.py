@@ -10,8 +10,7 @@ import json
 import os
 import socket
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -151,14 +150,6 @@ def post(path: str, body: Any, *headers: str, host: str = "localhost") -> bytes:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [f"POST {path} HTTP/1.1", f"Host: {host}", f"Content-Length: {len(raw)}", *headers]
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + raw
-
-
-def until(true: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Wait until something is true."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.01)
 
 
 def main() -> None:

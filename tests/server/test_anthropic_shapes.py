@@ -54,7 +54,7 @@ def test_a_message_has_text_and_usage(client, told):
 def test_a_stream_adds_up_to_the_message(client, told):
     pieces = [
         thought("Let me "), thought("see."), text("It is "), text("cold."),
-        call("weather", 0, city="Oslo"), call("weather", 1, city='"}{ü'),
+        call("weather", 0, city="Oslo"), call("weather", 1, city='"}{ü'), call("clock", 2),
     ]  # fmt: skip
     told.say(*pieces, reason="tool_calls", thought_tokens=4)
     whole = ask(client)
@@ -65,13 +65,13 @@ def test_a_stream_adds_up_to_the_message(client, told):
             kinds.append(event.type)
         streamed = stream.get_final_message()
     assert streamed.model_dump(exclude={"id"}) == whole.model_dump(exclude={"id"})
-    assert [block.type for block in whole.content] == ["thinking", "text", "tool_use", "tool_use"]
+    assert [block.type for block in whole.content] == ["thinking", "text", *["tool_use"] * 3]
     assert whole.content[0].thinking == "Let me see." and whole.content[0].signature
-    assert [block.input for block in whole.content[2:]] == [{"city": "Oslo"}, {"city": '"}{ü'}]
+    assert [block.input for block in whole.content[2:]] == [{"city": "Oslo"}, {"city": '"}{ü'}, {}]
     assert whole.stop_reason == "tool_use"
     assert whole.usage.output_tokens_details.thinking_tokens == 4
     assert kinds[0] == "message_start" and kinds[-2:] == ["message_delta", "message_stop"]
-    assert kinds.count("content_block_start") == kinds.count("content_block_stop") == 4
+    assert kinds.count("content_block_start") == kinds.count("content_block_stop") == 5
 
 
 def test_the_raw_stream_has_every_field_that_has_a_default(told_url, told):

@@ -14,7 +14,7 @@ from mlx_diffgemma import generate_structured, infill, stream_generate
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.server.asking import answer, count_tokens
 from mlx_diffgemma.server.pieces import Asked, Call, Ended, Frame, Started, Text, Thought
-from mlx_diffgemma.server.preparing import prepare
+from mlx_diffgemma.server.preparing import arguments_schema, prepare
 from mlx_diffgemma.server.refusals import RefusedError
 
 HELLO = [{"role": "user", "content": "sort: 3 1 2"}]
@@ -136,6 +136,19 @@ def test_a_call_that_must_be_made_validates(calling_engine, choice):
     jsonschema.validate(call.arguments, schemas[call.name])
     assert isinstance(call.arguments, dict) and choice in ("required", call.name)
     assert ends_of(pieces)[0].reason == "tool_calls" and not text_of(pieces)
+
+
+def test_a_call_that_must_be_made_names_no_argument_that_its_function_does_not_know():
+    city = {"city": {"type": "string"}}
+    for parameters, more in (
+        ({}, {"type": "object", "properties": {}, "additionalProperties": False}),
+        ({"properties": city}, {"type": "object", "additionalProperties": False}),
+        ({"properties": city, "additionalProperties": True}, {"type": "object"}),
+        ({"properties": city, "anyOf": [{"required": ["town"]}]}, {"type": "object"}),
+        ({"required": ["town"]}, {"type": "object", "properties": {}}),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "object"}}}, {}),
+    ):
+        assert arguments_schema(parameters) == {**parameters, **more}
 
 
 SAID = '<|channel>thought\nplan<channel|>So: <|tool_call>call:weather{city:<|"|>Rome<|"|>,days:2}'

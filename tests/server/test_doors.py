@@ -12,7 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import FakeEngine, exchange, post, serving, status, until
+from running import until
+from serving import FakeEngine, exchange, post, serving, status
 
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.server import lifecycle, streams

@@ -19,9 +19,11 @@ from mlx_diffgemma.distributed.line import LOST, RanksError
 from mlx_diffgemma.editing.decide import decide
 from mlx_diffgemma.editing.infill import infill
 from mlx_diffgemma.editing.structured import generate_structured
-from mlx_diffgemma.errors import UsageError
+from mlx_diffgemma.errors import MemoryShortageError, UsageError
+from mlx_diffgemma.server.asking import answer
 from mlx_diffgemma.server.engine import Engine, EngineSettings, QueueFullError
 from mlx_diffgemma.server.jobs import Seat, Ticket
+from mlx_diffgemma.server.pieces import Asked, Text
 from mlx_diffgemma.server.refusals import refusal
 
 PUZZLE = "1.3.5. 4.6.2. 2.1.6. 5.4.3. 3.2.1. 6.5.4."
@@ -278,6 +280,34 @@ def test_a_bad_value_ends_its_own_row_alone(monkeypatch: pytest.MonkeyPatch) -> 
     run(test)
 
 
+def test_a_step_that_cannot_be_queued_fails_for_the_request_that_is_to_blame(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mlx_diffgemma.diffusion import predict
+
+    whole, shared = predict.Predictor.__call__, []
+
+    def spoilt(self: Any, canvases: Any, prefixes: Any) -> Any:
+        lengths = [canvas.settings.max_tokens for canvas in canvases]
+        if 31 in lengths:
+            shared.append(len(lengths))
+            raise RuntimeError("a fault of MLX")
+        return whole(self, canvases, prefixes)
+
+    async def test() -> None:
+        async with running() as engine:
+            with engine._changed:  # they begin together
+                bad = engine.submit(said("hi", 0, max_tokens=31))
+                good = engine.submit(said("count to 5", 0, max_tokens=32))
+            found = await asyncio.gather(text_of(bad), text_of(good), return_exceptions=True)
+            assert isinstance(found[0], RuntimeError)
+            assert found[1] == expected and max(shared) == 2
+
+    expected = alone("count to 5", 0, max_tokens=32)
+    monkeypatch.setattr(predict.Predictor, "__call__", spoilt)
+    run(test)
+
+
 def test_more_than_may_wait_are_refused() -> None:
     async def test() -> None:
         async with running(queue=2) as engine:
@@ -306,6 +336,33 @@ def test_requests_that_do_not_fit_together_take_turns(monkeypatch: pytest.Monkey
                 tickets = [engine.submit(work, **sizes) for _ in range(3)]
             await asyncio.gather(*map(text_of, tickets))
             assert beside == [1, 1, 1]
+
+    run(test)
+
+
+def test_what_there_is_no_memory_for_now_may_be_sent_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = Asked(prompt="hi", seed=0, max_tokens=8)
+
+    async def texts(engine: Engine) -> str:
+        return "".join([p.text async for p in answer(engine, asked) if isinstance(p, Text)])
+
+    async def test() -> None:
+        async with running(prefix_bytes=0) as engine:
+            expected = await texts(engine)
+            whole = memory.available_memory()
+            monkeypatch.setattr(memory, "available_memory", lambda: 0)
+            with pytest.raises(MemoryShortageError) as now:
+                await texts(engine)
+            assert (refusal(now.value).status, engine.counters.failed) == (503, 1)
+            assert refusal(now.value).headers["retry-after"] == "5"
+            monkeypatch.setattr(engine, "_offered", 0)
+            with pytest.raises(MemoryShortageError) as ever:
+                await texts(engine)
+            assert refusal(ever.value).status == 400
+            monkeypatch.setattr(memory, "available_memory", lambda: whole)
+            assert await texts(engine) == expected
 
     run(test)
 

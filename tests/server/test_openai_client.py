@@ -156,6 +156,28 @@ def test_calls_and_thoughts(calling, script, ids, streamed):
     assert len({each.id for each in found}) == 2
 
 
+def test_a_stream_of_calls_adds_up_in_the_package(calling, script, ids):
+    script.canvases = [ids(CALL.replace('weather{city:<|"|>Oslo<|"|>}', "clock{}"))]
+    clock: Any = {"type": "function", "function": {"name": "clock"}}
+    begun, ended = [], []
+    with calling.chat.completions.stream(
+        model="m", messages=SORT, tools=[WEATHER, clock], seed=1
+    ) as stream:
+        for event in stream:
+            if event.type == "tool_calls.function.arguments.delta":
+                begun.append((event.index, event.arguments_delta))
+            if event.type == "tool_calls.function.arguments.done":
+                ended.append((event.index, event.name, event.arguments))
+        (choice,) = stream.get_final_completion().choices
+    assert [json.loads(said) for _, said in begun] == [{"city": "Ro}me,", "days": 2}, {}]
+    assert ended == [(0, "weather", begun[0][1]), (1, "clock", "{}")]
+    calls = choice.message.tool_calls
+    assert [(each.function.name, each.function.arguments) for each in calls] == [
+        ("weather", begun[0][1]), ("clock", "{}")
+    ]  # fmt: skip
+    assert choice.finish_reason == "tool_calls" and choice.message.content == "So."
+
+
 def test_results_of_calls_go_back(calling, script, ids):
     script.canvases = [ids(CALL)]
     first = calling.chat.completions.create(
@@ -181,6 +203,17 @@ def test_a_call_that_must_be_made(calling):
     (call,) = found.choices[0].message.tool_calls
     assert call.function.name == "weather"
     jsonschema.validate(json.loads(call.function.arguments), WEATHER["function"]["parameters"])
+    clock: Any = {"type": "function", "function": {"name": "clock"}}
+    named: Any = {"type": "function", "function": {"name": "clock"}}
+    options: Any = {
+        "model": "m", "messages": SORT, "tools": [WEATHER, clock], "seed": 2,
+        "tool_choice": named, "extra_body": {"diffusion_max_steps": 2},
+    }  # fmt: skip
+    with calling.chat.completions.stream(**options) as stream:
+        (choice,) = stream.get_final_completion().choices
+    (call,) = choice.message.tool_calls
+    assert (call.function.name, call.function.arguments) == ("clock", "{}")
+    assert choice.finish_reason == "tool_calls" and not choice.message.content
 
 
 def test_completions_and_what_stands_between(demo, demo_engine):
@@ -253,6 +286,7 @@ def picture(url: str) -> dict[str, Any]:
         ("top_logprobs", 5, "top_logprobs"),
         ("temperature", -1, "temperature"),
         ("n", 200, "n"),
+        ("n", 2**40, "n"),
         ("guided_json", {}, None),
         ("guided_json", {"type": "object"}, "guided_json"),
         ("tool_choice", "required", "tools"),

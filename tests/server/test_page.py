@@ -13,7 +13,11 @@ import httpx
 import pytest
 
 from mlx_diffgemma.demo import sudoku
+from mlx_diffgemma.diffusion.config import DiffusionConfig
+from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.server import live, page
+from mlx_diffgemma.server.engine import Engine
+from mlx_diffgemma.server.orders import Order
 from mlx_diffgemma.server.writing import _near, _with_kept
 
 PREACT_AND_HTM = "72284e8e9079c87817145df1110f74e8a2aa040b2fc384922e18dfcb46fc1fd7"
@@ -238,3 +242,18 @@ def test_the_text_around_a_change_is_whole_lines() -> None:
     assert _near(text, 9) == "one\ntwo\n"
     assert _near(text, 7, end=True) == "three\n"
     assert _near("x" * 50, 10) == "x" * 10
+
+
+def test_an_order_is_left_to_the_run_that_it_began(demo_engine: Engine) -> None:
+    vocabulary = Vocabulary(demo_engine.tokenizer, demo_engine.model.config.text.vocab_size, (1,))
+    canvas = live.Live(DiffusionConfig(), vocabulary, [2], 8, 0)
+    first = canvas.offer(Order(steps=1))
+    assert first is not None and len(canvas._taken(first)) == 1
+    assert canvas.offer(Order(steps=2)) is None and not canvas._over(first)
+    canvas.end(first)  # its client went away, while it goes on until its next pause
+    second = canvas.offer(Order(steps=3))
+    assert second is not None and canvas._taken(first) == [] and canvas._over(first)
+    canvas.end(first)
+    assert canvas._taken(second) == [Order(steps=3)]
+    assert canvas.offer(Order(steps=4)) is None, "the second run goes on"
+    assert not canvas._over(second) and canvas._taken(second) and canvas._over(second)

@@ -184,8 +184,7 @@ export class Live {
   again(frame) {
     this.offset = this.frames.length;
     const pins = Object.fromEntries(frame.pins.map((place) => [place, frame.ids[place]]));
-    const { seed, ids, ...rest } = this.request;
-    return { ...rest, ids: frame.ids, pins: { ...pins }, strength: AGAIN };
+    return { ...this.request, seed: undefined, ids: frame.ids, pins, strength: AGAIN };
   }
 
   async anew(frame, pace, changes) {
