@@ -38,6 +38,8 @@ from mlx_diffgemma.text.prompt_settings import PromptSettings, parted
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+    from mlx_diffgemma.distributed.group import Ranks
+
 
 _SHARE_OF_MARKS = 8  # marks of a prefix take at most one part in so many of the memory left
 
@@ -52,6 +54,9 @@ def load(
     trust_remote_code: bool = False,
     check: bool = False,
     vision: bool | None = None,
+    parallel: str | None = None,
+    weights: str | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[DiffusionGemma, TokenizerWrapper]:
     """Load a model and its tokenizer, as `mlx_lm.load` does.
 
@@ -65,6 +70,11 @@ def load(
         check: look for NaN and infinity in every weight.
         vision: whether to load the vision tower. None loads it when the first picture comes, and
             False refuses pictures.
+        parallel: how the model is split among the processes that `mlx.launch` started: "tensor",
+            "experts", "pipeline" or "auto". None loads the whole model, unless `ranks` are given.
+            Rank 0 returns; on the others this call computes what rank 0 asks for, and exits.
+        weights: how much of the model each process takes, such as "2,1"; None goes by their memory.
+        ranks: the processes, where they have joined already.
 
     Returns:
         The model, ready to run on the default device, and mlx-lm's wrapper of its tokenizer.
@@ -77,12 +87,30 @@ def load(
     """
     from mlx_diffgemma.text.tokenizer import load_tokenizer
 
-    path = locate.locate(path_or_repo, revision)
-    model, _ = loading.load_model(
-        path, lazy=lazy, check=check, name=str(path_or_repo), vision=vision
-    )
-    if adapter_path is not None:
-        adapters.load_adapters(model, adapter_path)
+    if ranks is not None or parallel is not None or weights is not None:
+        from mlx_diffgemma.checkpoint.sparse import locate_sparse
+        from mlx_diffgemma.distributed.opening import load_together
+
+        if adapter_path is not None or lazy:
+            what = "lazy=True" if lazy else "an adapter"
+            raise UsageError(f"{what} does not go with several processes; fuse adapters first.")
+        path = locate_sparse(path_or_repo, revision)
+        model = load_together(
+            path,
+            ranks,
+            parallel=parallel,
+            weights=weights,
+            check=check,
+            name=str(path_or_repo),
+            vision=vision,
+        )
+    else:
+        path = locate.locate(path_or_repo, revision)
+        model, _ = loading.load_model(
+            path, lazy=lazy, check=check, name=str(path_or_repo), vision=vision
+        )
+        if adapter_path is not None:
+            adapters.load_adapters(model, adapter_path)
     tokenizer = load_tokenizer(
         path,
         eos_token_ids=list(model.config.stated_end_ids),

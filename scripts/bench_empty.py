@@ -16,9 +16,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from exercises import exam
+from exercises.tasks import TASKS
 from mlx_diffgemma import load
-from mlx_diffgemma.bench import exam
-from mlx_diffgemma.demo.tasks import TASKS
 from mlx_diffgemma.diffusion.canvas import Canvas, Passed
 from mlx_diffgemma.diffusion.constraints import FREE, Layout, token_mask
 from mlx_diffgemma.diffusion.denoiser import Denoiser

@@ -8,7 +8,7 @@
 One token at a time is the same canvas and the same grammar, but every pass pins the next token
 only; tokens that the grammar forces cost it nothing either. With `--vocabulary`, forty schemas of
 daily use are answered with a tokenizer of as many words and guesses in place of a model, within a
-few minutes: masks and milliseconds a pass beside the model (their mean and the slowest pass), the
+minute: masks and milliseconds of CPU a pass beside the model (their mean and the slowest pass), the
 passes of a free answer of as many tokens under the same guesses, and the time before the first
 pass.
 """

@@ -144,3 +144,8 @@ def on_files(files: Any, config: Any) -> Any:
     for path, text in made.items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Mark what is short in the type of code, so that no line ends inside an option."""
+    return re.sub(r"(?<!<span></span>)<code>(?=[^<]{1,30}</code>)", '<code class="short">', html)

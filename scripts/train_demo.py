@@ -121,8 +121,9 @@ def sit(folder: Path, recipe: Recipe, hours: float, say: Callable[..., None]) ->
     return True
 
 
-def write_model(folder: Path) -> Path:
-    """`model`: what was trained, in bf16, written and verified by the converter."""
+def write_model(folder: Path, name: str = "train_demo") -> Path:
+    """`model`: what was trained by the script of this name, in bf16, written and verified by the
+    converter."""
     from mlx_diffgemma.checkpoint.quantization import Recipe as Formats
     from mlx_diffgemma_convert.job import convert
     from mlx_diffgemma_convert.journal import Journal
@@ -131,7 +132,7 @@ def write_model(folder: Path) -> Path:
 
     target = folder / "model"
     shutil.rmtree(target, ignore_errors=True)
-    source = OverlaidSource(folder / "start", [folder / "adapters.safetensors"], "train_demo")
+    source = OverlaidSource(folder / "start", [folder / "adapters.safetensors"], name)
     plan = make_plan(source, Formats("plain", ()), dtype="bf16")
     with Journal(target) as journal:
         convert(plan, journal, restart=True)

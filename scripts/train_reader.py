@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from train_demo import steps_done, write_card
+from train_demo import steps_done, write_card, write_model
 
 from mlx_diffgemma.bench.openblas import load_openblas
 
@@ -216,21 +216,12 @@ def sit(folder: Path, args: argparse.Namespace, say: Any) -> None:
 
 
 def finish(folder: Path, count: int, batch: int, say: Any) -> None:
-    """Write the model in bf16, verified by the converter, examine it, and write its card."""
+    """Write the model, examine it, and write its card."""
     from mlx.utils import tree_flatten
 
     from mlx_diffgemma import load
-    from mlx_diffgemma.checkpoint.quantization import Recipe
-    from mlx_diffgemma_convert.job import convert
-    from mlx_diffgemma_convert.journal import Journal
-    from mlx_diffgemma_convert.overlay import OverlaidSource
-    from mlx_diffgemma_convert.plan import make_plan
 
-    target = folder / "model"
-    shutil.rmtree(target, ignore_errors=True)
-    source = OverlaidSource(folder / "start", [folder / "adapters.safetensors"], "train_reader")
-    with Journal(target) as journal:
-        convert(make_plan(source, Recipe("plain", ()), dtype="bf16"), journal, restart=True)
+    target = write_model(folder, "train_reader")
     model, tokenizer = load(target)
     exact = exact_rate(model, tokenizer, count, EXAM_SEED)
     say("exam", count=count, exact=exact)

@@ -39,6 +39,35 @@ def imports(tree: ast.AST, known: set[str]) -> set[str]:
     return found & known
 
 
+def bound(tree: ast.AST) -> set[str]:
+    """The names that a file binds anywhere, and where it makes names on demand, those it spells."""
+    found, spelled = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            spelled.add(node.value)
+    return found | spelled if "__getattr__" in found else found
+
+
+def missing(tree: ast.AST, known: dict[str, set[str]]) -> set[str]:
+    """What a file imports of our modules, here with the names that they bind, that there is not."""
+    packages, wrong = {name.partition(".")[0] for name in known}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            wrong |= {alias.name for alias in node.names} - set(known)
+        elif isinstance(node, ast.ImportFrom):
+            module = str(node.module)
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            there = {f"{module}.{name}" for name in known.get(module, ())} | set(known)
+            wrong |= names - there
+    return {name for name in wrong if name.partition(".")[0] in packages}
+
+
 def circle(graph: dict[str, set[str]]) -> list[str]:
     try:
         TopologicalSorter(graph).prepare()
@@ -56,6 +85,24 @@ def test_no_imports_in_circles():
     }
     assert "mlx_diffgemma.cli.editing" in graph["mlx_diffgemma.cli.structured"]
     assert circle(graph) == []
+
+
+def test_all_that_is_imported_of_ours_exists():
+    """In scripts too, whose imports inside of functions no test may run."""
+    known = {name: bound(ast.parse(path.read_text())) for name, path in modules().items()}
+    files = [*modules().values(), *(ROOT / "tests").rglob("*.py")]
+    wrong = {
+        str(path.relative_to(ROOT)): found
+        for path in files
+        if (found := missing(ast.parse(path.read_text()), known))
+    }
+    assert wrong == {}
+
+
+def test_what_is_gone_is_found():
+    known = {"a": {"b"}, "a.c": {"__getattr__", "lazy"}}
+    source = "import os, a.x\ndef f():\n    from a.d import e\nfrom a import b, c, g\n"
+    assert missing(ast.parse(source + "from a.c import lazy"), known) == {"a.x", "a.d.e", "a.g"}
 
 
 @pytest.mark.parametrize("indent", ["", "if TYPE_CHECKING:\n    ", "def f():\n    "])

@@ -25,10 +25,10 @@ from mlx_diffgemma.checkpoint.names import (
     is_vision,
     vision_shapes,
 )
-from mlx_diffgemma.checkpoint.quantization import formats_from_config
+from mlx_diffgemma.checkpoint.quantization import Format, formats_from_config
 from mlx_diffgemma.checkpoint.shards import StoredTensor, stored_tensors
 from mlx_diffgemma.checks import check_flag
-from mlx_diffgemma.config import ModelConfig, check_generation_ids
+from mlx_diffgemma.config import ModelConfig, TextConfig, check_generation_ids
 from mlx_diffgemma.errors import CheckpointError, PromptError, UsageError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.model.vision import Vision
@@ -75,9 +75,42 @@ def load_model(
             of another kind.
         MemoryShortageError: the model does not fit into memory.
     """
+    check_flag("lazy", lazy)
+    opened = open_checkpoint(
+        path_or_repo, revision=revision, dtype=dtype, check=check, name=name, vision=vision
+    )
+    if not lazy:
+        opened.require_memory(opened.config.text, opened.stored)
+    opened.compare_shapes()
+    model = DiffusionGemma(opened.config)
+    opened.prepare(model, opened.stored, opened.formats())
+    if not cpu.is_device():
+        model.compile()
+    if lazy:
+        # What is read later may be read in any thread, and other streams are one thread's own.
+        with mx.stream(mx.new_thread_unsafe_stream(mx.cpu)):
+            weights = _read(opened.stored, opened.dtype)
+        model.read_weights = _Unread(model)
+    else:
+        weights = _read(opened.stored, opened.dtype)
+    opened.fill(model, weights, lazy=lazy)
+    return model, dict(opened.raw)
+
+
+def open_checkpoint(
+    path_or_repo: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: mx.Dtype | None = None,
+    check: bool = False,
+    name: str | None = None,
+    vision: bool | None = None,
+) -> Checkpoint:
+    """Find a checkpoint and read all of it but the weights. Arguments and errors are those of
+    `load_model`."""
     if dtype is not None and dtype not in _DTYPES:
         raise UsageError(f"dtype must be float32, float16 or bfloat16 of mlx, not {shown(dtype)}.")
-    for flag, value in (("lazy", lazy), ("check", check), ("vision", vision)):
+    for flag, value in (("check", check), ("vision", vision)):
         if value is not None:
             check_flag(flag, value)
     folder = locate(path_or_repo, revision)
@@ -94,49 +127,116 @@ def load_model(
     )
     if vision and not eyes.stored:
         raise CheckpointError(eyes.missing())
-    if not lazy:
-        size = sum(_loaded_bytes(tensor, dtype) for tensor in stored.values())
-        if vision:
-            size += eyes.nbytes
-        estimate = memory.estimate(
-            config.text,
-            size,
-            canvas_length=config.canvas_length,
-            activation_bytes=2 if dtype is None else dtype.size,
-        )
-        memory.require(estimate, name or str(path_or_repo))
+    return Checkpoint(config, raw, stored, dtype, check, vision, eyes)
 
-    _compare_shapes(expected_shapes(config), stored)
-    model = DiffusionGemma(config)
-    _quantize_modules(model, config, stored)
-    _require_shapes(model, stored)
-    if cpu.is_device():
-        cpu.use(model)
-    else:
-        model.compile()
-    if lazy:
-        # What is read later may be read in any thread, and other streams are one thread's own.
-        with mx.stream(mx.new_thread_unsafe_stream(mx.cpu)):
-            weights = _read(stored, dtype)
-        model.read_weights = _Unread(model)
-    else:
-        weights = _read(stored, dtype)
-    model.load_weights(list(weights.items()))
-    model.eval()
-    if check:
-        _check_finite(model)
-    if not lazy:
-        mx.eval(model.parameters())
-    model.reads_pictures = bool(eyes.stored) and vision is not False
-    if eyes.stored:
-        ids = (config.image_token_id, config.boi_token_id, config.eoi_token_id)
-        model.never_drawn = tuple(
-            token for token in ids if token is not None and token < config.text.vocab_size
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files were found and whose headers were read, and the steps by which a
+    model, or a part of one, is loaded from it.
+
+    Attributes:
+        raw: the content of `config.json`, as `load_model` returns it.
+        stored: the tensors of the text model, by the name of the parameter they fill.
+        dtype: type of the weights that are not quantized; None keeps that of the checkpoint.
+        check: whether to look for NaN and infinity in every weight.
+        vision: whether to load the vision tower; None leaves it on disk until a picture comes, and
+            False refuses pictures.
+        eyes: the vision tower.
+    """
+
+    config: ModelConfig
+    raw: dict[str, Any]
+    stored: dict[str, StoredTensor]
+    dtype: mx.Dtype | None
+    check: bool
+    vision: bool | None
+    eyes: _Eyes
+
+    def sizes(
+        self, stored: Mapping[str, StoredTensor] | None = None, *, as_stored: bool = False
+    ) -> dict[str, int]:
+        """Bytes of each tensor in `stored` (of all of the text model, if it is None) once it is
+        loaded, or as it is on disk."""
+        dtype = None if as_stored else self.dtype
+        tensors = self.stored if stored is None else stored
+        return {name: _loaded_bytes(tensor, dtype) for name, tensor in tensors.items()}
+
+    def require_memory(self, text: TextConfig, stored: Mapping[str, StoredTensor]) -> None:
+        """Refuse to load `stored` into a model of the sizes in `text`, and the vision tower if it
+        is wanted at once, where they do not fit.
+
+        Raises:
+            MemoryShortageError: they do not fit into memory.
+        """
+        size = sum(self.sizes(stored).values())
+        if self.vision:
+            size += self.eyes.nbytes
+        estimate = memory.estimate(
+            text,
+            size,
+            canvas_length=self.config.canvas_length,
+            activation_bytes=2 if self.dtype is None else self.dtype.size,
         )
-    model.load_vision = eyes.closed if vision is False else eyes.load
-    if vision:
-        model.require_vision()
-    return model, dict(raw)
+        memory.require(estimate, self.eyes.name)
+
+    def compare_shapes(self) -> None:
+        """Compare stored matrices with the shapes of the config, before a model of these is made.
+
+        Raises:
+            CheckpointError: naming the first tensor of another shape.
+        """
+        _compare_shapes(expected_shapes(self.config), self.stored)
+
+    def formats(self) -> dict[str, Format]:
+        """The format of every quantized module of the text model, by its path.
+
+        Raises:
+            CheckpointError: config and stored tensors contradict each other.
+        """
+        return _formats(self.config, self.stored)
+
+    def prepare(
+        self,
+        model: DiffusionGemma,
+        stored: Mapping[str, StoredTensor],
+        formats: Mapping[str, Format],
+    ) -> None:
+        """Make `model` ready for the tensors in `stored`: quantize its modules, and give it the
+        forms for a CPU where it runs on one. Names, shapes and paths are those of `model`.
+
+        Raises:
+            CheckpointError: naming the first tensor that is missing, wrong or extra.
+        """
+        _quantize_modules(model, formats)
+        _require_shapes(model, stored)
+        if cpu.is_device():
+            cpu.use(model)
+
+    def fill(
+        self, model: DiffusionGemma, weights: Mapping[str, mx.array], *, lazy: bool = False
+    ) -> None:
+        """Put weights into a model that is prepared, and the vision tower if it is wanted at once.
+
+        Raises:
+            CheckpointError: a weight holds NaN or infinity, or the tower is damaged.
+        """
+        model.load_weights(list(weights.items()))
+        model.eval()
+        if self.check:
+            _check_finite(model)
+        if not lazy:
+            mx.eval(model.parameters())
+        config, eyes = self.config, self.eyes
+        model.reads_pictures = bool(eyes.stored) and self.vision is not False
+        if eyes.stored:
+            ids = (config.image_token_id, config.boi_token_id, config.eoi_token_id)
+            model.never_drawn = tuple(
+                token for token in ids if token is not None and token < config.text.vocab_size
+            )
+        model.load_vision = eyes.closed if self.vision is False else eyes.load
+        if self.vision:
+            model.require_vision()
 
 
 @dataclass(frozen=True)
@@ -188,7 +288,8 @@ class _Eyes:
         _compare_shapes(vision_shapes(config, size), self.stored)
         vision = Vision(config, size)
         own = {name.removeprefix(VISION_ROOT): tensor for name, tensor in self.stored.items()}
-        _quantize_modules(vision, self.config, self.stored, VISION_ROOT)
+        formats = _formats(self.config, self.stored).items()
+        _quantize_modules(vision, {path.removeprefix(VISION_ROOT): fmt for path, fmt in formats})
         _require_shapes(vision, own)
         if cpu.is_device():
             cpu.use(vision)
@@ -221,10 +322,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of the text model's weights as `load_model` loads them on this machine."""
-    dtype = _fast_dtype()
-    return sum(
-        _loaded_bytes(tensor, dtype) for tensor in _text_tensors(stored_tensors(folder)).values()
-    )
+    tensors = _text_tensors(stored_tensors(folder)).values()
+    return sum(_loaded_bytes(tensor, _fast_dtype()) for tensor in tensors)
 
 
 def _fast_dtype() -> mx.Dtype | None:
@@ -270,21 +369,22 @@ def _loaded_bytes(tensor: StoredTensor, dtype: mx.Dtype | None) -> int:
     return size
 
 
-def _quantize_modules(
-    model: nn.Module, config: ModelConfig, stored: Mapping[str, StoredTensor], root: str = ""
-) -> None:
-    """Turn every module whose scales are stored into its quantized form. `root` before the path of
-    a module of `model` gives the name in the checkpoint."""
+def _formats(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> dict[str, Format]:
+    """The format of every module of which scales are stored, by its path in the checkpoint."""
     if config.quantization is None:
+        return {}
+    return formats_from_config(config, {name: tensor.shape for name, tensor in stored.items()})
+
+
+def _quantize_modules(model: nn.Module, formats: Mapping[str, Format]) -> None:
+    """Turn the modules of `model` that have a format, by their path in it, into their quantized
+    form."""
+    if not formats:
         return
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
-    formats = formats_from_config(config, shapes)
 
     def parameters(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        fmt = formats.get(root + path)
-        if fmt is None:
-            return False
-        return {"group_size": fmt.group_size, "bits": fmt.bits, "mode": fmt.mode}
+        fmt = formats.get(path)
+        return False if fmt is None else fmt.parameters
 
     nn.quantize(model, class_predicate=parameters)
 
@@ -292,11 +392,7 @@ def _quantize_modules(
 def _compare_shapes(
     shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]
 ) -> None:
-    """Compare stored matrices with the shapes of the config, before a model of these is made.
-
-    Raises:
-        CheckpointError: naming the first tensor of another shape.
-    """
+    """Raise CheckpointError, naming the first tensor of another shape."""
     for name, shape in shapes.items():
         tensor = stored.get(name)
         packed = tensor is not None and tensor.dtype not in _FLOATS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,7 +129,7 @@ def bench(
             metavar="[TWIN]", help="Autoregressive model for --against mlx-lm.", show_default=""
         ),
     ] = None,
-    loading: Annotated[Loading, Only("model", "adapter_path")],
+    loading: Annotated[Loading, Only("model", "adapter_path", "parallel", "weights")],
     shapes: Shapes,
     measuring: Measuring,
     against: Annotated[
@@ -159,6 +158,8 @@ def bench(
         raise UsageError("--model and --random exclude each other: drop one.")
     if loading.adapter_path is not None and (shapes.random or against):
         raise UsageError("--adapter-path goes with --model; fuse it to compare others.")
+    if loading.ranks is not None and (shapes.random or against):
+        raise UsageError("--random and --against need one Mac alone: drop them, or mlx.launch.")
     rival, twin_model = _others(against, twin)
     blas = openblas_room.load_openblas(openblas) if openblas else None
     from mlx_diffgemma.bench.run import PROMPT, Plan
@@ -185,7 +186,10 @@ def bench(
     if json:
         print(report.as_json())
     else:
-        _print_tables(report)
+        from mlx_diffgemma.bench.table import as_tables
+        from mlx_diffgemma.cli.output import print_table
+
+        print_table(as_tables(report))
 
 
 def _measure(loading: Loading, shapes: Shapes, plan: Plan) -> BenchReport:
@@ -256,13 +260,3 @@ def _require(rival: bool, vocabulary_pass: str | None) -> None:
 def _say(text: str) -> None:
     if sys.stderr.isatty():
         print(text, file=sys.stderr)
-
-
-def _print_tables(report: BenchReport) -> None:
-    from rich.console import Console
-
-    from mlx_diffgemma.bench.table import as_tables
-
-    # A pipe has no width of its own.
-    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 110
-    Console(width=width, markup=False, emoji=False, highlight=False).print(as_tables(report))

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from mlx_diffgemma.cli import errors
+from mlx_diffgemma.distributed import launched
 from mlx_diffgemma.settings import Setting, settings_of
 
 Parameter = inspect.Parameter
@@ -59,7 +60,9 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
     A parameter annotated with a dataclass stands for all its fields that carry a `Setting`. One
     annotated `Annotated[type, Setting(...)]` stands for one option. One of type `typer.Context` is
     the context, and all other parameters are typer's own. What the function raises becomes an exit
-    code and one line on stderr. Every command gets the option `--debug`.
+    code and one line on stderr. Every command gets the option `--debug`. A command with the option
+    `--parallel` takes it in `loading`, and runs on rank 0 alone where several processes were
+    started.
     """
     return lambda function: _command(function, examples)
 
@@ -76,11 +79,20 @@ def _command(function: Callable[..., None], examples: tuple[str, ...]) -> Callab
 
     @functools.wraps(function)
     def run(ctx: typer.Context, debug: bool = False, **values: Any) -> None:
-        def body() -> None:
-            context = dict.fromkeys(asks, ctx)
-            function(**context, **{taken.name: taken.assembled(values) for taken in takes})
+        def body(**made: Any) -> None:
+            for taken in takes:
+                if taken.name not in made:
+                    made[taken.name] = taken.assembled(values)
+            function(**dict.fromkeys(asks, ctx), **made)
 
-        errors.run(body, debug=debug or errors.debugging(ctx))
+        debug = debug or errors.debugging(ctx)
+        if "parallel" in values and launched.count() > 1:
+            from mlx_diffgemma.cli import ranks
+
+            loading = next(taken for taken in takes if taken.name == "loading")
+            ranks.run(body, loading.assembled(values), debug=debug)
+        else:
+            errors.run(body, debug=debug)
 
     options = [option for taken in takes for option in taken.options()]
     # Arguments without a default come first, as Python wants it of a signature.

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from mlx_diffgemma.cli.command import Only, command
 from mlx_diffgemma.cli.settings import Denoising, Loading, Showing
-from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
 
 if TYPE_CHECKING:
@@ -133,13 +132,10 @@ def _open_page(loading: Loading) -> None:
     """
     import threading
     import webbrowser
-    from importlib.util import find_spec
 
-    missing = [name for name in ("greenlet", "starlette", "uvicorn") if find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"--web needs {', '.join(missing)}: pip install 'mlx-diffgemma[server]' brings it."
-        )
+    from mlx_diffgemma.cli.serve import check_packages
+
+    check_packages("--web")
     from mlx_diffgemma.cli.opening import open_model
     from mlx_diffgemma.server import lifecycle
     from mlx_diffgemma.server.app import create_app

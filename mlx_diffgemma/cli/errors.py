@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from mlx_diffgemma.cli import streams
 from mlx_diffgemma.cli.help_page import write_options, write_section
+from mlx_diffgemma.distributed import launched
 from mlx_diffgemma.errors import DiffGemmaError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -120,8 +121,10 @@ def run(command: Callable[[], None], *, debug: bool = False) -> None:
 
 
 def complain(message: str) -> None:
-    """Print one `error: ...` line on stderr."""
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    """Print one `error: ...` line on stderr, with the rank of this process where it is one of
+    several and not the first."""
+    rank = f"rank {launched.rank()}: " if launched.rank() else ""
+    print(f"error: {rank}{' '.join(message.splitlines())}", file=sys.stderr)
 
 
 def debugging(ctx: typer.Context) -> bool:

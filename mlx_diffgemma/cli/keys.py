@@ -79,7 +79,7 @@ class Guard:
         self._give_back()
         if signum == signal.SIGTERM and self._terminal is not None:
             os.write(self._terminal, (SHOW_CURSOR + PLAIN_PASTE * self._echo).encode())
-        signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signum, self._handlers[signum])
         os.kill(os.getpid(), signum)
         # The program goes on here, after SIGCONT.
         signal.signal(signum, self._handle)
@@ -101,6 +101,25 @@ class Guard:
         if modes is not None and self._terminal is not None and _in_front(self._terminal):
             with suppress(termios.error):  # the terminal has gone
                 termios.tcsetattr(self._terminal, termios.TCSADRAIN, modes)
+
+
+def returner() -> Callable[[], None]:
+    """A function that gives the terminal back with the modes that it has now. Any thread may call
+    it, when the process is about to end."""
+    terminal = _terminal()
+    if terminal is None:
+        return _nothing
+    with suppress(termios.error):
+        modes = termios.tcgetattr(terminal)
+
+        def give_back() -> None:
+            if _in_front(terminal):
+                with suppress(termios.error, OSError):
+                    termios.tcsetattr(terminal, termios.TCSANOW, modes)
+                    os.write(terminal, f"\r{SHOW_CURSOR}{PLAIN_PASTE}".encode())
+
+        return give_back
+    return _nothing
 
 
 def drop() -> None:

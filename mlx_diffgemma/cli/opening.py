@@ -44,17 +44,8 @@ def open_model(loading: Loading) -> Opened:
     if sys.stderr.isatty():
         print(f"loading {chosen}", file=sys.stderr)
     start = time.perf_counter()
-    from mlx_diffgemma.generation import load  # takes seconds, so the note comes first
-
     try:
-        model, tokenizer = load(
-            chosen,
-            revision=loading.revision,
-            adapter_path=loading.adapter_path,
-            chat_template=loading.chat_template,
-            trust_remote_code=loading.trust_remote_code,
-            check=loading.check,
-        )
+        model, tokenizer = loading.load(chosen)
     except (CheckpointError, MemoryShortageError) as error:
         if name is not None:
             raise

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from mlx_diffgemma.cli.display import (
@@ -24,6 +25,8 @@ from mlx_diffgemma.cli.outcome import Outcome
 
 if TYPE_CHECKING:
     from mlx_diffgemma.generation_response import GenerationResponse
+
+_PIPE_WIDTH = 110  # columns
 
 OnPrefill = Callable[[int, int], None]
 Start = Callable[[OnPrefill], Iterable[Any]]
@@ -103,6 +106,13 @@ def write_line(text: str) -> None:
     """Write an answer to stdout, ended by a newline; an empty answer writes nothing."""
     if text:
         print(text, end="" if text.endswith("\n") else "\n", flush=True)
+
+
+def print_table(table: RenderableType) -> None:
+    """Write tables to stdout, as wide as the terminal, or 110 columns wide into a pipe, which has
+    no width of its own."""
+    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else _PIPE_WIDTH
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
 
 
 def note(text: str) -> None:

@@ -41,7 +41,7 @@ def identity(loading: Loading) -> str:
         None if name is None else _whole(name),
         loading.revision,
         loading.adapter_path and _whole(loading.adapter_path),
-        loading.chat_template,
+        loading.chat_template and _template(loading.chat_template),
     )
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -50,6 +50,14 @@ def _whole(name: str) -> str:
     """A folder by its whole path, anything else as it is."""
     path = Path(name).expanduser()
     return str(path.resolve()) if name != "demo" and path.is_dir() else name
+
+
+def _template(given: str) -> str:
+    """The text of a template, of which a file may be named."""
+    try:
+        return given if "{" in given else Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, RuntimeError, ValueError):  # loading says what is wrong
+        return given
 
 
 def find(reaching: Reaching, loading: Loading, only_here: Mapping[str, bool]) -> Remote | None:
@@ -66,7 +74,8 @@ def find(reaching: Reaching, loading: Loading, only_here: Mapping[str, bool]) ->
     given = [option for option, is_given in only_here.items() if is_given]
     if reaching.server is None:
         place = os.environ.get(PLACE, DEFAULT_URL)
-        if reaching.no_server or given or loading.check or not place:
+        alone = loading.check or loading.parallel or loading.weights or loading.ranks
+        if reaching.no_server or given or alone or not place:
             return None
         try:
             remote = Remote(place, seconds=_LOOK_SECONDS)
@@ -79,6 +88,8 @@ def find(reaching: Reaching, loading: Loading, only_here: Mapping[str, bool]) ->
         return remote
     if reaching.no_server:
         raise UsageError("--server and --no-server contradict each other: drop one.")
+    if loading.ranks is not None:
+        raise UsageError("--server needs no other Macs: drop it, or run without mlx.launch.")
     if given:
         raise UsageError(f"{given[0]} does not go with --server: drop one.")
     remote = Remote(reaching.server)

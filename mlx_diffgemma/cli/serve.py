@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from mlx_diffgemma.cli.command import command
 from mlx_diffgemma.cli.errors import INTERRUPTED
 from mlx_diffgemma.cli.remote import KEY, identity
 from mlx_diffgemma.cli.settings import DEFAULT_MODEL, Loading
+from mlx_diffgemma.distributed.line import Ending, RanksError
 from mlx_diffgemma.errors import DiffGemmaError, UsageError
 from mlx_diffgemma.server.config import ServerSettings
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 _NEEDED = ("greenlet", "starlette", "uvicorn")
 _GB = 1e9
+_FAREWELL_SECONDS = 2.0  # for clients to be told that another Mac is lost
 _TICK = 0.25  # seconds
 _CLEAR = "\r\x1b[K" if sys.stderr is not None and sys.stderr.isatty() else ""
 
@@ -38,11 +41,7 @@ def serve(*, loading: Loading, settings: ServerSettings) -> None:
 
     docs/server.md lists the routes. Ctrl-C ends within five seconds, a second one at once.
     """
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"serve needs {', '.join(missing)}: pip install 'mlx-diffgemma[server]' brings it."
-        )
+    check_packages("serve")
     if settings.api_key is None and os.environ.get(KEY):
         settings = replace(settings, api_key=os.environ[KEY])
     from mlx_diffgemma.server import lifecycle, logs
@@ -63,10 +62,25 @@ def serve(*, loading: Loading, settings: ServerSettings) -> None:
         code = INTERRUPTED
     if server.failure is not None:
         raise server.failure
+    if loading.ranks is not None:
+        loading.ranks.end(Ending(code))
     # Loading cannot be broken off, and Python would tidy up for seconds, so the process ends here.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def check_packages(asked: str) -> None:
+    """Raise UsageError where a package is not installed that a server needs.
+
+    Args:
+        asked: the command or option that needs it, as the user gave it.
+    """
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"{asked} needs {', '.join(missing)}: pip install 'mlx-diffgemma[server]' brings it."
+        )
 
 
 def _engine(loading: Loading, settings: ServerSettings, server: Server) -> Engine:
@@ -81,7 +95,7 @@ def _engine(loading: Loading, settings: ServerSettings, server: Server) -> Engin
         "canvas_length": opened.model.config.canvas_length,
     }
     kept = settings.prefix_cache
-    return Engine(
+    engine = Engine(
         opened.model,
         opened.tokenizer,
         name=opened.name,
@@ -90,7 +104,22 @@ def _engine(loading: Loading, settings: ServerSettings, server: Server) -> Engin
             queue=settings.max_queue,
             prefix_bytes=None if kept is None else int(kept * _GB),
         ),
+        settle=loading.ranks.settle if loading.ranks is not None else lambda error: None,
     )
+    if loading.ranks is not None:
+        loading.ranks.farewell = _farewell(engine)
+    return engine
+
+
+def _farewell(engine: Engine) -> Callable[[Ending], None]:
+    """What is done when another Mac is lost: clients are told to try again (503), after which the
+    server ends by itself, as a rule."""
+
+    def tell(ending: Ending) -> None:
+        engine.fail(RanksError(ending.line or "the ranks end.", ending.code))
+        time.sleep(_FAREWELL_SECONDS)
+
+    return tell
 
 
 class _Telling:

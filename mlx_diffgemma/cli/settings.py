@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
 from mlx_diffgemma.cli.command import Changes, Of
@@ -16,11 +16,14 @@ from mlx_diffgemma.config import SOFT_TOKENS
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.diffusion.profiles import PROFILES, profile_settings
+from mlx_diffgemma.distributed.group import Ranks
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.settings import Setting
 from mlx_diffgemma.text.prompt_settings import PromptSettings
 
 if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
     from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
 DEFAULT_MODEL = "mlx-community/diffusiongemma-26B-A4B-it-4bit"
@@ -30,7 +33,12 @@ _MODEL, _PROMPT, _DENOISING, _OUTPUT = "Model", "Prompt", "Denoising", "Output"
 
 @dataclass(frozen=True)
 class Loading:
-    """Which model is loaded, and how."""
+    """Which model is loaded, and how.
+
+    Attributes:
+        ranks: the processes that compute the model together; None where this one is alone. It is no
+            option: `cli.ranks` puts it in.
+    """
 
     model: Annotated[
         str | None,
@@ -56,6 +64,47 @@ class Loading:
     check: Annotated[
         bool, Setting("Search for NaN and infinity in all weights before use.", panel=_MODEL)
     ] = False
+    parallel: Annotated[
+        str | None,
+        Setting(
+            "Split of the model among the Macs that mlx.launch starts: tensor, experts, pipeline, "
+            "or auto.",
+            panel=_MODEL,
+        ),
+    ] = None
+    weights: Annotated[
+        str | None,
+        Setting(
+            "Shares of the Macs in the model, such as 2,1; equal ones if left out.",
+            panel=_MODEL,
+        ),
+    ] = None
+    ranks: Ranks | None = field(default=None, compare=False)
+
+    def among(self, ranks: Ranks) -> Loading:
+        """The same, for a model that these processes compute together."""
+        return replace(self, ranks=ranks)
+
+    def load(self, name: str | None = None) -> tuple[DiffusionGemma, TokenizerWrapper]:
+        """Load the model, which is called `name`; None takes the one of the settings.
+
+        Raises:
+            DiffGemmaError: it cannot be loaded.
+            SystemExit: this process followed rank 0, which has ended it.
+        """
+        from mlx_diffgemma.generation import load
+
+        return load(
+            name or self.model or DEFAULT_MODEL,
+            revision=self.revision,
+            adapter_path=self.adapter_path,
+            chat_template=self.chat_template,
+            trust_remote_code=self.trust_remote_code,
+            check=self.check,
+            ranks=self.ranks,
+            parallel=self.parallel,
+            weights=self.weights,
+        )
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def tune(
     asks = asks[: tuning.count]
     judge = Judge.of(asks, check, tuning.seeds)
 
-    from mlx_diffgemma.cli import opening, output
+    from mlx_diffgemma.cli import editing, opening, output
     from mlx_diffgemma.diffusion.profiles import save_profile
     from mlx_diffgemma.tune.candidates import CANDIDATES
     from mlx_diffgemma.tune.ledger import Ledger, fingerprint
@@ -119,10 +119,8 @@ def tune(
 
     identity = opened.model.identity()
     kept = target.with_suffix(".answers.jsonl")
-    ledger = Ledger(
-        kept,
-        {"model": identity, "asks": fingerprint(asks), "max_tokens": str(tuning.max_tokens)},
-    )
+    asked = fingerprint(asks, opened.tokenizer.chat_template)
+    ledger = Ledger(kept, {"model": identity, "asks": asked, "max_tokens": str(tuning.max_tokens)})
     answers = room.ModelAnswers(opened.model, opened.tokenizer, tuning.max_tokens)
     outcome: Outcome | None = None
     for event in Race(CANDIDATES, asks, judge, answers, ledger).run():
@@ -138,9 +136,7 @@ def tune(
     except OSError as error:
         raise UsageError(f"--plot {picture} cannot be written: {error.strerror}.") from None
     if json:
-        import json as text
-
-        print(text.dumps({"profile": profile, "judged_by": judge.name, **room.measured(outcome)}))
+        editing.write_json(profile=profile, judged_by=judge.name, **room.measured(outcome))
         return
     floor = room.floor_seconds(opened.model)
     _print_table(room.rows(outcome, asks), judge.name)
@@ -159,8 +155,9 @@ def _tell(progress: Progress) -> None:
 
 
 def _print_table(rows: list[tuple[str, ...]], way: str) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from mlx_diffgemma.cli.output import print_table
 
     table = Table(title=f"Rules, judged by {way}; ± is one standard error")
     for column in (
@@ -170,5 +167,4 @@ def _print_table(rows: list[tuple[str, ...]], way: str) -> None:
         table.add_column(column)
     for row in rows:
         table.add_row(*row)
-    width = None if sys.stdout.isatty() else 110
-    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
+    print_table(table)

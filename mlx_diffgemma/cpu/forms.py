@@ -24,7 +24,6 @@ from mlx_diffgemma.cpu.layers import (
 )
 from mlx_diffgemma.cpu.vocabulary import tiled_pass
 from mlx_diffgemma.kernels.activation import softcap
-from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
 from mlx_diffgemma.kernels.vocabulary import vocabulary_pass
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.model.experts import Experts
@@ -94,16 +93,14 @@ class CpuDiffusionGemma(DiffusionGemma):
     def logits(self, hidden: mx.array) -> mx.array:
         if not self.training:
             return super().logits(hidden)
-        table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
         cap = self.config.text.final_logit_softcapping
-        return softcap(table.product(hidden), cap, tanh=differentiable.tanh)
+        return softcap(self.table.product(hidden), cap, tanh=differentiable.tanh)
 
     def soft_embeddings(self, processed_logits: mx.array) -> mx.array:
         if not self.training:
             return super().soft_embeddings(processed_logits)
         weights = differentiable.softmax(processed_logits.astype(mx.float32)).astype(self.dtype)
-        table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
-        return (table.expected(weights) * table.scale).astype(self.dtype)
+        return (self.table.expected(weights) * self.table.scale).astype(self.dtype)
 
 
 _FORMS: dict[type, type] = {

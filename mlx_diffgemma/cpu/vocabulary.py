@@ -19,7 +19,7 @@ from mlx_diffgemma.cpu.soft_sum import AllTokens, LikelyTokens, SoftSum
 from mlx_diffgemma.cpu.tile_epilogue import TileStatistics, processed_logits, tile_epilogue
 from mlx_diffgemma.kernels.allowed_tokens import FORBIDDEN, WORD, forbid
 from mlx_diffgemma.kernels.dispatch import Implementation, Launcher
-from mlx_diffgemma.kernels.draw import BLOCK, choose_by_mass, uniforms
+from mlx_diffgemma.kernels.draw import BLOCK, chances, choose_by_mass, race_of
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
 from mlx_diffgemma.kernels.rows import Positions, Row, VocabularyResult
 
@@ -37,20 +37,21 @@ def default_tile(width: int) -> int:
 class _State:
     """Running results of the tiles so far; `total` and `weighted` are Σe and Σe·(x − maximum) with
     e = exp(x − maximum). The draw is in the block of tokens that starts at `block` [M], whose
-    products are `raw` [M, BLOCK]; None where no row draws."""
+    products are `raw` [M, BLOCK]; its tile ran as far as `race` [M] (see `kernels/draw.py`). They
+    are None where no row draws."""
 
     maximum: mx.array
     argmax: mx.array
     total: mx.array
     weighted: mx.array
+    race: mx.array | None
     block: mx.array | None
     raw: mx.array | None
 
     def arrays(self) -> list[mx.array]:
         arrays = [self.maximum, self.argmax, self.total, self.weighted]
-        if self.block is not None and self.raw is not None:
-            arrays += [self.block, self.raw]
-        return arrays
+        draw = (self.race, self.block, self.raw)
+        return arrays + [each for each in draw if each is not None]
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def tiled_pass(
     positions = Positions.of(rows, hidden.shape[0])
     starts = range(0, table.vocab_size, tile)
     logits = _logits(positions, softcap, table.vocab_size)
-    drawn = uniforms(positions, len(starts))
+    drawn = chances(positions, len(starts))
     queries = positions.taken(hidden).astype(mx.float32)
     standing_logit = None
     if standing is not None:
@@ -155,8 +156,8 @@ def tiled_pass(
             exponentials, maximum = after.exponentials[here], after.maximum[here]
             soft.add(exponentials, maximum, shrink[here], embeddings, start)
         if drawn is not None:
-            u = drawn[place], drawn[len(starts) + place]
-            state = _offer(state, raw, after.masses, start, *u)
+            chance = drawn[place], drawn[len(starts) + place]
+            state = _offer(state, raw, after.masses, start, *chance)
         # One tile is computed while the next is being described: memory holds two at most.
         mx.async_eval(state.arrays(), [soft.arrays() for _, soft in sums])
         mx.eval(before.arrays())
@@ -227,6 +228,7 @@ def _start(positions: Positions, cap: float, draws: bool) -> _State:
         argmax=mx.zeros((count,), mx.int32),
         total=mx.zeros((count,)),
         weighted=mx.zeros((count,)),
+        race=mx.full((count,), FORBIDDEN) if draws else None,
         block=mx.zeros((count,), mx.int32) if draws else None,
         raw=mx.zeros((count, BLOCK)) if draws else None,
     )
@@ -250,16 +252,18 @@ def _offer(
     raw: mx.array,
     masses: mx.array,
     start: int,
-    take_over: mx.array,
+    gumbel: mx.array,
     choose: mx.array,
 ) -> _State:
     """The state after the draw was offered the tile that starts at token `start`, with its products
     [M, v] and block masses [M, b]; see `kernels/draw.py`."""
-    assert state.block is not None and state.raw is not None
+    assert state.race is not None and state.block is not None and state.raw is not None
     block = choose_by_mass(masses, choose)
-    replaced = take_over * state.total < masses.sum(axis=-1)
+    race = race_of(masses.sum(axis=-1), state.maximum, gumbel)
+    replaced = race > state.race
     return replace(
         state,
+        race=mx.where(replaced, race, state.race),
         block=mx.where(replaced, start + block * BLOCK, state.block),
         raw=mx.where(replaced[:, None], _block_of(raw, block), state.raw),
     )

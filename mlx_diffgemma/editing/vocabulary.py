@@ -32,10 +32,7 @@ _APART_BYTES = _APART.encode(errors="surrogatepass")
 _EDGE = 8  # bytes of a token's beginning and end that are kept as one number
 _REMEMBERED = 128  # masks of 4W bytes each: 4 MB at 262,144 words
 
-# Runs of what may stand in a JSON string are looked at once for all tokens, not in every mask.
-# llguidance has four such sets by default; each takes 40 to 70 ms of building for 262,144 words,
-# and what the others would spare is 2 ms of some masks.
-_RUNS = [r'[^"\\\x00-\x1F\x7F]{1,30}']
+_DEEPEST = 1000  # bytes of a token; llguidance panics at one of more than 1,024
 
 
 class Vocabulary:
@@ -169,9 +166,13 @@ class _Kept:
     def grammar_tokenizer(self) -> Any:
         from llguidance import LLTokenizer, TokenizerWrapper
 
+        pieces = self.pieces
+        if self.lengths.max(initial=0) > _DEEPEST:  # a text under a grammar is spelt without them
+            pieces = [piece if len(piece) <= _DEEPEST else b"" for piece in pieces]
         # Rust keeps this wrapper out of the garbage collector's sight: it must not lead back here.
-        wrapper = TokenizerWrapper(_ForGrammars(self.pieces, self.eos, self._controls.encode_text))
-        return LLTokenizer(wrapper, n_vocab=self.size, eos_token=list(self.eos), slices=_RUNS)
+        wrapper = TokenizerWrapper(_ForGrammars(pieces, self.eos, self._controls.encode_text))
+        # "Slices", masks of runs of text made in advance, take longer than most answers are spared.
+        return LLTokenizer(wrapper, n_vocab=self.size, eos_token=list(self.eos), slices=[])
 
     @cached_property
     def byte_tokenizer(self) -> Any:

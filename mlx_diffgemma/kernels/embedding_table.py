@@ -1,10 +1,11 @@
 """The tied embedding as rows: plain or quantized, read a slice or a selection at a time.
 
-Letters: V vocabulary, D hidden.
+Letters: V vocabulary, D hidden, P positions, U tokens, K tokens of one position.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -87,6 +88,32 @@ class EmbeddingTable:
     def take(self, ids: mx.array, dtype: mx.Dtype) -> mx.array:
         """The rows `ids` [...], dequantized: [..., D]."""
         return self._read(ids, dtype)
+
+    def scores(self, x: mx.array, ids: mx.array) -> mx.array:
+        """The products of x [..., D] with the rows `ids` [U] alone, [..., U] in float32."""
+        return x.astype(mx.float32) @ self.take(ids, mx.float32).T
+
+    def mixed(self, weights: mx.array, ids: mx.array) -> mx.array:
+        """Sums of the rows `ids` [U] with weights [P, U], [P, D] in float32."""
+        return weights @ self.take(ids, mx.float32)
+
+    def pieces(self, size: int) -> Iterator[tuple[int, EmbeddingTable]]:
+        """The first token and the rows of each piece of `size` tokens that is held here."""
+        for start in range(0, self.vocab_size, size):
+            yield start, self.part(start, min(start + size, self.vocab_size))
+
+    def held(self, ids: mx.array, weights: mx.array) -> tuple[mx.array, mx.array, EmbeddingTable]:
+        """Tokens [P, K] and their weights [P, K] as `weighted_rows` takes them for those whose rows
+        are held here, and the table of these."""
+        return ids, weights, self
+
+    def summed(self, partial: mx.array) -> mx.array:
+        """A sum over all tokens, from one over those whose rows are held here."""
+        return partial
+
+    def joined(self, numbers: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
+        """The arrays of a `Running` over all tokens, from those over the pieces held here."""
+        return numbers, tokens
 
     def _packed(self, x: mx.array, *, transpose: bool) -> mx.array:
         assert self.scales is not None

@@ -34,7 +34,7 @@ def few_tokens_pass(
     positions = Positions.of(rows, hidden.shape[0])
     ids, may = gathered([each for row in rows for each in row.candidates or ()])
     tokens, temperatures = mx.array(ids, mx.int32), mx.array(positions.temperatures)[:, None]
-    raw = products(positions.taken(hidden), table, tokens)
+    raw = table.scores(positions.taken(hidden), tokens)
     x = mx.where(mx.array(may), soft_cap(raw, softcap) / temperatures, FORBIDDEN)
     log_sum = mx.logsumexp(x, axis=-1)
     # The softcap makes an infinity finite.
@@ -55,7 +55,7 @@ def few_tokens_pass(
         draw_log_p = mx.take_along_axis(log_p, chosen[:, None], axis=-1)[:, 0]
     if any(row.need_soft for row in rows):
         wanted = np.flatnonzero(positions.of_rows(lambda row: row.need_soft, np.bool_))
-        expected = p[mx.array(wanted)] @ table.take(tokens, mx.float32)
+        expected = table.mixed(p[mx.array(wanted)], tokens)
         soft = positions.soft_embeddings([(wanted, expected)], table, hidden.dtype)
     fixed = mx.array(positions.fixed)
     return VocabularyResult(
@@ -69,12 +69,6 @@ def few_tokens_pass(
         soft_embeddings=soft,
         dropped_mass=mx.zeros(hidden.shape[:1]),
     )
-
-
-def products(hidden: mx.array, table: EmbeddingTable, ids: mx.array) -> mx.array:
-    """Hidden states [..., D] and token ids [U] -> their products with the rows of these tokens
-    alone, [..., U] in float32."""
-    return hidden.astype(mx.float32) @ table.take(ids, mx.float32).T
 
 
 def gathered(candidates: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma.kernels.dispatch import Implementation, Launcher
-from mlx_diffgemma.kernels.draw import BLOCK, uniforms
+from mlx_diffgemma.kernels.draw import BLOCK, chances
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
 from mlx_diffgemma.kernels.rows import Positions, Row, VocabularyPass, VocabularyResult
 from mlx_diffgemma.kernels.vocabulary_chunk import Running, Wanted, vocabulary_chunk
@@ -54,23 +54,22 @@ def vocabulary_pass(
     if chunk < 1 or chunk % BLOCK:
         raise ValueError(f"chunk is {chunk}; it must be a multiple of {BLOCK}.")
     positions = Positions.of(rows, hidden.shape[0])
-    starts = range(0, table.vocab_size, chunk)
+    chunks = -(-table.vocab_size // chunk)
     summed = _with_all_tokens(positions)
-    wanted = _wanted(positions, table.vocab_size, softcap, standing, len(starts), summed)
+    wanted = _wanted(positions, softcap, standing, chunks, summed)
     queries = positions.taken(hidden).astype(table.dtype)
-    state, sums = Running.start(len(positions.places)), None
-    for place, start in enumerate(starts):
-        part = table.part(start, min(start + chunk, table.vocab_size))
+    own, sums = Running.start(len(positions.places)), None
+    for start, part in table.pieces(chunk):
         after = vocabulary_chunk(
             part.product(queries),
-            state,
+            own,
             wanted,
             start=start,
-            place=place,
+            place=start // chunk,
             dtype=table.dtype,
             implementation=implementation,
         )
-        state = after.running
+        own = after.running
         if after.exponentials is not None and after.shrink is not None:
             product = part.expected(after.exponentials)
             if sums is None:
@@ -79,8 +78,9 @@ def vocabulary_pass(
                 sums = _rescaled_sum(sums, after.shrink, product)
         # Handed over now, a chunk is computed before the next ones take memory for their products:
         # of what it is given at once, MLX computes first what needs nothing else. The host goes on.
-        mx.async_eval(state.numbers, state.tokens, [] if sums is None else sums)
+        mx.async_eval(own.numbers, own.tokens, [] if sums is None else sums)
 
+    state = Running(*table.joined(own.numbers, own.tokens))
     total, maximum = state.total, state.best[:, 0]
     log_total = mx.log(total)
     log_sum = maximum + log_total
@@ -97,12 +97,15 @@ def vocabulary_pass(
         parts = []
         if sums is not None:
             every = mx.array(summed)
-            parts.append((summed, sums / _among(total, every, len(positions.places))[:, None]))
+            # The sums are relative to the largest logit among the pieces held here.
+            scale = total * mx.exp(maximum - own.best[:, 0])
+            parts.append((summed, sums / _among(scale, every, len(positions.places))[:, None]))
         few = np.flatnonzero(positions.few)
         if len(few):
             at, count = mx.array(few), len(positions.places)
-            ids, shares = _among(state.best_tokens, at, count), _among(weights, at, count)
-            parts.append((few, weighted_rows(ids, shares, table, implementation=implementation)))
+            held = table.held(_among(state.best_tokens, at, count), _among(weights, at, count))
+            parts.append((few, weighted_rows(*held, implementation=implementation)))
+        parts = _summed(parts, table)
         soft = positions.soft_embeddings(parts, table, hidden.dtype)
     fixed = mx.array(positions.fixed)
     return VocabularyResult(
@@ -127,6 +130,17 @@ def _rescaled_sum(sums: mx.array, shrink: mx.array, product: mx.array) -> mx.arr
     return sums * shrink + product.astype(mx.float32)
 
 
+def _summed(
+    parts: list[tuple[np.ndarray, mx.array]], table: EmbeddingTable
+) -> list[tuple[np.ndarray, mx.array]]:
+    """Sums of rows at some positions each, as sums over all tokens at all of these positions."""
+    if not parts:
+        return parts
+    sums = [each for _, each in parts]
+    together = sums[0] if len(sums) == 1 else mx.concatenate(sums)
+    return [(np.concatenate([at for at, _ in parts]), table.summed(together))]
+
+
 def _with_all_tokens(positions: Positions) -> np.ndarray:
     """Which of the M positions need a sum over all tokens, [m]."""
     needed = positions.of_rows(lambda row: row.need_soft, np.bool_)
@@ -135,7 +149,6 @@ def _with_all_tokens(positions: Positions) -> np.ndarray:
 
 def _wanted(
     positions: Positions,
-    vocab: int,
     softcap: float,
     standing: mx.array | None,
     chunks: int,
@@ -147,7 +160,7 @@ def _wanted(
     return Wanted(
         softcap=softcap,
         scale=mx.array(softcap / positions.temperatures),
-        uniforms=uniforms(positions, chunks),
+        chances=chances(positions, chunks),
         standing=None if standing is None else positions.taken(standing).astype(mx.int32),
         which=None if masks is None else mx.array(masks[0]),
         masks=None if masks is None else mx.array(masks[1]),

@@ -15,11 +15,12 @@ import mlx.core as mx
 from mlx_diffgemma.kernels.activation import softcap
 from mlx_diffgemma.kernels.allowed_tokens import FORBIDDEN, WORD, forbid
 from mlx_diffgemma.kernels.dispatch import Implementation, Launcher, MetalKernel, launcher_for
-from mlx_diffgemma.kernels.draw import BLOCK, choose_by_mass
+from mlx_diffgemma.kernels.draw import BLOCK, choose_by_mass, race_of
 
 BEST = 16  # tokens that are kept as the likeliest
 SIMDGROUPS = 8  # of a threadgroup of the Metal kernel
-_NUMBERS = 4 + BEST
+_SUMS = 5  # numbers of a position before those of the likeliest tokens
+_NUMBERS = _SUMS + BEST
 _TOKENS = 1 + BEST
 
 
@@ -29,9 +30,10 @@ class Running:
     e = exp(x − largest).
 
     Attributes:
-        numbers: [M, 4 + BEST] float32: Σ e, Σ e · (x − largest), the logit of the draw, that of the
-            token asked about, and the largest logits, in descending order. What is not there yet
-            is `FORBIDDEN`. Σ e is NaN once a product was not finite.
+        numbers: [M, 5 + BEST] float32: Σ e, Σ e · (x − largest), the logit of the draw, that of the
+            token asked about, what the draw won its race with (see `draw.py`), and the largest
+            logits, in descending order. What is not there yet is `FORBIDDEN`. Σ e is NaN once a
+            product was not finite.
         tokens: [M, 1 + BEST] int32: the draw, and the tokens of the largest logits; of equals the
             first comes first.
     """
@@ -41,7 +43,7 @@ class Running:
 
     @classmethod
     def start(cls, count: int) -> Running:
-        none = mx.array([0.0, 0.0, *[FORBIDDEN] * (2 + BEST)])
+        none = mx.array([0.0, 0.0, *[FORBIDDEN] * (_NUMBERS - 2)])
         return cls(mx.broadcast_to(none, (count, _NUMBERS)), mx.zeros((count, _TOKENS), mx.int32))
 
     @property
@@ -61,8 +63,12 @@ class Running:
         return self.numbers[:, 3]
 
     @property
+    def race(self) -> mx.array:
+        return self.numbers[:, 4]
+
+    @property
     def best(self) -> mx.array:
-        return self.numbers[:, 4:]
+        return self.numbers[:, _SUMS:]
 
     @property
     def draw(self) -> mx.array:
@@ -80,7 +86,7 @@ class Wanted:
     Attributes:
         softcap: the cap of the logits.
         scale: [M] float32, softcap / temperature.
-        uniforms: [2 t + 1, M] float32, see `draw.uniforms`; None draws nothing.
+        chances: [2 t + 1, M] float32, see `draw.chances`; None draws nothing.
         standing: [M] int32, the token whose logit is asked about; None for none.
         which: [M] int32, which of `masks` each position has, −1 for none; None without masks.
         masks: [K, W] uint32, the tokens that are allowed; None where all are.
@@ -90,7 +96,7 @@ class Wanted:
 
     softcap: float
     scale: mx.array
-    uniforms: mx.array | None = None
+    chances: mx.array | None = None
     standing: mx.array | None = None
     which: mx.array | None = None
     masks: mx.array | None = None
@@ -136,7 +142,7 @@ def vocabulary_chunk(
     count, tokens = raw.shape
     blocks = -(-tokens // BLOCK)
     nothing = mx.array([0], mx.int32)  # stands for an input that the kernel does not read
-    uniforms, standing, slots = wanted.uniforms, wanted.standing, wanted.slots
+    chances, standing, slots = wanted.chances, wanted.standing, wanted.slots
     which, masks = wanted.which, wanted.masks
     dense = max(1, wanted.dense)
     numbers, kept, exponentials, shrink = launch(
@@ -148,7 +154,7 @@ def vocabulary_chunk(
             mx.array([start, place], mx.int32),
             mx.array(wanted.softcap, mx.float32),
             wanted.scale,
-            mx.array([[0.0]]) if uniforms is None else uniforms,
+            mx.array([[0.0]]) if chances is None else chances,
             nothing if standing is None else standing,
             nothing if which is None else which,
             mx.array([[0]], mx.uint32) if masks is None else masks,
@@ -157,7 +163,7 @@ def vocabulary_chunk(
         template=[
             ("T", raw.dtype),
             ("E", dtype),
-            ("HAS_DRAW", uniforms is not None),
+            ("HAS_DRAW", chances is not None),
             ("HAS_STANDING", standing is not None),
             ("HAS_MASKS", masks is not None),
             ("HAS_DENSE", wanted.dense > 0),
@@ -184,7 +190,7 @@ def vocabulary_chunk(
 KERNEL = MetalKernel(
     "vocabulary_chunk",
     inputs=(
-        "raw", "numbers_before", "tokens_before", "where", "softcap", "scale", "uniforms",
+        "raw", "numbers_before", "tokens_before", "where", "softcap", "scale", "chances",
         "standing", "which", "masks", "slots",
     ),
     outputs=("numbers", "tokens", "exponentials", "shrinks"),
@@ -192,6 +198,7 @@ KERNEL = MetalKernel(
     constexpr uint groups = {SIMDGROUPS};
     constexpr uint block_size = {BLOCK};
     constexpr uint best_count = {BEST};
+    constexpr uint sums = {_SUMS};
     constexpr float forbidden = {FORBIDDEN:g}f;
     constexpr int nowhere = 0x7fffffff;
     threadgroup float candidates[groups * best_count];
@@ -204,12 +211,12 @@ KERNEL = MetalKernel(
     const uint lane = thread_index_in_simdgroup;
     const uint count = raw_shape[1];
     const uint blocks = (count + block_size - 1) / block_size;
-    const uint row_numbers = row * (4 + best_count);
+    const uint row_numbers = row * (sums + best_count);
     const uint row_tokens = row * (1 + best_count);
     const int start = where[0];
     const float largest = scale[row];
-    const float top_before = numbers_before[row_numbers + 4];
-    const float least = numbers_before[row_numbers + 4 + best_count - 1];
+    const float top_before = numbers_before[row_numbers + sums];
+    const float least = numbers_before[row_numbers + sums + best_count - 1];
 
     float x[4 * BLOCKS];
     float poison = 0;
@@ -283,7 +290,7 @@ KERNEL = MetalKernel(
       values[groups * best_count / 32] = forbidden;
       places[groups * best_count / 32] = nowhere;
       if (lane < best_count) {{
-        values[groups * best_count / 32] = numbers_before[row_numbers + 4 + lane];
+        values[groups * best_count / 32] = numbers_before[row_numbers + sums + lane];
         places[groups * best_count / 32] = tokens_before[row_tokens + 1 + lane];
       }}
       float joined = INFINITY;
@@ -305,7 +312,7 @@ KERNEL = MetalKernel(
         joined_token = simd_token;
         if (lane == 0) {{
           const bool is_there = simd_best > forbidden;
-          numbers[row_numbers + 4 + n] = is_there ? simd_best : forbidden;
+          numbers[row_numbers + sums + n] = is_there ? simd_best : forbidden;
           tokens[row_tokens + 1 + n] = is_there ? simd_token : 0;
         }}
       }}
@@ -340,12 +347,17 @@ KERNEL = MetalKernel(
     const float total = total_before * shrink + chunk_mass;
     bool taken = false;
     if (HAS_DRAW) {{
-      const uint positions = uniforms_shape[1];
-      const uint chunks = (uniforms_shape[0] - 1) / 2;
+      const uint positions = chances_shape[1];
+      const uint chunks = (chances_shape[0] - 1) / 2;
       const uint place = uint(where[1]);
-      taken = uniforms[place * positions + row] * total < chunk_mass;
+      const float race =
+          chunk_mass > 0
+              ? metal::precise::log(chunk_mass) + top + chances[place * positions + row]
+              : forbidden;
+      taken = race > numbers_before[row_numbers + 4];
       if (taken) {{
-        const float block_target = uniforms[(chunks + place) * positions + row] * chunk_mass;
+        if (thread_index_in_threadgroup == 0) numbers[row_numbers + 4] = race;
+        const float block_target = chances[(chunks + place) * positions + row] * chunk_mass;
         float cumulative = 0;
         uint block = 0;
         for (uint i = 0; i < blocks; i++) {{
@@ -370,7 +382,7 @@ KERNEL = MetalKernel(
           }}
           float reached = simd_prefix_exclusive_sum(mass);
           const float target =
-              uniforms[2 * chunks * positions + row] * simd_broadcast(reached + mass, 31);
+              chances[2 * chunks * positions + row] * simd_broadcast(reached + mass, 31);
           int first = nowhere;
           int negative_last = nowhere;
           for (uint j = 0; j < 4; j++) {{
@@ -404,6 +416,7 @@ KERNEL = MetalKernel(
       if (!taken) {{
         tokens[row_tokens] = tokens_before[row_tokens];
         numbers[row_numbers + 2] = numbers_before[row_numbers + 2];
+        numbers[row_numbers + 4] = numbers_before[row_numbers + 4];
       }}
       const bool stands_here =
           HAS_STANDING && standing[row] >= start && standing[row] < start + int(count);
@@ -427,12 +440,15 @@ def _in_mlx(
         words = mx.concatenate([words, free])[wanted.which]  # −1 takes the last row: all free
         x = forbid(x, words)
 
-    # A stable sort, so that of equals the first comes first.
     tokens = mx.broadcast_to(mx.arange(start, start + size, dtype=mx.int32), x.shape)
-    both = mx.concatenate([before.best, x], axis=1)
+    few, of_few = x, tokens
+    for length in (BLOCK, BEST):
+        few, of_few = _of_best_blocks(few, of_few, length)
+    # A stable sort, so that of equals the first comes first.
+    both = mx.concatenate([before.best, few], axis=1)
     order = mx.argsort(-both, axis=-1)[:, :BEST]
     best = mx.take_along_axis(both, order, axis=-1)
-    together = mx.concatenate([before.best_tokens, tokens], axis=1)
+    together = mx.concatenate([before.best_tokens, of_few], axis=1)
     best_tokens = mx.take_along_axis(together, order, axis=-1)
     best_tokens = mx.where(best > FORBIDDEN, best_tokens, 0)
 
@@ -446,15 +462,17 @@ def _in_mlx(
     total = before.total * shrink + chunk_mass
     weighted = (before.weighted + before.total * shift) * shrink + (e * below).sum(axis=-1)
 
-    draw, draw_logit = before.draw, before.draw_logit
-    if wanted.uniforms is not None:
-        chunks = wanted.uniforms.shape[0] // 2
-        taken = wanted.uniforms[place] * total < chunk_mass
-        block = choose_by_mass(masses, wanted.uniforms[chunks + place])
+    draw, draw_logit, race = before.draw, before.draw_logit, before.race
+    if wanted.chances is not None:
+        chunks = wanted.chances.shape[0] // 2
+        run = race_of(chunk_mass, top[:, 0], wanted.chances[place])
+        taken = run > race
+        race = mx.where(taken, run, race)
+        block = choose_by_mass(masses, wanted.chances[chunks + place])
         inside = block[:, None] * BLOCK + mx.arange(BLOCK)
         of_block = mx.take_along_axis(e, mx.minimum(inside, size - 1), axis=-1)
         of_block = mx.where(inside < size, of_block, 0.0)
-        token = block * BLOCK + choose_by_mass(of_block, wanted.uniforms[2 * chunks])
+        token = block * BLOCK + choose_by_mass(of_block, wanted.chances[2 * chunks])
         draw = mx.where(taken, start + token, draw)
         logit = mx.take_along_axis(x, mx.minimum(token, size - 1)[:, None], axis=-1)[:, 0]
         draw_logit = mx.where(taken, logit, draw_logit)
@@ -465,7 +483,7 @@ def _in_mlx(
         logit = mx.take_along_axis(x, mx.clip(inside, 0, size - 1)[:, None], axis=-1)[:, 0]
         standing_logit = mx.where(here, logit, standing_logit)
 
-    sums = mx.stack([total, weighted, draw_logit, standing_logit], axis=1)
+    sums = mx.stack([total, weighted, draw_logit, standing_logit, race], axis=1)
     running = Running(
         mx.concatenate([sums, best], axis=1),
         mx.concatenate([draw[:, None], best_tokens], axis=1).astype(mx.int32),
@@ -475,3 +493,18 @@ def _in_mlx(
     # Which position has each slot: those without one sort to the front.
     dense = mx.argsort(wanted.slots)[count - wanted.dense :]
     return Chunk(running, e[dense].astype(dtype), shrink[dense][:, None])
+
+
+def _of_best_blocks(x: mx.array, tokens: mx.array, length: int) -> tuple[mx.array, mx.array]:
+    """Logits [M, v] and tokens [M, v] of those blocks of a `length` in which the BEST largest
+    logits are, in the order in which they stand: sorting all of a chunk takes long."""
+    padding = [(0, 0), (0, -x.shape[1] % length)]
+    x, tokens = mx.pad(x, padding, constant_values=FORBIDDEN), mx.pad(tokens, padding)
+    blocks = x.reshape(x.shape[0], -1, length)
+    if blocks.shape[1] <= BEST:
+        return x, tokens
+    which = mx.sort(mx.argsort(-blocks.max(axis=-1), axis=-1)[:, :BEST], axis=-1)[..., None]
+    return (
+        mx.take_along_axis(blocks, which, axis=1).reshape(x.shape[0], -1),
+        mx.take_along_axis(tokens.reshape(blocks.shape), which, axis=1).reshape(x.shape[0], -1),
+    )

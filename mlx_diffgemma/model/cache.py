@@ -10,7 +10,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -122,6 +122,17 @@ class Mark:
         return sum(array.nbytes for layer in self.windows for array in layer.arrays())
 
 
+class Origin:
+    """What tells which pass of several Macs a prefix comes from.
+
+    Attributes:
+        number: the pass, from which every rank has kept its part.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
 @dataclass(frozen=True)
 class Prefix:
     """One sequence as every layer remembers it, with the token ids that are in it.
@@ -132,6 +143,8 @@ class Prefix:
         room: positions for which buffers are made when they have to grow.
         marks: places to go back to, the least recently used first.
         pictures: those among the tokens, in order.
+        origin: the pass of several Macs that made this prefix, or one that it is the beginning of;
+            None in one process.
     """
 
     ids: tuple[int, ...]
@@ -139,6 +152,7 @@ class Prefix:
     room: int = 0
     marks: tuple[Mark, ...] = ()
     pictures: tuple[PictureSpan, ...] = ()
+    origin: Origin | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def empty(cls, config: TextConfig) -> Prefix:
@@ -182,21 +196,31 @@ class Prefix:
         dropped a position yet, one of its marks, or a prefix of no tokens. It ends inside no
         picture."""
         common = self._in_common(ids)
-        if common == len(self):
+        if self.can_be_cut(common):
+            return self.cut(common)
+        fitting = [mark.length for mark in self.marks if mark.length <= common]
+        return self.cut(max(fitting)) if fitting else self.emptied()
+
+    def can_be_cut(self, length: int) -> bool:
+        """Whether the first `length` tokens are there without encoding anything: all of them, some
+        of which no sliding layer has dropped a position yet, or those before a mark."""
+        marks = (mark.length for mark in self.marks)
+        return length == len(self) or self._is_whole or length in marks
+
+    def cut(self, length: int) -> Prefix:
+        """The first `length` tokens, of which `can_be_cut` holds."""
+        if length == len(self):
             return self
-        if all(layer.length == len(self) for layer in self.layers):
-            return self._cut(common, tuple(layer.trimmed(common) for layer in self.layers))
-        fitting = [mark for mark in self.marks if mark.length <= common]
-        if not fitting:
-            return self.emptied()
-        mark = max(fitting, key=lambda mark: mark.length)
+        if self._is_whole:
+            return self._cut(length, tuple(layer.trimmed(length) for layer in self.layers))
+        mark = next(mark for mark in self.marks if mark.length == length)
         windows = iter(mark.windows)
         layers = tuple(
-            layer.trimmed(mark.length) if layer.window is None else next(windows)
+            layer.trimmed(length) if layer.window is None else next(windows)
             for layer in self.layers
         )
         used = (*(other for other in self.marks if other is not mark), mark)
-        return replace(self, marks=used)._cut(mark.length, layers)
+        return replace(self, marks=used)._cut(length, layers)
 
     def continues(self, other: Prefix) -> bool:
         """Whether this prefix begins with all that another holds, pictures too."""
@@ -215,6 +239,11 @@ class Prefix:
         cut = (span.start for span in both if span.start < common < span.stop)
         return min([common, *(span.start for span in apart), *cut])
 
+    @property
+    def _is_whole(self) -> bool:
+        """Whether no sliding layer has dropped a position yet."""
+        return all(layer.length == len(self) for layer in self.layers)
+
     def emptied(self) -> Prefix:
         """A prefix of no tokens, which holds no arrays."""
         return Prefix((), tuple(LayerPrefix(layer.window) for layer in self.layers))
@@ -222,7 +251,7 @@ class Prefix:
     def _cut(self, length: int, layers: tuple[LayerPrefix, ...]) -> Prefix:
         marks = tuple(mark for mark in self.marks if mark.length <= length)
         pictures = tuple(span for span in self.pictures if span.stop <= length)
-        return Prefix(self.ids[:length], layers, marks=marks, pictures=pictures)
+        return Prefix(self.ids[:length], layers, marks=marks, pictures=pictures, origin=self.origin)
 
 
 class PrefixCache:
@@ -307,8 +336,14 @@ class PrefixCache:
 
         Raises:
             CheckpointError: the file cannot be written.
+            UsageError: several Macs hold the prefix, each a part of it.
         """
         file = _safetensors(path)
+        if self.prefix.origin is not None:
+            raise UsageError(
+                f"{file} cannot be written: several Macs hold this prefix cache, each a part of "
+                "it; save one from a process that runs alone."
+            )
         arrays = {}
         for index, layer in enumerate(self.prefix.layers):
             if layer.keys is not None:

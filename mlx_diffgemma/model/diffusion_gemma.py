@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 
 import mlx.core as mx
@@ -22,7 +23,7 @@ from mlx_diffgemma.config import ModelConfig, TextConfig
 from mlx_diffgemma.errors import PromptError, UsageError
 from mlx_diffgemma.kernels.activation import softcap
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
-from mlx_diffgemma.kernels.few_tokens import few_tokens_pass, products
+from mlx_diffgemma.kernels.few_tokens import few_tokens_pass
 from mlx_diffgemma.kernels.materialized import whole_pass
 from mlx_diffgemma.kernels.vocabulary import (
     Row,
@@ -32,7 +33,7 @@ from mlx_diffgemma.kernels.vocabulary import (
 )
 from mlx_diffgemma.model.attention import Attention, attend
 from mlx_diffgemma.model.cache import KeysValues, LayerPrefix, Prefix, PrefixCache
-from mlx_diffgemma.model.layers import DecoderLayer, SelfConditioning
+from mlx_diffgemma.model.layers import Attend, DecoderLayer, SelfConditioning
 from mlx_diffgemma.model.vision import Vision
 from mlx_diffgemma.pictured import PictureSpan
 
@@ -99,6 +100,21 @@ class CanvasView:
     layers: tuple[KeysValues, ...] = ()
 
 
+@dataclass(frozen=True)
+class Pass:
+    """Positions on their way through the layers.
+
+    Attributes:
+        x: [1, N, D].
+        look: gives, for the index of a layer, how its attention looks at what is in sight.
+        scalars: by what the output of each layer is multiplied.
+    """
+
+    x: mx.array
+    look: Callable[[int], Attend]
+    scalars: tuple[mx.array, ...]
+
+
 class DiffusionGemma(nn.Module):
     """The model of token ids, to which the vision tower is attached when the first picture comes.
     It draws nothing at random but by the keys that it is given, and knows no strings.
@@ -139,6 +155,11 @@ class DiffusionGemma(nn.Module):
     def dtype(self) -> mx.Dtype:
         """Type of the activations, and of weights that are not quantized."""
         return self.model.decoder.norm.weight.dtype
+
+    @property
+    def table(self) -> EmbeddingTable:
+        """The embedding as rows, which are the head too."""
+        return EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
 
     def compile(self) -> None:
         """Run what follows the attention of each layer as one compiled function, for a GPU."""
@@ -225,11 +246,8 @@ class DiffusionGemma(nn.Module):
         Raises:
             UsageError: a row of token ids is empty, or a picture is cut or does not fit its span.
         """
+        require_encodable(ids, prefixes, pictures)
         lengths = [len(row) for row in ids]
-        if not all(lengths):
-            raise UsageError(
-                "there is nothing to encode in an empty row of token ids; leave it out."
-            )
         if self.read_weights is not None and not self.training:
             self.read_weights()
         x = self.embed(mx.array([token for row in ids for token in row], mx.int32)[None])
@@ -240,23 +258,23 @@ class DiffusionGemma(nn.Module):
             for prefix, row in zip(prefixes, own_pictures, strict=True)
         ]
         layers: list[list[LayerPrefix]] = [[] for _ in prefixes]
-        scalars = self.model.encoder.language_model.layers
-        for index, (layer, own) in enumerate(zip(self.layers, scalars, strict=True)):
 
-            def look(attention: Attention, x: mx.array, index: int = index) -> mx.array:
-                outputs = []
-                for row, heads in enumerate(_rows(lengths, *attention.project(x))):
-                    prefix, (queries, keys, values) = prefixes[row], heads
-                    queries, keys = attention.rotate(queries, keys, len(prefix))
-                    longer, keys, values = prefix.layers[index].extended(keys, values, prefix.room)
-                    layers[row].append(longer)
-                    # A gradient is traced, and nothing can be evaluated inside it.
-                    bounded = not attention.training
-                    sight = replace(attention.causal, pictures=spans[row])
-                    outputs.append(attend(queries, keys, values, sight, bounded=bounded))
-                return attention.output(_joined(outputs))
+        def look(index: int, attention: Attention, x: mx.array) -> mx.array:
+            outputs = []
+            for row, heads in enumerate(_rows(lengths, *attention.project(x))):
+                prefix, (queries, keys, values) = prefixes[row], heads
+                queries, keys = attention.rotate(queries, keys, len(prefix))
+                longer, keys, values = prefix.layers[index].extended(keys, values, prefix.room)
+                layers[row].append(longer)
+                # A gradient is traced, and nothing can be evaluated inside it.
+                bounded = not attention.training
+                sight = replace(attention.causal, pictures=spans[row])
+                outputs.append(attend(queries, keys, values, sight, bounded=bounded))
+            return attention.output(_joined(outputs))
 
-            x = layer(x, look, own.layer_scalar)
+        encoders = self.model.encoder.language_model.layers
+        scalars = tuple(layer.layer_scalar for layer in encoders)
+        (x,) = self.through_layers([Pass(x, lambda index: partial(look, index), scalars)])
         longer = tuple(
             replace(
                 prefix,
@@ -278,6 +296,32 @@ class DiffusionGemma(nn.Module):
         """As `decode`, with the keys and values of each canvas in every layer, which a later pass
         over a part of it needs. Where a canvas names `places` [A], only those positions are
         computed and counted in N."""
+        passes, kept = [], []
+        for some in self.dealt(canvases):
+            one, own = self._canvas_pass(some)
+            passes.append(one)
+            kept += own
+        outputs = self.through_layers(passes)
+        x = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)
+        return self.model.decoder.norm(x)[0], tuple(map(tuple, kept))
+
+    def dealt(self, canvases: Sequence[CanvasView]) -> Sequence[Sequence[CanvasView]]:
+        """Which canvases, in order, go through the layers together."""
+        return [canvases]
+
+    def through_layers(self, passes: Sequence[Pass]) -> list[mx.array]:
+        """What comes out of the last layer, [1, N, D] for each pass."""
+        outputs = []
+        for one in passes:
+            x = one.x
+            for index, (layer, scalar) in enumerate(zip(self.layers, one.scalars, strict=True)):
+                x = layer(x, one.look(index), scalar)
+            outputs.append(x)
+        return outputs
+
+    def _canvas_pass(self, canvases: Sequence[CanvasView]) -> tuple[Pass, list[list[KeysValues]]]:
+        """A pass over canvases, and for each of them a list to which every layer adds its keys and
+        values."""
         places = [None if c.places is None else mx.array(c.places) for c in canvases]
         parts = [
             canvas.tokens if place is None else canvas.tokens[place]
@@ -285,27 +329,25 @@ class DiffusionGemma(nn.Module):
         ]
         lengths = [part.shape[0] for part in parts]
         x = self.embed(mx.concatenate(parts)[None])
-        x = self.model.decoder.self_conditioning(x, self._soft(canvases, places, x))
+        x = self.conditioned(x, self._soft(canvases, places, x))
         kept: list[list[KeysValues]] = [[] for _ in canvases]
-        for index, layer in enumerate(self.layers):
 
-            def look(attention: Attention, x: mx.array, index: int = index) -> mx.array:
-                outputs = []
-                for row, heads in enumerate(_rows(lengths, *attention.project(x))):
-                    canvas, (queries, keys, values) = canvases[row], heads
-                    offset = len(canvas.prefix)
-                    queries, keys = attention.rotate(queries, keys, offset, places[row])
-                    if canvas.places is not None:
-                        stale = canvas.layers[index]
-                        keys = _replaced(stale[0], keys, canvas.places)
-                        values = _replaced(stale[1], values, canvas.places)
-                    kept[row].append((keys, values))
-                    keys, values = canvas.prefix.layers[index].followed_by(keys, values)
-                    outputs.append(attend(queries, keys, values, None))
-                return attention.output(_joined(outputs))
+        def look(index: int, attention: Attention, x: mx.array) -> mx.array:
+            outputs = []
+            for row, heads in enumerate(_rows(lengths, *attention.project(x))):
+                canvas, (queries, keys, values) = canvases[row], heads
+                queries, keys = attention.rotate(queries, keys, len(canvas.prefix), places[row])
+                if canvas.places is not None:
+                    stale = canvas.layers[index]
+                    keys = _replaced(stale[0], keys, canvas.places)
+                    values = _replaced(stale[1], values, canvas.places)
+                kept[row].append((keys, values))
+                keys, values = canvas.prefix.layers[index].followed_by(keys, values)
+                outputs.append(attend(queries, keys, values, None))
+            return attention.output(_joined(outputs))
 
-            x = layer(x, look, layer.layer_scalar)
-        return self.model.decoder.norm(x)[0], tuple(map(tuple, kept))
+        scalars = tuple(layer.layer_scalar for layer in self.layers)
+        return Pass(x, lambda index: partial(look, index), scalars), kept
 
     def predict(
         self, hidden: mx.array, rows: Sequence[Row], standing: mx.array | None = None
@@ -313,25 +355,22 @@ class DiffusionGemma(nn.Module):
         """What hidden states [N, D] say of the vocabulary; `rows` say what is asked of them, and
         `standing` [N] of which tokens the probability is wanted. Where every row names its
         candidates, no other word is looked at."""
-        table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
         cap = self.config.text.final_logit_softcapping
         few = all(row.candidates is not None for row in rows)
         run: VocabularyPass = few_tokens_pass if few else self.vocabulary_pass
-        return run(hidden, table, rows, softcap=cap, standing=standing)
+        return run(hidden, self.table, rows, softcap=cap, standing=standing)
 
     def logits_of(self, hidden: mx.array, ids: mx.array) -> mx.array:
         """Hidden states [P, D] and token ids [U] -> the soft-capped logits of these tokens alone,
         [P, U] in float32."""
-        table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
-        raw = products(hidden, table, ids)
+        raw = self.table.scores(hidden, ids)
         # The softcap makes an infinity finite; a sum of products does not.
         poison = raw.sum(axis=-1, keepdims=True) * 0.0
         return softcap(raw, self.config.text.final_logit_softcapping) + poison
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[..., D] -> [..., V] in float32, soft-capped."""
-        table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
-        raw = table.product(hidden).astype(mx.float32)
+        raw = self.table.product(hidden).astype(mx.float32)
         # The softcap makes an infinity finite; a sum of products does not.
         poison = raw.sum(axis=-1, keepdims=True) * 0.0
         return softcap(raw, self.config.text.final_logit_softcapping) + poison
@@ -343,12 +382,17 @@ class DiffusionGemma(nn.Module):
         `processed_logits` are the logits after the temperature.
         """
         weights = mx.softmax(processed_logits.astype(mx.float32), axis=-1).astype(self.dtype)
-        table = EmbeddingTable.of(self.model.decoder.embed_tokens, self.dtype)
-        return table.expected(weights) * self._embed_scale
+        return self.table.expected(weights) * self._embed_scale
 
     def embed(self, ids: mx.array) -> mx.array:
         """Token ids [...] -> [..., D], scaled by √D."""
         return self.model.decoder.embed_tokens(ids).astype(self.dtype) * self._embed_scale
+
+    def conditioned(self, x: mx.array, soft_embeddings: mx.array) -> mx.array:
+        """The embeddings of canvases with what was expected of them: [1, N, D] twice ->
+        [1, N, D]."""
+        conditioned: mx.array = self.model.decoder.self_conditioning(x, soft_embeddings)
+        return conditioned
 
     @property
     def _embed_scale(self) -> mx.array:
@@ -374,6 +418,25 @@ def _no_tower() -> Vision:
     raise PromptError("this model has no vision tower, so it reads no pictures.")
 
 
+def require_encodable(
+    ids: Sequence[Sequence[int]],
+    prefixes: Sequence[Prefix],
+    pictures: Sequence[Mapping[PictureSpan, mx.array]],
+) -> None:
+    """Raise UsageError where `DiffusionGemma.encode` cannot take its arguments."""
+    if not all(len(row) for row in ids):
+        raise UsageError("there is nothing to encode in an empty row of token ids; leave it out.")
+    for row, prefix, own in zip(ids, prefixes, pictures, strict=False):
+        done = len(prefix)
+        for span, seen in sorted(own.items(), key=lambda item: item[0].start):
+            end = len(prefix) + len(row)
+            if span.start < done or span.stop > end or seen.shape[0] != len(span):
+                raise UsageError(
+                    f"a picture of {seen.shape[0]} soft tokens has {len(span)} places, or is cut."
+                )
+            done = span.stop
+
+
 def _with_pictures(
     x: mx.array,
     lengths: Sequence[int],
@@ -388,10 +451,6 @@ def _with_pictures(
     for length, prefix, row in zip(lengths, prefixes, pictures, strict=True):
         for span, seen in sorted(row.items(), key=lambda item: item[0].start):
             start, stop = (begin + place - len(prefix) for place in (span.start, span.stop))
-            if start < max(begin, done) or stop > begin + length or seen.shape[0] != len(span):
-                raise UsageError(
-                    f"a picture of {seen.shape[0]} soft tokens has {len(span)} places, or is cut."
-                )
             parts += [x[:, done:start], seen[None].astype(x.dtype)]
             done = stop
         begin += length

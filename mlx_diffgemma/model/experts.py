@@ -1,4 +1,5 @@
-"""The mixture of experts. Letters: N tokens, D hidden, I expert width, E experts, K per token."""
+"""The mixture of experts. Letters: N tokens, D hidden, I expert width, E experts, K per token, P
+pairs of token and expert."""
 
 from __future__ import annotations
 
@@ -58,10 +59,15 @@ class Experts(nn.Module):
         if sort:
             order = mx.argsort(pairs)
             pairs, tokens = pairs[order], tokens[order]
-        hidden = self.gate_up_proj(x[tokens][:, None], pairs, sorted_indices=sort)
-        gate, up = mx.split(hidden, 2, axis=-1)
-        out = self.down_proj(self.activation(gate, up), pairs, sorted_indices=sort)[:, 0]
+        out = self.outputs(x[tokens], pairs, is_sorted=sort)
         # A Metal kernel has no gradient.
         how: Implementation = "mlx" if self.training else "auto"
         places = mx.argsort(order) if sort else None
         return expert_combine(out, places, weights, implementation=how)
+
+    def outputs(self, x: mx.array, experts: mx.array, *, is_sorted: bool) -> mx.array:
+        """[P, D], each through one of the `experts` [P] -> [P, D]; `is_sorted` where these
+        ascend."""
+        hidden = self.gate_up_proj(x[:, None], experts, sorted_indices=is_sorted)
+        gate, up = mx.split(hidden, 2, axis=-1)
+        return self.down_proj(self.activation(gate, up), experts, sorted_indices=is_sorted)[:, 0]

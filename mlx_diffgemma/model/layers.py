@@ -64,11 +64,23 @@ class DecoderLayer(nn.Module):
 
     def feed_forward(self, x: mx.array, attended: mx.array, layer_scalar: mx.array) -> mx.array:
         """All that follows the attention, which has no state: [B, S, D] twice -> [B, S, D]."""
+        h, dense, *mixture = self.before_experts(x, attended)
+        return self.join(h, dense, self.experts(*mixture).reshape(h.shape), layer_scalar)
+
+    def before_experts(self, x: mx.array, attended: mx.array) -> tuple[mx.array, ...]:
+        """The residual and what the dense MLP adds to it, [B, S, D] each, and what the experts are
+        called with."""
         h = x + self.post_attention_layernorm(attended)
-        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(h)))
+        dense = self.mlp(self.pre_feedforward_layernorm(h))
         flat = h.reshape(-1, h.shape[-1])
-        sparse = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat))
-        sparse = self.post_feedforward_layernorm_2(sparse.reshape(h.shape))
+        return h, dense, self.pre_feedforward_layernorm_2(flat), *self.router(flat)
+
+    def join(
+        self, h: mx.array, dense: mx.array, sparse: mx.array, layer_scalar: mx.array
+    ) -> mx.array:
+        """The residual, the output of the dense MLP and that of the experts -> [B, S, D]."""
+        dense = self.post_feedforward_layernorm_1(dense)
+        sparse = self.post_feedforward_layernorm_2(sparse)
         return (h + self.post_feedforward_layernorm(dense + sparse)) * layer_scalar
 
     def compile(self) -> None:
@@ -92,6 +104,9 @@ class SelfConditioning(nn.Module):
 
     def __call__(self, embeddings: mx.array, soft_embeddings: mx.array) -> mx.array:
         """[B, S, D] twice -> [B, S, D]."""
+        return mx.fast.rms_norm(embeddings + self.signal(soft_embeddings), None, self._eps)
+
+    def signal(self, soft_embeddings: mx.array) -> mx.array:
+        """What is added to the embeddings: [B, S, D] -> [B, S, D]."""
         n = self.pre_norm(soft_embeddings)
-        signal = self.down_proj(self.activation(self.gate_proj(n), self.up_proj(n)))
-        return mx.fast.rms_norm(embeddings + signal, None, self._eps)
+        return self.down_proj(self.activation(self.gate_proj(n), self.up_proj(n)))

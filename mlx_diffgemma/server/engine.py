@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,8 @@ class Engine:
         model, tokenizer: what `load` returns.
         name: what clients call the model.
         settings: bounds of the engine.
+        settle: called with the error of a request before its client hears of it, and may call
+            `fail` or wait until another thread does.
 
     Attributes:
         context: tokens of prompt and answer together, in whole canvases.
@@ -91,7 +93,9 @@ class Engine:
         *,
         name: str,
         settings: EngineSettings = EngineSettings(),
+        settle: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
+        self._settle = settle
         self.model, self.tokenizer, self.name, self.settings = model, tokenizer, name, settings
         canvas = model.config.canvas_length
         self.context = model.config.text.max_position_embeddings // canvas * canvas
@@ -156,10 +160,21 @@ class Engine:
             self._changed.notify()
         self._thread.join(seconds)
 
+    def fail(self, error: BaseException) -> None:
+        """Refuse new requests and end all others with an error, so that nobody waits for ever. The
+        engine's own thread may be blocked for good."""
+        with self._changed:
+            if self.failure is not None:
+                return
+            self.failure = error
+            jobs, self._waiting, self._running = [*self._running, *self._waiting], [], []
+        for job in jobs:
+            job.ticket.deliver(End(error))
+
     @property
     def alive(self) -> bool:
         """Whether requests are answered."""
-        return self._thread.is_alive() and not self._stopping
+        return self._thread.is_alive() and not self._stopping and self.failure is None
 
     def wake(self) -> None:
         with self._changed:
@@ -200,12 +215,8 @@ class Engine:
                 while self._next_requests():
                     self._turns()
                     self._joint_step()
-        except BaseException as error:  # a fault of the engine itself: nobody may wait for ever
-            self.failure = error
-            with self._changed:
-                jobs, self._waiting, self._running = [*self._running, *self._waiting], [], []
-            for job in jobs:
-                job.ticket.deliver(End(error))
+        except BaseException as error:  # a fault of the engine itself
+            self.fail(error)
 
     def _next_requests(self) -> bool:
         """Wait for requests, and begin those that fit. Returns False where the engine is to end."""
@@ -335,6 +346,10 @@ class Engine:
     def ended(self, job: Job, error: BaseException | None) -> None:
         """Note that the work of a request is over, with the error that ended it. Its greenlet calls
         this as its last act."""
+        if error is not None:
+            self._settle(error)
+        if self.failure is not None:  # everybody was told
+            return
         self._running.remove(job)
         counters = self.counters
         if error is None:

@@ -65,9 +65,10 @@ def _wanted(count: int, sizes: tuple[int, ...], mode: str) -> Wanted:
     vocab = sum(sizes)
     wanted = Wanted(30.0, mx.array((30 / rng.uniform(0.4, 1, count)).astype(np.float32)))
     if mode in ("draw", "all"):
-        uniforms = rng.random((2 * len(sizes) + 1, count)).astype(np.float32)
+        chances = rng.random((2 * len(sizes) + 1, count)).astype(np.float32)
+        chances[: len(sizes)] = rng.gumbel(size=(len(sizes), count))
         standing = rng.integers(0, vocab, count)
-        wanted = replace(wanted, uniforms=mx.array(uniforms), standing=mx.array(standing, mx.int32))
+        wanted = replace(wanted, chances=mx.array(chances), standing=mx.array(standing, mx.int32))
     if mode in ("masks", "all"):
         allowed = rng.random((3, vocab)) < 0.1
         allowed[0] = False
@@ -122,6 +123,7 @@ def _chunks(
         found.equal("draws", here.draw, there.draw)
         for name in ("best", "draw_logit", "standing_logit"):
             found.close(name, getattr(here, name), getattr(there, name), rtol=2e-6)
+        found.close("race", here.race, there.race, rtol=2e-6, atol=1e-4)
         for name in ("total", "weighted"):
             found.close(name, getattr(here, name), getattr(there, name), rtol=1e-4, atol=_TINY)
         dense = mine.exponentials is not None and twin.exponentials is not None

@@ -74,12 +74,6 @@ class Picture:
         cut = self.pixels.reshape(height // side, side, width // side, side, 3)
         return np.ascontiguousarray(cut.transpose(0, 2, 1, 3, 4)).reshape(-1, 3 * side * side)
 
-    @property
-    def positions(self) -> np.ndarray:
-        """[P, 2] column and row of each patch."""
-        row, column = np.divmod(np.arange(len(self.patches)), self.columns)
-        return np.stack([column, row], axis=-1)
-
 
 def read_picture(
     source: Any,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlx_diffgemma.editing.files import read_text
+from mlx_diffgemma.editing.validated import validator
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.reading import shown
 
@@ -105,22 +106,21 @@ def check_of(given: str) -> Holds:
 
 
 def _schema_check(path: Path) -> Holds:
-    import jsonschema
-
     try:
         schema = json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError):
         raise UsageError(f"--check: {path} is not JSON; give a JSON schema.") from None
+    if not isinstance(schema, (dict, bool)):
+        raise UsageError(f"--check: {path} holds {shown(schema)}, which is no JSON schema.")
     try:
-        kind = jsonschema.validators.validator_for(schema)
-        kind.check_schema(schema)
-    except jsonschema.SchemaError as error:
-        raise UsageError(f"--check: {path} is no JSON schema: {error.message}.") from None
-    validator = kind(schema)
+        fault = validator(schema)
+        fault(None)  # what the schema refers to is looked for
+    except UsageError as error:
+        raise UsageError(f"--check: {path}: {error}") from None
 
     def holds(text: str) -> bool:
         try:
-            return bool(validator.is_valid(json.loads(text)))
+            return not fault(json.loads(text))
         except (json.JSONDecodeError, RecursionError):
             return False
 

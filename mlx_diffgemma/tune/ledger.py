@@ -64,8 +64,8 @@ class Ledger:
             raise UsageError(f"{path} is damaged; delete it, or name another file.") from None
         if lines and lines[0] != self._of:
             raise UsageError(
-                f"{path} is of a run with another model, other prompts or another length of "
-                "answers; delete it, or name another file."
+                f"{path} is of a run with another model, other prompts, another chat template or "
+                "another length of answers; delete it, or name another file."
             )
         if len(kept) < len(whole):
             os.truncate(path, len(kept))
@@ -98,9 +98,10 @@ class Ledger:
             os.fsync(file.fileno())
 
 
-def fingerprint(asks: Sequence[Ask]) -> str:
-    """A fingerprint of prompts, which is equal for equal prompts in the same order."""
-    text = json.dumps([asdict(ask) for ask in asks], sort_keys=True)
+def fingerprint(asks: Sequence[Ask], template: object) -> str:
+    """A fingerprint of prompts in a chat template, which is equal for equal prompts in the same
+    order and in an equal template."""
+    text = json.dumps([[asdict(ask) for ask in asks], str(template)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

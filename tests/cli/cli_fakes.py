@@ -219,11 +219,6 @@ class Terminal:
         while select.select([self._ours], [], [], 0)[0]:
             self._read()
 
-    def resize(self, columns: int) -> None:
-        """Make the window narrower or wider, which the process is told."""
-        _set_size(self._ours, self.rows, columns)
-        self.process.send_signal(signal.SIGWINCH)
-
     @property
     def modes(self) -> list[Any]:
         """Whether keys are echoed, read by the line, and the like."""

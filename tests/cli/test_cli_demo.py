@@ -163,7 +163,9 @@ def test_the_page_is_opened_in_the_browser_and_ends_with_ctrl_c():
 
 
 def test_the_page_needs_the_server_s_packages(program, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    result = program("demo", "--web")
-    assert result.exit_code == 2
-    assert "mlx-diffgemma[server]" in result.stderr
+    monkeypatch.setattr("mlx_diffgemma.cli.serve.find_spec", lambda name: None)
+    for asked in (("serve",), ("demo", "--web")):
+        result = program(*asked)
+        assert result.exit_code == 2
+        assert f"{asked[-1]} needs greenlet, starlette, uvicorn" in result.stderr
+        assert "mlx-diffgemma[server]" in result.stderr

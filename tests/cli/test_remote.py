@@ -186,3 +186,20 @@ def test_a_key_is_asked_for_and_sent(monkeypatch: pytest.MonkeyPatch) -> None:
             for _ in range(80):
                 deep = [deep]
             server.ask("/echo", {"a": deep})
+
+
+def test_a_model_is_the_same_with_the_text_of_a_template_from_whatever_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{{ messages }}"
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "t.jinja").write_text(template if name == "here" else "{{ other }}")
+    spelled = remote.identity(Loading(chat_template=template))
+    found = {}
+    for name in ("here", "there"):
+        monkeypatch.chdir(tmp_path / name)
+        found[name] = remote.identity(Loading(chat_template="t.jinja"))
+    assert found["here"] == spelled != found["there"]
+    assert remote.identity(Loading(chat_template=str(tmp_path / "here" / "t.jinja"))) == spelled
+    assert remote.identity(Loading()) != spelled

@@ -233,3 +233,12 @@ def test_small_tokenizers_of_every_kind_spell_themselves():
         for text in ["a  b", "é\n漢字", "two words <table>", "\x00\x7f"]:
             assert vocabulary.spells(text)
     assert not vocabulary_of(demo_tokenizer()).spells("größe")
+
+
+def test_a_token_of_thousands_of_bytes_is_not_used_under_a_grammar():
+    tokenizer = build()
+    tokenizer.add_tokens(["x" * 3000])
+    words = Vocabulary(tokenizer, len(tokenizer), (1, 5))
+    matcher = regex_matcher(words, "x{3000}")
+    assert len(words.encode("x" * 3000)) == 1
+    assert words.decode(matcher.way_out(4096, thorough=True)) == "x" * 3000

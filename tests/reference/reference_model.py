@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,24 @@ def build_reference(
     assert model.lm_head.weight is table
     assert model.model.encoder.language_model.embed_tokens.weight is table
     return model.float().eval()
+
+
+def padded_pictures(pictures: Sequence[Any], most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the reference takes of pictures that have `patches` and `columns`, padded to `most`
+    patches: values [P, most, 768] and column and row of each patch, −1 for padding."""
+    values = torch.zeros(len(pictures), most, 768)
+    positions = torch.full((len(pictures), most, 2), -1)
+    for number, picture in enumerate(pictures):
+        count = len(picture.patches)
+        values[number, :count] = torch.from_numpy(picture.patches / 255.0)
+        positions[number, :count] = torch.from_numpy(patch_positions(picture))
+    return values, positions
+
+
+def patch_positions(picture: Any) -> np.ndarray:
+    """[P, 2] column and row of each patch of a picture."""
+    row, column = np.divmod(np.arange(len(picture.patches)), picture.columns)
+    return np.stack([column, row], axis=-1)
 
 
 class RouterGaps:

@@ -12,18 +12,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from recording import record
-from reference_model import Closeness, RouterGaps, build_reference
-from replay import CanvasDraws, replay_noise, replaying
-from test_trajectories import Comparison, report
+from reference_model import Closeness, RouterGaps, build_reference, padded_pictures
+from test_trajectories import compared, report
 from tiny_models import make_config, make_model, make_weights
 from tiny_pictures import CLIPPED, PLAIN, drawn, make_vision, make_vision_weights
 
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.encode import encode
-from mlx_diffgemma.diffusion.events import DenoisingStep, Finished
-from mlx_diffgemma.diffusion.generate import generate_canvases
 from mlx_diffgemma.model.diffusion_gemma import CanvasView
 from mlx_diffgemma.pictured import PicturedIds, PictureSpan
 from mlx_diffgemma.text.pictures import read_picture
@@ -72,13 +68,7 @@ class Pair:
     def inputs(self, ids: PicturedIds) -> dict[str, torch.Tensor]:
         """What the reference takes of the pictures, padded to one size."""
         most = max(len(span.patches) for span in ids.pictures)
-        values = torch.zeros(len(ids.pictures), most, 768)
-        positions = torch.full((len(ids.pictures), most, 2), -1)
-        for row, span in enumerate(ids.pictures):
-            count = len(span.patches)
-            place = torch.arange(count)
-            values[row, :count] = torch.from_numpy(span.patches / 255.0)
-            positions[row, :count] = torch.stack([place % span.columns, place // span.columns], -1)
+        values, positions = padded_pictures(ids.pictures, most)
         return {"pixel_values": values, "image_position_ids": positions}
 
     @torch.no_grad()
@@ -142,41 +132,18 @@ def test_trajectories_with_pictures():
     for seed in range(4):
         pair = Pair(seed, gain=4.0, feedback=0.05)
         ids = pair.prompt(1 + seed % 3, 5 + 4 * seed)
-        tokens, gaps = 2 * pair.config.canvas_length, RouterGaps(pair.theirs, 1)
-        recording = record(
-            pair.theirs,
-            [list(ids)],
-            seed=seed,
-            max_new_tokens=tokens,
-            eos_token_id=None,
-            router_gaps=gaps,
-            mm_token_type_ids=(torch.tensor([ids]) == IMAGE).long(),
-            **pair.inputs(ids),
-        )
-        gaps.close()
-        draws = [
-            CanvasDraws(
-                canvas.initial,
-                np.stack([step.draw for step in canvas.steps]),
-                np.stack([step.noise for step in canvas.steps]),
+        comparisons.append(
+            compared(
+                pair.ours,
+                pair.theirs,
+                [ids],
+                DiffusionConfig(max_tokens=2 * pair.config.canvas_length, eos_token_ids=()),
+                seed,
+                step_size=7,
+                mm_token_type_ids=(torch.tensor([ids]) == IMAGE).long(),
+                **pair.inputs(ids),
             )
-            for canvas in recording.canvases
-        ]
-        settings = DiffusionConfig(max_tokens=tokens, eos_token_ids=())
-        comparison = Comparison(recording, 1, [])
-        for event in generate_canvases(
-            pair.ours,
-            [ids],
-            settings,
-            replay_noise(draws),
-            denoiser=replaying(pair.ours),
-            prefill_step_size=7,
-        ):
-            if isinstance(event, DenoisingStep):
-                comparison.step(event, settings)
-            elif isinstance(event, Finished):
-                comparison.finish(event)
-        comparisons.append(comparison)
+        )
     report("prompts with pictures", comparisons)
 
 

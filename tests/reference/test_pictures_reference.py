@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reference_model import padded_pictures, patch_positions
 from tiny_pictures import CLIPPED, PLAIN, drawn, make_vision, make_vision_weights, vision_config
 from transformers import DiffusionGemmaTextConfig
 from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
@@ -47,7 +48,7 @@ def test_pixels_and_positions(soft_tokens):
         count = len(ours.patches)
         assert theirs["num_soft_tokens_per_image"] == [ours.soft_tokens], (height, width)
         positions = theirs["image_position_ids"][0]
-        assert np.array_equal(positions[:count], ours.positions), (height, width)
+        assert np.array_equal(positions[:count], patch_positions(ours)), (height, width)
         assert (positions[count:] == -1).all() and len(positions) == 9 * soft_tokens
         apart = np.abs(theirs["pixel_values"][0, :count] - ours.patches / 255)
         largest = max(largest, float(apart.max()))
@@ -95,11 +96,7 @@ class Pair:
     @torch.no_grad()
     def expected(self, pictures: list[Picture], most: int = 280) -> list[np.ndarray]:
         """What the reference sees in pictures that are padded to one size."""
-        values = torch.zeros(len(pictures), 9 * most, 768)
-        positions = torch.full((len(pictures), 9 * most, 2), -1)
-        for row, picture in enumerate(pictures):
-            values[row, : len(picture.patches)] = torch.from_numpy(picture.patches / 255.0)
-            positions[row, : len(picture.patches)] = torch.from_numpy(picture.positions)
+        values, positions = padded_pictures(pictures, 9 * most)
         seen = self.projection(self.tower(values, positions).last_hidden_state).float().numpy()
         return np.split(seen, np.cumsum([picture.soft_tokens for picture in pictures])[:-1])
 

@@ -8,21 +8,25 @@ Run with `-m reference -s` to see how many were equal.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from demo_checkpoint import demo_config, demo_weights, two_puzzles
 from recording import RecordedCanvas, RecordedStep, Recording, record
 from reference_model import ROUTER_TIE, RouterGaps, build_reference
 from replay import CanvasDraws, replay_noise, replaying
 from tiny_models import make_config, make_model, make_weights
+from transformers import DiffusionGemmaForBlockDiffusion
 
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.events import DenoisingStep, Finished
 from mlx_diffgemma.diffusion.generate import generate_canvases
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
 pytestmark = pytest.mark.reference
 
@@ -39,36 +43,9 @@ class Pair:
 
     def compare(self, prompts: list[list[int]], seed: int, canvases: int, eos: list[int]):
         """Run both; returns a `Comparison`."""
-        max_tokens = canvases * self.config.canvas_length
-        gaps = RouterGaps(self.theirs, len(prompts))
-        recording = record(
-            self.theirs, prompts, seed=seed, max_new_tokens=max_tokens, eos_token_id=eos or None,
-            router_gaps=gaps,
-        )  # fmt: skip
-        gaps.close()
-        draws = [
-            CanvasDraws(
-                canvas.initial,
-                np.stack([step.draw for step in canvas.steps]),
-                np.stack([step.noise for step in canvas.steps]),
-            )
-            for canvas in recording.canvases
-        ]
-        settings = DiffusionConfig(max_tokens=max_tokens, eos_token_ids=tuple(eos))
-        comparison = Comparison(recording, len(prompts), eos)
-        for event in generate_canvases(
-            self.ours,
-            prompts,
-            settings,
-            replay_noise(draws),
-            denoiser=replaying(self.ours),
-            prefill_step_size=11,
-        ):
-            if isinstance(event, DenoisingStep):
-                comparison.step(event, settings)
-            elif isinstance(event, Finished):
-                comparison.finish(event)
-        return comparison
+        tokens = canvases * self.config.canvas_length
+        settings = DiffusionConfig(max_tokens=tokens, eos_token_ids=tuple(eos))
+        return compared(self.ours, self.theirs, prompts, settings, seed, step_size=11)
 
 
 def random_pair(raw: dict[str, Any], seed: int, gain: float) -> Pair:
@@ -155,6 +132,49 @@ class Comparison:
                 for canvas in self.recording.canvases[: len(event.steps[row])]
             ]
             assert list(event.steps[row]) == steps
+
+
+def compared(
+    ours: DiffusionGemma,
+    theirs: DiffusionGemmaForBlockDiffusion,
+    prompts: Sequence[Sequence[int]],
+    settings: DiffusionConfig,
+    seed: int,
+    *,
+    step_size: int,
+    **inputs: torch.Tensor,
+) -> Comparison:
+    """Run the reference's `generate` with these `inputs` beside the prompts, then our loop with
+    its draws, and follow both. Prompts are encoded in chunks of `step_size`."""
+    eos = list(settings.eos_token_ids)
+    gaps = RouterGaps(theirs, len(prompts))
+    recording = record(
+        theirs, [list(ids) for ids in prompts], seed=seed, max_new_tokens=settings.max_tokens,
+        eos_token_id=eos or None, router_gaps=gaps, **inputs,
+    )  # fmt: skip
+    gaps.close()
+    draws = [
+        CanvasDraws(
+            canvas.initial,
+            np.stack([step.draw for step in canvas.steps]),
+            np.stack([step.noise for step in canvas.steps]),
+        )
+        for canvas in recording.canvases
+    ]
+    comparison = Comparison(recording, len(prompts), eos)
+    for event in generate_canvases(
+        ours,
+        prompts,
+        settings,
+        replay_noise(draws),
+        denoiser=replaying(ours),
+        prefill_step_size=step_size,
+    ):
+        if isinstance(event, DenoisingStep):
+            comparison.step(event, settings)
+        elif isinstance(event, Finished):
+            comparison.finish(event)
+    return comparison
 
 
 def report(name: str, comparisons: list[Comparison], least_equal: float = 0.6) -> None:

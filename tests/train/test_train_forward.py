@@ -8,11 +8,20 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from one_pass import decoded, encoded
+from tiny_models import make_config, make_model, make_weights
+from tiny_pictures import CLIPPED, PLAIN, drawn, make_vision, make_vision_weights
 from training import furthest, gradients, random_batch
 
 from mlx_diffgemma import cpu
+from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.errors import PromptError, UsageError
 from mlx_diffgemma.model.attention import attend, canvas_masks
+from mlx_diffgemma.pictured import PictureSpan
+from mlx_diffgemma.text.pictures import Picture
 from mlx_diffgemma.train import forward
+from mlx_diffgemma.train.batches import Drawn, Sizes, lay_out
+from mlx_diffgemma.train.config import TrainConfig
+from mlx_diffgemma.train.examples import Batch, Example
 
 
 @pytest.mark.parametrize("forms", [False, True], ids=["plain", "training"])
@@ -34,6 +43,67 @@ def test_logits_are_those_of_inference(tiny_model, seed, forms):
         expected, held = encoded(model, batch.sequence[row, :prefix].tolist())
         _close(hidden[row, :prefix], expected)
         _close(ours[row], decoded(model, batch.corrupted[row], held, soft[row]))
+
+
+def pictured(
+    config: ModelConfig, shapes: list[list[tuple[int, int]]], tail: int = 9
+) -> tuple[Batch, list[Example]]:
+    """A batch of sequences with pictures of so many soft tokens down and across among 3 ids each,
+    in front of a response of `tail` ids; and its examples."""
+    rng, number, drawn_ones = np.random.default_rng(5), 0, []
+    vocab, canvas = config.text.vocab_size, config.canvas_length
+    for row, inside in enumerate(shapes):
+        ids, spans = rng.integers(7, vocab, 1 + 2 * row).tolist(), []
+        for down, across in inside:
+            picture = Picture(drawn(48 * down, 48 * across, number), 16, 3)
+            stop = len(ids) + down * across
+            spans.append(PictureSpan(len(ids), stop, f"{number}", picture.patches, picture.columns))
+            ids += [6] * (down * across) + rng.integers(7, vocab, 3).tolist()
+            number += 1
+        tokens = (*ids, *rng.integers(7, vocab, tail).tolist())
+        drawn_ones.append(Drawn(Example(tokens, len(ids), tuple(spans)), 0))
+    corrupted = rng.integers(7, vocab, (len(shapes), canvas))
+    sizes = Sizes(canvas, vocab, (1,), config.text.max_position_embeddings)
+    return lay_out(
+        drawn_ones, TrainConfig(), sizes, corrupted, np.full(len(shapes), 0.5), conditioned=0
+    ), [one.example for one in drawn_ones]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_pictures_are_seen_as_in_inference(seed):
+    """One, two and no pictures in sequences of one batch, longer than the window."""
+    raw = make_config(seed) | {"vision_config": CLIPPED if seed else PLAIN}
+    config = ModelConfig.from_dict(raw)
+    assert config.vision is not None
+    size = config.text.hidden_size
+    model = make_model(config, make_weights(config, seed))
+    tower = make_vision_weights(config.vision, size, seed)
+    model.load_vision = lambda: make_vision(config.vision, size, tower)
+    batch, examples = pictured(config, [[(2, 3)], [(2, 3), (2, 3)], []])
+    assert max(one.prompt for one in examples) > config.text.sliding_window
+    hidden, kept = forward.encode(model, batch)
+    ours = forward.decode(model, batch.corrupted, kept, batch.prefix)
+    for row, one in enumerate(examples):
+        seen = {span: model.embed_picture(span) for span in one.pictures}
+        ids = one.tokens[: one.prompt]
+        expected, (prefix,) = model.encode([ids], [model.empty_prefix()], [seen])
+        _close(hidden[row, : one.prompt], expected)
+        _close(ours[row], decoded(model, batch.corrupted[row], prefix))
+
+
+def test_pictures_of_a_batch_that_differ_in_size_are_refused():
+    raw = make_config(0) | {"vision_config": PLAIN}
+    config = ModelConfig.from_dict(raw)
+    for shapes in ([[(2, 3)], [(3, 2)]], [[(2, 3), (1, 1)]], [[(1, 4)], [(2, 2)]]):
+        with pytest.raises(UsageError, match="differ in size; bring all to one, or lower"):
+            pictured(config, shapes)
+
+
+def test_pictures_without_a_tower_are_refused():
+    config = ModelConfig.from_dict(make_config(0))
+    batch, _ = pictured(config, [[(2, 3)]])
+    with pytest.raises(PromptError, match="vision tower"):
+        forward.encode(make_model(config, make_weights(config, 0)), batch)
 
 
 def test_what_follows_the_prefix_is_not_seen(tiny_model):

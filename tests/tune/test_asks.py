@@ -58,6 +58,23 @@ def test_a_check_that_is_none_is_refused(given):
         check_of(given)
 
 
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ("[1]", "holds [1], which is no JSON schema"),
+        ('{"type": 3}', "the JSON schema cannot be used: 3 is not valid"),
+        ('{"$ref": "http://127.0.0.1:9/s.json"}', "its reference 'http://127.0.0.1:9/s.json'"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_a_schema_that_cannot_be_used_is_refused_in_a_line(tmp_path, schema, says):
+    (tmp_path / "s.json").write_text(schema)
+    with pytest.raises(UsageError) as raised:
+        check_of(f"json-schema:{tmp_path / 's.json'}")
+    said = str(raised.value)
+    assert said.startswith(f"--check: {tmp_path / 's.json'}") and says in said and "\n" not in said
+
+
 def test_a_check_comes_before_known_answers_and_these_before_agreement():
     known, free = [Ask("a", "1")], [Ask("a")]
     assert Judge.of(known, check_of("regex:x"), 3).name == "check"

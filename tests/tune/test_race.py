@@ -119,13 +119,15 @@ def test_rounds_double_until_all_prompts_are_asked():
 
 def test_what_was_answered_is_not_asked_again(tmp_path):
     rules, path = named(exact=40, a=20, b=10), tmp_path / "answers.jsonl"
-    of = {"model": "m", "asks": fingerprint(ASKS)}
+    of = {"model": "m", "asks": fingerprint(ASKS, "template")}
     first, asked = outcome(rules, lambda *_: False, ledger=Ledger(path, of))
     again, none = outcome(rules, lambda *_: False, ledger=Ledger(path, of))
     assert asked > 0 and none == 0
     assert again == first
     with pytest.raises(UsageError, match="another model"):
         Ledger(path, {**of, "model": "other"})
+    with pytest.raises(UsageError, match="another chat template"):
+        Ledger(path, {**of, "asks": fingerprint(ASKS, "another")})
     path.write_bytes(path.read_bytes().replace(b"trials", b"trails"))
     with pytest.raises(UsageError, match="damaged"):
         Ledger(path, of)

@@ -284,6 +284,7 @@ inline bool isfinite(float x) { return std::isfinite(x); }
 
 namespace precise {
 inline float exp(float x) { return std::exp(x); }
+inline float log(float x) { return std::log(x); }
 inline float tanh(float x) { return std::tanh(x); }
 }  // namespace precise
 

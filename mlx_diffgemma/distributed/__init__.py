@@ -1,0 +1,1 @@
+"""One model over several Macs, with the collectives of `mx.distributed`."""
