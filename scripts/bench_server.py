@@ -7,7 +7,8 @@
 Random weights: small layers under the release's vocabulary (262,144) and canvas (256). All clients
 of a round ask at once, each with a prompt of its own, for one canvas in so many steps, with the
 sampler of the checkpoint. The servers take turns. A number is a median over the rounds: seconds
-until the first committed text, the mean over the clients, and until the last client has all.
+until the first committed text, the mean over the clients, and until the last client has all. The
+processor's seconds that a server takes say the same beside other work, where the clock does not.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ def write_tokenizer(folder: Path, size: int) -> None:
 
 
 @contextmanager
-def server(command: Sequence[str], log: Path) -> Iterator[str]:
-    """The URL of a server that `command` starts, given a port."""
+def server(command: Sequence[str], log: Path) -> Iterator[tuple[str, int]]:
+    """The URL of a server that `command` starts, given a port, and the id of its process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
@@ -112,7 +113,7 @@ def server(command: Sequence[str], log: Path) -> Iterator[str]:
                 if process.poll() is not None or time.monotonic() > end:
                     sys.exit(f"{' '.join(command)} did not start:\n{log.read_text()[-2000:]}")
                 time.sleep(0.2)
-            yield url
+            yield url, process.pid
         finally:
             process.terminate()
             process.wait(30)
@@ -123,6 +124,15 @@ def _is_ready(url: str) -> bool:
         return httpx.get(f"{url}/health", timeout=2).status_code == 200
     except httpx.HTTPError:
         return False
+
+
+def processor_seconds(pid: int) -> float:
+    """Seconds that all threads of a process have computed; nan where there is no /proc."""
+    stat = Path(f"/proc/{pid}/stat")
+    if not stat.exists():
+        return float("nan")
+    user, system = stat.read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def ask(url: str, body: dict[str, object]) -> tuple[float, float]:
@@ -196,28 +206,35 @@ def main() -> None:
         if args.rival_python:
             rival = [args.rival_python, "-m", "mlx_vlm.server", "--model", str(folder)]
             commands[THEIRS] = rival
-        urls = {
+        started = {
             name: servers.enter_context(server(command, Path(directory) / f"{n}.log"))
             for n, (name, command) in enumerate(commands.items())
         }
         tokens = config_like(args.like)["canvas_length"]
         print(f"{args.like}, {args.steps} steps, load {os.getloadavg()[0]:.1f}\n")
-        print("| clients | server | first text, s | total, s | ratio to ours |")
-        print("|---|---|---|---|---|")
-        for url in urls.values():  # what is compiled or loaded on first use is no part of it
+        print("| clients | server | first text, s | total, s | to ours | processor, s | to ours |")
+        print("|---|---|---|---|---|---|---|")
+        for url, _ in started.values():  # what is compiled or loaded on first use is no part of it
             round_of(url, [body_of(str(folder), args.steps, tokens, rng)])
         for count in clients:
-            times: dict[str, list[tuple[float, float]]] = {name: [] for name in urls}
+            times: dict[str, list[tuple[float, float]]] = {name: [] for name in started}
+            worked: dict[str, list[float]] = {name: [] for name in started}
             for _ in range(args.rounds):
                 bodies = [body_of(str(folder), args.steps, tokens, rng) for _ in range(count)]
-                for name, url in urls.items():
+                for name, (url, pid) in started.items():
+                    before = processor_seconds(pid)
                     times[name].append(round_of(url, bodies))
+                    worked[name].append(processor_seconds(pid) - before)
             totals = {name: median(total for _, total in rounds) for name, rounds in times.items()}
             for name, rounds in times.items():
                 first = median(first for first, _ in rounds)
                 ratio = totals[name] / totals[OURS]
-                print(f"| {count} | {name} | {first:.2f} | {totals[name]:.2f} | {ratio:.2f} |",
-                      flush=True)  # fmt: skip
+                spent, ours = median(worked[name]), median(worked[OURS])
+                print(
+                    f"| {count} | {name} | {first:.2f} | {totals[name]:.2f} | {ratio:.2f} "
+                    f"| {spent:.2f} | {spent / ours:.2f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

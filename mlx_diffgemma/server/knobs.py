@@ -32,7 +32,17 @@ def knobs(fields: Fields) -> dict[str, Any]:
     for key, name in _NAMES.items():
         value = fields.get(key)
         if value is not None:
-            settings[name] = value
-            if name == "max_denoising_steps" and isinstance(value, int) and value > MOST_STEPS:
-                raise fields.refused(key, f"must be {MOST_STEPS} at most.")
+            settings[name] = most_steps(fields, key) if name == "max_denoising_steps" else value
     return {"settings": settings, "profile": fields.choice(f"{_PREFIX}profile", PROFILES)}
+
+
+def most_steps(fields: Fields, key: str) -> int | None:
+    """The most denoising steps of a canvas that a field asks for; None where it is left out.
+
+    Raises:
+        RefusedError: it is no number of steps, or there are too many (400).
+    """
+    steps = fields.integer(key, 1)
+    if steps is not None and steps > MOST_STEPS:
+        raise fields.refused(key, f"must be {MOST_STEPS} at most.")
+    return steps

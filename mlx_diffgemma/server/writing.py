@@ -18,6 +18,7 @@ from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.generation import stream_generate
 from mlx_diffgemma.generation_response import GenerationResponse
 from mlx_diffgemma.server.fields import Fields
+from mlx_diffgemma.server.knobs import most_steps
 
 if TYPE_CHECKING:
     from mlx_diffgemma.server.engine import Engine
@@ -49,7 +50,7 @@ def chat(engine: Engine, fields: Fields) -> Callable[[Seat], Iterator[Any]]:
         "max_tokens": min(fields.integer("max_tokens", 1) or 1024, engine.context),
         "prefill_response": _near(fields.text("prefill") or "", _room(engine), end=True) or None,
         "thinking": fields.flag("thinking") or None,
-        "max_denoising_steps": fields.integer("steps", 1),
+        "max_denoising_steps": most_steps(fields, "steps"),
     }
 
     def work(seat: Seat) -> Iterator[Any]:

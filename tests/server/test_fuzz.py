@@ -68,13 +68,18 @@ class Guessing:
         count, random = len(canvas), self._random
         tokens = random.integers(canvas.vocab, size=count)
         tokens[random.integers(count + 1) :] = random.choice(self._ends)
+        if canvas.passes:  # so that it comes to rest
+            tokens = np.where(canvas.draft >= 0, canvas.draft, tokens)
         if canvas.layout is not None:
             for place, mask in canvas.layout.masks(canvas.vocab).items():
                 bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[: canvas.vocab]
                 if not bits[tokens[place]]:
                     tokens[place] = random.choice(np.flatnonzero(bits))
             tokens = np.where(canvas.layout.open, tokens, canvas.layout.fixed)
-        drawn, nats = mx.array(tokens.astype(np.int32)), mx.array(random.random(count) * 0.2)
+        drawn, nats = (
+            mx.array(tokens.astype(np.int32)),
+            mx.array(random.random(count) * 0.2 * (canvas.passes == 0)),
+        )
         sure, soft = mx.exp(-nats), mx.zeros((count, self._width))
         return Prediction(drawn, sure, drawn, nats, sure, soft, mx.zeros(count))
 

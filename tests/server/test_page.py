@@ -257,3 +257,9 @@ def test_an_order_is_left_to_the_run_that_it_began(demo_engine: Engine) -> None:
     assert canvas._taken(second) == [Order(steps=3)]
     assert canvas.offer(Order(steps=4)) is None, "the second run goes on"
     assert not canvas._over(second) and canvas._taken(second) and canvas._over(second)
+
+
+def test_no_answer_takes_more_steps_than_there_may_be(client: httpx.Client) -> None:
+    asked = {"messages": [{"role": "user", "content": "hi"}], "steps": 1_000_000}
+    refused = client.post("/v1/page/chat", json=asked)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "steps"
