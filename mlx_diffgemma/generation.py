@@ -87,13 +87,14 @@ def load(
     """
     from mlx_diffgemma.text.tokenizer import load_tokenizer
 
-    path = locate.locate(path_or_repo, revision)
     if ranks is not None or parallel is not None or weights is not None:
+        from mlx_diffgemma.checkpoint.sparse import locate_sparse
         from mlx_diffgemma.distributed.opening import load_together
 
         if adapter_path is not None or lazy:
             what = "lazy=True" if lazy else "an adapter"
             raise UsageError(f"{what} does not go with several processes; fuse adapters first.")
+        path = locate_sparse(path_or_repo, revision)
         model = load_together(
             path,
             ranks,
@@ -104,6 +105,7 @@ def load(
             vision=vision,
         )
     else:
+        path = locate.locate(path_or_repo, revision)
         model, _ = loading.load_model(
             path, lazy=lazy, check=check, name=str(path_or_repo), vision=vision
         )

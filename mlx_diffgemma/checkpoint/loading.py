@@ -153,6 +153,15 @@ class Checkpoint:
     vision: bool | None
     eyes: _Eyes
 
+    def sizes(
+        self, stored: Mapping[str, StoredTensor] | None = None, *, as_stored: bool = False
+    ) -> dict[str, int]:
+        """Bytes of each tensor in `stored` (of all of the text model, if it is None) once it is
+        loaded, or as it is on disk."""
+        dtype = None if as_stored else self.dtype
+        tensors = self.stored if stored is None else stored
+        return {name: _loaded_bytes(tensor, dtype) for name, tensor in tensors.items()}
+
     def require_memory(self, text: TextConfig, stored: Mapping[str, StoredTensor]) -> None:
         """Refuse to load `stored` into a model of the sizes in `text`, and the vision tower if it
         is wanted at once, where they do not fit.
@@ -160,7 +169,7 @@ class Checkpoint:
         Raises:
             MemoryShortageError: they do not fit into memory.
         """
-        size = sum(_loaded_bytes(tensor, self.dtype) for tensor in stored.values())
+        size = sum(self.sizes(stored).values())
         if self.vision:
             size += self.eyes.nbytes
         estimate = memory.estimate(
@@ -313,10 +322,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of the text model's weights as `load_model` loads them on this machine."""
-    dtype = _fast_dtype()
-    return sum(
-        _loaded_bytes(tensor, dtype) for tensor in _text_tensors(stored_tensors(folder)).values()
-    )
+    tensors = _text_tensors(stored_tensors(folder)).values()
+    return sum(_loaded_bytes(tensor, _fast_dtype()) for tensor in tensors)
 
 
 def _fast_dtype() -> mx.Dtype | None:

@@ -14,7 +14,8 @@ DEMO = "demo"
 _SHIPPED = {DEMO: "checkpoint", "demo-image": "reader"}
 RELEASE = "google/diffusiongemma-26B-A4B-it"
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # `./typo` is a path
-_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
+"""What a checkpoint needs of a repository beside its weights."""
 
 
 def locate(path_or_repo: str | Path, revision: str | None = None) -> Path:
@@ -61,6 +62,17 @@ def locate(path_or_repo: str | Path, revision: str | None = None) -> Path:
     return _download(str(path_or_repo), revision)
 
 
+def repository_of(path_or_repo: str | Path, revision: str | None = None) -> str | None:
+    """The repository that is named; None where it is anything else that `locate` knows, or would
+    refuse."""
+    name = str(path_or_repo)
+    if revision is not None and not isinstance(revision, str):
+        return None
+    if name in _SHIPPED or not _REPOSITORY.fullmatch(name) or is_there(Path(name).expanduser()):
+        return None
+    return name
+
+
 def _spelt(name: str | Path) -> str:
     return str(name) if str(name).isprintable() else shown(str(name))
 
@@ -70,7 +82,8 @@ def _download(repository: str, revision: str | None) -> Path:
 
     at = f"{repository} at revision '{revision}'" if revision else repository
     with hub_errors(at, "cannot be downloaded ({}); check the network, and the room on the disk"):
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=_FILES))
+        files = [*SMALL_FILES, "*.safetensors"]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
 
 
 @contextmanager

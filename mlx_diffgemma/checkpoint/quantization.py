@@ -19,6 +19,7 @@ from mlx_diffgemma.checkpoint.names import (
     expected_shapes,
     is_vision,
     module_class,
+    module_path,
     vision_shapes,
 )
 from mlx_diffgemma.config import ModelConfig
@@ -274,6 +275,26 @@ RECIPES: dict[str, Recipe] = {
         "fp16": "all=fp16",
     }.items()
 }
+
+
+def recipe_formats(config: ModelConfig, recipe: Recipe) -> dict[str, Format]:
+    """The format that a recipe gives to every matrix of the text model, by the module's path."""
+    layers = config.text.num_hidden_layers
+    matrices = (name for name, shape in expected_shapes(config).items() if len(shape) > 1)
+    return {path: recipe.format_for(path, layers) for path in map(module_path, matrices)}
+
+
+def parameter_bytes(
+    config: ModelConfig, formats: Mapping[str, Format], plain_bytes: int = 2
+) -> dict[str, int]:
+    """Bytes of every parameter of the text model, scales and biases included, by its name; a number
+    of one that is not quantized takes `plain_bytes`."""
+    sizes = {}
+    for name, shape in expected_shapes(config).items():
+        fmt = formats.get(module_path(name), Format(KEEP))
+        each = fmt.bits_per_weight / 8 if fmt.quantized else plain_bytes
+        sizes[name] = int(prod(shape) * each)
+    return sizes
 
 
 def quantization_entry(

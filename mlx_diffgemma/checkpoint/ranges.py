@@ -101,12 +101,7 @@ class RangeReader:
             CheckpointError: the file cannot be read, or ends before the tensor does; or its numbers
                 are of a type that no model has.
         """
-        if tensor.dtype not in _TYPES:
-            raise CheckpointError(
-                f"tensor {tensor.name} in {tensor.shard.name} is of type {tensor.dtype}; convert "
-                "the weights again."
-            )
-        stored, kind = _TYPES[tensor.dtype]
+        stored, kind = _type_of(tensor)
         runs = runs_of(tensor.shape, where, np.dtype(stored).itemsize)
         numbers = self._bytes(tensor, runs).view(stored)
         if stored is np.float64:
@@ -115,22 +110,37 @@ class RangeReader:
         array = mx.array(numbers)
         return array if array.dtype == kind else array.view(kind)
 
+    def place(
+        self, tensor: StoredTensor, where: Sequence[slice] | None = None
+    ) -> tuple[Path, int, int]:
+        """The shard of a part of a stored tensor (of all of it, if `where` is None), and from which
+        to before which byte of it the part lies; gaps between its runs are within these.
+
+        Raises:
+            CheckpointError: as for `read`.
+        """
+        stored, _ = _type_of(tensor)
+        every = [slice(0, size) for size in tensor.shape]
+        runs = runs_of(tensor.shape, every if where is None else where, np.dtype(stored).itemsize)
+        _, starts = self._opened(tensor)
+        first = starts[tensor.name] + runs.first
+        last = first + (runs.count - 1) * runs.stride + runs.length if runs.length else first
+        return tensor.shard, first, last
+
     def _bytes(self, tensor: StoredTensor, runs: Runs) -> np.ndarray:
         """The bytes of all runs, one behind the other."""
+        file, starts = self._opened(tensor)
         try:
-            return self._joined(tensor, runs)
+            return self._joined(file, starts[tensor.name] + runs.first, runs)
         except EOFError:
             raise CheckpointError(
                 f"shard {tensor.shard} ends within {tensor.name}; {AGAIN}."
             ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"shard {tensor.shard} cannot be read ({os_reason(error)}); {AGAIN}."
-            ) from None
+        except OSError as error:
+            raise _unreadable(tensor, error) from None
 
-    def _joined(self, tensor: StoredTensor, runs: Runs) -> np.ndarray:
-        file, starts = self._open(tensor.shard)
-        first, out = starts[tensor.name] + runs.first, np.empty(runs.nbytes, np.uint8)
+    def _joined(self, file: io.FileIO, first: int, runs: Runs) -> np.ndarray:
+        out = np.empty(runs.nbytes, np.uint8)
         if not runs.length:
             return out
         if runs.count == 1 or runs.stride == runs.length:
@@ -158,8 +168,14 @@ class RangeReader:
                 raise EOFError
             view, self.nbytes = view[count:], self.nbytes + count
 
+    def _opened(self, tensor: StoredTensor) -> tuple[io.FileIO, dict[str, int]]:
+        """The open file of a tensor, and where in it each of its tensors begins."""
+        try:
+            return self._open(tensor.shard)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _unreadable(tensor, error) from None
+
     def _open(self, shard: Path) -> tuple[io.FileIO, dict[str, int]]:
-        """An open file, and where in it each tensor begins."""
         if shard not in self._files:
             file = io.FileIO(shard)
             self._files[shard] = file, {}
@@ -185,3 +201,17 @@ class RangeReader:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _type_of(tensor: StoredTensor) -> tuple[type[np.generic], mx.Dtype]:
+    """What the numbers of a stored tensor are read as, and what they are."""
+    if tensor.dtype not in _TYPES:
+        raise CheckpointError(
+            f"tensor {tensor.name} in {tensor.shard.name} is of type {tensor.dtype}; convert the "
+            "weights again."
+        )
+    return _TYPES[tensor.dtype]
+
+
+def _unreadable(tensor: StoredTensor, error: Exception) -> CheckpointError:
+    return CheckpointError(f"shard {tensor.shard} cannot be read ({os_reason(error)}); {AGAIN}.")

@@ -17,7 +17,7 @@ from mlx_diffgemma.cli.help_page import PLAIN, PlainCommand
 
 COMMANDS = (
     "generate", "chat", "infill", "edit", "fill", "decide", "serve", "demo", "train", "fuse",
-    "tune", "bench", "report", "convert",
+    "tune", "bench", "report", "distributed", "convert",
 )  # fmt: skip
 """Names of the commands. Each is the program `app` in the module of its name, or the function of
 its name in that module."""

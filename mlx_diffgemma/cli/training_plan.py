@@ -3,87 +3,30 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
-
-from mlx_diffgemma.checkpoint.locate import RELEASE
-from mlx_diffgemma.cli.settings import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from mlx_diffgemma.cli.training import TrainingJob
-    from mlx_diffgemma.config import ModelConfig
+    from mlx_diffgemma.distributed.plan import PlannedModel
     from mlx_diffgemma.train.training_memory import TrainingMemory
 
 BATCHES, LENGTHS = (1, 2, 4, 8), (512, 1024, 2048, 4096)
 MACS = (32, 64, 128)
 
 
-@dataclass(frozen=True)
-class Base:
-    """The model to plan for.
-
-    Attributes:
-        shapes: its shapes.
-        weights: bytes of its weights.
-        activation_bytes: bytes of one number of an activation.
-        note: what the figures are taken from.
-    """
-
-    shapes: ModelConfig
-    weights: int
-    activation_bytes: int
-    note: str
-
-
 def show(job: TrainingJob, *, as_json: bool) -> None:
     """Print the plan on stdout."""
-    base = _base(job)
+    from mlx_diffgemma.cli.planned import planned_model
+
+    base = planned_model(job.model, job.loading.revision, here=True)
     if as_json:
         print(json.dumps(_as_dict(job, base), indent=2))
     else:
         _print(job, base)
 
 
-def _base(job: TrainingJob) -> Base:
-    """The model to plan for, from its folder or repository; released models from built-in shapes,
-    without a download."""
-    from mlx_diffgemma.bench.presets import config_like
-    from mlx_diffgemma.checkpoint import locate
-    from mlx_diffgemma.checkpoint.loading import read_config, weight_bytes
-    from mlx_diffgemma.checkpoint.quantization import RECIPES
-    from mlx_diffgemma.config import ModelConfig
-    from mlx_diffgemma.train import training_memory
-
-    recipe = {DEFAULT_MODEL: "4bit", RELEASE: "bf16"}.get(job.model)
-    if recipe is not None:
-        shapes = ModelConfig.from_dict(config_like(RELEASE))
-        weights = training_memory.recipe_weights(shapes, RECIPES[recipe])
-        note = f"{recipe}, from the shapes of the release; activations in bf16, as on a GPU"
-        return Base(shapes, weights, 2, note)
-    if job.model == locate.DEMO or Path(job.model).expanduser().is_dir():
-        folder = locate.locate(job.model)
-        shapes = ModelConfig.from_dict(read_config(folder))
-        note = "from the headers of its weights, as loaded on this machine"
-        return Base(shapes, weight_bytes(folder), training_memory.activation_bytes(), note)
-    return _on_the_hub(job)
-
-
-def _on_the_hub(job: TrainingJob) -> Base:
-    """The model of a repository, from the headers of its files; no weights are downloaded."""
-    from mlx_diffgemma.checkpoint.names import canonical_name, is_vision
-    from mlx_diffgemma.config import ModelConfig
-    from mlx_diffgemma_convert.hub import open_source
-
-    source = open_source(job.model, job.loading.revision)
-    tensors = source.tensors.values()
-    text = (t for t in tensors if canonical_name(t.name) is not None and not is_vision(t.name))
-    weights = sum(tensor.nbytes for tensor in text)
-    note = "from the headers of its weights; activations in bf16, as on a GPU"
-    return Base(ModelConfig.from_dict(source.config), weights, 2, note)
-
-
-def _estimate(job: TrainingJob, base: Base, **settings: Any) -> TrainingMemory:
+def _estimate(job: TrainingJob, base: PlannedModel, **settings: Any) -> TrainingMemory:
     from mlx_diffgemma.train import training_memory
 
     length = settings.pop("length", job.config.max_seq_length)
@@ -93,7 +36,7 @@ def _estimate(job: TrainingJob, base: Base, **settings: Any) -> TrainingMemory:
     )
 
 
-def _grid(job: TrainingJob, base: Base) -> list[dict[str, Any]]:
+def _grid(job: TrainingJob, base: PlannedModel) -> list[dict[str, Any]]:
     """Memory in bytes for every batch and length, with and without gradient checkpointing, and the
     Macs (GB) that it fits."""
     from mlx_diffgemma.checkpoint.memory import raised_working_set, working_set
@@ -118,7 +61,7 @@ def _grid(job: TrainingJob, base: Base) -> list[dict[str, Any]]:
     return rows
 
 
-def _as_dict(job: TrainingJob, base: Base) -> dict[str, Any]:
+def _as_dict(job: TrainingJob, base: PlannedModel) -> dict[str, Any]:
     from mlx_diffgemma.train.training_memory import trained_numbers
 
     config, needed = job.config, _estimate(job, base)
@@ -133,7 +76,7 @@ def _as_dict(job: TrainingJob, base: Base) -> dict[str, Any]:
     }
 
 
-def _print(job: TrainingJob, base: Base) -> None:
+def _print(job: TrainingJob, base: PlannedModel) -> None:
     from rich.console import Console
     from rich.table import Table
 

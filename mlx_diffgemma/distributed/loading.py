@@ -14,6 +14,7 @@ from mlx_diffgemma.checkpoint.names import module_path
 from mlx_diffgemma.checkpoint.quantization import Format
 from mlx_diffgemma.checkpoint.ranges import RangeReader
 from mlx_diffgemma.checkpoint.shards import StoredTensor
+from mlx_diffgemma.checkpoint.sparse import SparseCopy, locate_sparse
 from mlx_diffgemma.distributed.shares import Share, Split, local_config, shares_of
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
@@ -49,7 +50,8 @@ def load_share(
     vision: bool | None = None,
     adapter_path: str | Path | None = None,
 ) -> LoadedShare:
-    """Load what one rank holds of a model. Of each shard the rank's own bytes alone are read.
+    """Load what one rank holds of a model. Of each shard the rank's own bytes alone are read, and
+    fetched where they are on the hub.
 
     Only rank 0 has a vision tower. What forms a rank's modules take so that they compute with those
     of others is not decided here, and nothing of the model is compiled.
@@ -73,8 +75,9 @@ def load_share(
             "adapters cannot be put onto a model that several Macs share; make one checkpoint of "
             "both with `mlx-diffgemma fuse`."
         )
+    folder = locate_sparse(path_or_repo, revision)
     opened = open_checkpoint(
-        path_or_repo, revision=revision, dtype=dtype, check=check, name=name, vision=vision
+        folder, dtype=dtype, check=check, name=name or str(path_or_repo), vision=vision
     )
     if rank:
         opened = replace(opened, vision=False)
@@ -88,6 +91,11 @@ def load_share(
     opened.prepare(model, own, _formats_of(share, formats))
     weights = {}
     with RangeReader() as reader:
+        if (copy := SparseCopy.of(folder)) is not None:
+            places = [reader.place(*where) for _, where in wanted.values()]
+            if opened.vision is not False:
+                places += [reader.place(each) for each in opened.eyes.stored.values()]
+            copy.fetch(places, shows_progress=True)
         for parameter, (_, where) in wanted.items():
             array = reader.read(*where)
             if opened.dtype is not None and mx.issubdtype(array.dtype, mx.floating):

@@ -6,22 +6,23 @@ import atexit
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from math import inf
 from pathlib import Path
 from typing import Any
 
 from mlx_diffgemma.checkpoint import memory
-from mlx_diffgemma.checkpoint.loading import open_checkpoint, read_config
+from mlx_diffgemma.checkpoint.loading import read_config
 from mlx_diffgemma.checkpoint.shards import stored_tensors
 from mlx_diffgemma.distributed import launched
 from mlx_diffgemma.distributed.group import Ranks, join
-from mlx_diffgemma.distributed.shares import KINDS, Split, shares_of
+from mlx_diffgemma.distributed.plan import first_fitting, model_in
+from mlx_diffgemma.distributed.shares import KINDS, Split
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.reading import shown
 
 AUTO = "auto"
+_CONTEXT = 8192  # positions for which there is to be room, prompt and answer together
 
 
 def load_together(
@@ -123,7 +124,8 @@ def chosen_split(
     """How the model in `folder` is divided.
 
     Args:
-        parallel: kind of the split; None or "auto" takes the fastest that fits.
+        parallel: kind of the split; None or "auto" takes the fastest that fits, and the last of
+            `KINDS` where none does, of which loading then says what is missing.
         weights: a number for each rank; None divides by their memory.
         memories: bytes that each rank offers, 0 where it does not say.
 
@@ -135,16 +137,13 @@ def chosen_split(
             f"--weights names {len(weights)} shares, and {len(memories)} processes were started; "
             "give one for each."
         )
-    kinds = KINDS if parallel in (None, AUTO) else (parallel,)
-    opened = open_checkpoint(folder)
-    config, formats = opened.config, opened.formats()
     weights = weights or (1.0,) * len(memories)
-    for kind in kinds[:-1]:
-        split = Split(kind, weights)
-        with suppress(UsageError):
-            shares_of(config, split, formats)
-            return split
-    return Split(kinds[-1], weights)
+    if parallel not in (None, AUTO):
+        return Split(parallel, weights)
+    model = model_in(folder, here=True)
+    context = min(_CONTEXT, model.shapes.text.max_position_embeddings)
+    found = first_fitting(model, weights, [size or inf for size in memories], context)
+    return Split(KINDS[-1], weights) if found is None else found.split
 
 
 def _numbers(text: str | None) -> tuple[float, ...] | None:

@@ -11,11 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import combinations, pairwise
-from math import gcd, inf, isfinite, lcm, prod
+from itertools import pairwise
+from math import gcd, inf, isfinite, lcm
 
-from mlx_diffgemma.checkpoint.names import expected_shapes, module_path
-from mlx_diffgemma.checkpoint.quantization import KEEP, Format
+from mlx_diffgemma.checkpoint.names import module_path
+from mlx_diffgemma.checkpoint.quantization import KEEP, Format, parameter_bytes
 from mlx_diffgemma.config import AttentionConfig, ModelConfig, TextConfig
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.kernels.vocabulary import CHUNK
@@ -125,6 +125,16 @@ class Share:
     words: range
     layers: range
     config: ModelConfig
+
+    def held_bytes(self, sizes: Mapping[str, int]) -> int:
+        """Bytes that the rank holds of parameters, or stored tensors, that take `sizes` in all, by
+        name."""
+        total = 0
+        for name, size in sizes.items():
+            part = self.part(name)
+            if part is not None:
+                total += size if part.axis is None else size * len(part.span) // part.extent
+        return total
 
     @property
     def cuts_words(self) -> bool:
@@ -260,18 +270,6 @@ def local_config(share: Share) -> ModelConfig:
     return replace(share.config, text=own)
 
 
-def parameter_bytes(
-    config: ModelConfig, formats: Mapping[str, Format], plain: int = 2
-) -> dict[str, float]:
-    """Bytes of every parameter of the text model, scales and biases included, by its name; a number
-    that is not quantized takes `plain` bytes."""
-    sizes = {}
-    for name, shape in expected_shapes(config).items():
-        fmt = formats.get(module_path(name), _PLAIN)
-        sizes[name] = prod(shape) * (fmt.bits_per_weight / 8 if fmt.quantized else plain)
-    return sizes
-
-
 def _scaled(span: range, unit: int) -> range:
     return range(span.start * unit, span.stop * unit)
 
@@ -357,26 +355,36 @@ def _heads_in_units(
 def _ranks_of_keys(
     keys: int, weights: Sequence[float], most: int, what: str
 ) -> list[Sequence[float]]:
-    """The weights of the ranks that share each KV head, `most` of them at most, so that the ranks
-    of any KV head weigh about as much as those of another."""
-    best: tuple[float, list[Sequence[float]]] = (-inf, [])
-    for cuts in combinations(range(1, len(weights)), keys - 1):
-        groups = [weights[a:b] for a, b in pairwise((0, *cuts, len(weights)))]
-        least = min(sum(group) for group in groups)
-        if max(map(len, groups)) <= most and least > best[0]:
-            best = (least, groups)
-    if not best[1]:
+    """The weights of the ranks that share each KV head, `most` of them at most, so that those of
+    the KV head whose ranks weigh least weigh as much as can be."""
+
+    @cache
+    def best(key: int, start: int) -> tuple[float, tuple[int, ...]]:
+        """What the lightest of the KV heads from `key` on has, whose ranks are those from `start`
+        on, and where the ranks of each of them end."""
+        found: tuple[float, tuple[int, ...]] = (-inf, ())
+        if key == keys:
+            return (inf, ()) if start == len(weights) else found
+        for stop in range(start + 1, min(start + most, len(weights)) + 1):
+            rest, ends = best(key + 1, stop)
+            found = max(found, (min(rest, sum(weights[start:stop])), (stop, *ends)))
+        return found
+
+    least, ends = best(0, 0)
+    if least == -inf:
         raise _too_few(what, len(weights))
-    return best[1]
+    return [weights[start:stop] for start, stop in pairwise((0, *ends))]
 
 
 def _layers(
     config: ModelConfig, formats: Mapping[str, Format], weights: Sequence[float]
 ) -> list[range]:
-    """The layers of each rank, so that the fullest one, by its weight, has as little as can be;
-    rank 0 has the embedding besides."""
+    """The layers of each rank, so that the fullest one, by its weight, has as little as can be.
+    Rank 0 has the embedding besides, and the first sliding layer, for it decides how far a prefix
+    can go back, and full layers alone would let it go anywhere."""
     count, ranks = config.text.num_hidden_layers, len(weights)
-    if count < ranks:
+    least = next((at + 1 for at, layer in enumerate(config.text.attention) if layer.is_sliding), 1)
+    if count - (least - 1) < ranks:
         raise _too_few(f"{count} layers", ranks)
     sizes, head = [0.0] * count, 0.0
     for name, size in parameter_bytes(config, formats).items():
@@ -394,7 +402,8 @@ def _layers(
         if rank == ranks - 1:
             return (sum(sizes[start:]) + beside) / weights[rank], (count,)
         found: tuple[float, tuple[int, ...]] = (inf, ())
-        for stop in range(start + 1, count - (ranks - 1 - rank) + 1):
+        first = least if rank == 0 else start + 1
+        for stop in range(first, count - (ranks - 1 - rank) + 1):
             own = (sum(sizes[start:stop]) + beside) / weights[rank]
             rest, ends = best(rank + 1, stop)
             found = min(found, (max(own, rest), (stop, *ends)))

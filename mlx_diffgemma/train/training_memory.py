@@ -13,7 +13,6 @@ from math import ceil, prod
 from mlx_diffgemma import cpu
 from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.checkpoint.names import expected_shapes, module_class, module_path
-from mlx_diffgemma.checkpoint.quantization import Recipe
 from mlx_diffgemma.config import AttentionConfig, ModelConfig
 from mlx_diffgemma.train.adapt import DEFAULT_TARGETS, FROZEN, chosen_paths
 from mlx_diffgemma.train.config import TrainConfig
@@ -118,16 +117,6 @@ def trained_numbers(shapes: ModelConfig, config: TrainConfig) -> int:
         UsageError: a target matches nothing.
     """
     return sum(_trained(shapes, config))
-
-
-def recipe_weights(shapes: ModelConfig, recipe: Recipe, plain_bytes: int = 2) -> int:
-    """Bytes of the text model's weights in the formats of a recipe."""
-    layers, total = shapes.text.num_hidden_layers, 0.0
-    for name, shape in expected_shapes(shapes).items():
-        fmt = recipe.format_for(module_path(name), layers)
-        matrix = len(shape) > 1 and fmt.quantized
-        total += prod(shape) * (fmt.bits_per_weight / 8 if matrix else plain_bytes)
-    return int(total)
 
 
 def activation_bytes() -> int:

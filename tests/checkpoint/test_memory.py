@@ -15,10 +15,9 @@ import pytest
 from mlx_diffgemma.bench.presets import RELEASE, config_like
 from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.checkpoint.memory import MemoryEstimate
-from mlx_diffgemma.checkpoint.quantization import RECIPES
+from mlx_diffgemma.checkpoint.quantization import RECIPES, parameter_bytes, recipe_formats
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import MemoryShortageError
-from mlx_diffgemma.train.training_memory import recipe_weights
 
 GB_24 = 17_179_890_000
 GB_24_LATER = 19_069_670_000
@@ -61,7 +60,7 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> Mac:
 
 
 def weights_of(recipe: str) -> int:
-    return recipe_weights(MODEL, RECIPES[recipe])
+    return sum(parameter_bytes(MODEL, recipe_formats(MODEL, RECIPES[recipe])).values())
 
 
 def prompts(count: int, positions: int, answer: int = 256, step_size: int = 512) -> MemoryEstimate:

@@ -97,9 +97,12 @@ def commands():
     for program, prefix in ((app, []), (converter, ["convert"])):
         made = typer.main.get_command(program)
         for name in made.list_commands(None):
-            if name != "convert":  # the converter, a program of its own
-                each = made.get_command(None, name)
-                yield [*prefix, name], each.callback.__wrapped__, each
+            if name == "convert":  # the converter, a program of its own
+                continue
+            each = made.get_command(None, name)
+            parts = [([name, sub], part) for sub, part in getattr(each, "commands", {}).items()]
+            for words, part in parts or [([name], each)]:
+                yield [*prefix, *words], part.callback.__wrapped__, part
     yield ["convert"], converter.registered_callback.callback, typer.main.get_command(converter)
 
 

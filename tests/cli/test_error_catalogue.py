@@ -178,14 +178,20 @@ CONVERT: dict[str, tuple[str, ...]] = {
 
 
 def command_of(program: typer.Typer, name: str) -> Any:
-    whole: Any = typer.main.get_command(program)
-    return whole.get_command(None, name) if name else whole
+    found: Any = typer.main.get_command(program)
+    for word in name.split():
+        found = found.get_command(None, word)
+    return found
 
 
 def commands_of(program: typer.Typer) -> list[str]:
     """The names of the commands of a program; `convert` is a program of its own."""
     whole: Any = typer.main.get_command(program)
-    return sorted(set(whole.list_commands(None)) - {"convert"})
+    names = []
+    for name in sorted(set(whole.list_commands(None)) - {"convert"}):
+        parts = getattr(whole.get_command(None, name), "commands", {})
+        names += [f"{name} {part}" for part in parts] or [name]
+    return names
 
 
 def tries(command: Any) -> Iterator[tuple[str, ...]]:
@@ -227,7 +233,7 @@ def test_wrong_values_given_to_a_command(program, name, monkeypatch, tmp_path):
     base = (COMMANDS if program is app else CONVERT).get(name, ())
     wrong = []
     for more in [(), *tries(command_of(program, name))]:
-        arguments = [*([name] if name else []), *base, *more]
+        arguments = [*name.split(), *base, *more]
         result = CliRunner().invoke(program, arguments, input="", prog_name="program")
         complaints = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         text = result.output

@@ -1,9 +1,9 @@
 """One model over several processes beside the same model in one; all of a run are called like this:
 
-    python ranks.py CASE
+    python ranks.py CASE...
 
-Rank 0 runs every check of the case, each of which uses both models alike, and prints what came of
-it as a line of JSON; the others follow, and print what they still hold in the end.
+Rank 0 runs every check of each case (see `parity_checks.py`) with both models, and prints what came
+of it as a line of JSON; the others follow, and print what they still hold in the end.
 """
 
 from __future__ import annotations
@@ -11,55 +11,33 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from itertools import takewhile
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
-from text.gemma_like import build
 from tiny_models import make_config, make_model, make_weights
 
 from mlx_diffgemma import cpu
+from mlx_diffgemma.checkpoint.names import expected_shapes, module_path
 from mlx_diffgemma.checkpoint.quantization import Format
 from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.diffusion.canvas import Canvas
-from mlx_diffgemma.diffusion.config import DiffusionConfig
-from mlx_diffgemma.diffusion.denoiser import Denoiser, InFlight, denoise
-from mlx_diffgemma.diffusion.encode import encode
-from mlx_diffgemma.diffusion.events import Finished
-from mlx_diffgemma.diffusion.generate import generate_canvases
-from mlx_diffgemma.diffusion.noise import SeededNoise, seeded
 from mlx_diffgemma.distributed.exchange import Exchange
 from mlx_diffgemma.distributed.following import Following
-from mlx_diffgemma.distributed.group import join
+from mlx_diffgemma.distributed.group import Ranks, join
 from mlx_diffgemma.distributed.leading import lead
 from mlx_diffgemma.distributed.loading import local_model, share_of_weights
 from mlx_diffgemma.distributed.shares import Share, Split, shares_of
-from mlx_diffgemma.distributed.traffic import Traffic, step_traffic
-from mlx_diffgemma.editing.decide import decide
-from mlx_diffgemma.editing.edit import edit
-from mlx_diffgemma.editing.infill import infill
-from mlx_diffgemma.editing.structured import generate_structured
-from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.kernels.rows import Row
-from mlx_diffgemma.kernels.vocabulary import vocabulary_pass
-from mlx_diffgemma.model.cache import PrefixCache
-from mlx_diffgemma.model.diffusion_gemma import CanvasView, DiffusionGemma
-from mlx_diffgemma.pictured import PicturedIds, PictureSpan
+from mlx_diffgemma.kernels.vocabulary import CHUNK, vocabulary_pass
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
-CHUNK = 128  # words of a piece of the vocabulary
-IMAGE = 6
-EOS = (1, 5)
-SEEDS = 20
-CONFIG = DiffusionConfig(max_tokens=24, max_denoising_steps=5, eos_token_ids=(1,))
+PIECE = 128  # words of a piece of the vocabulary, of which there are then several
 FEEDBACK = 0.05  # rounding dies out from step to step
 SMALL = {
     "vocab_size": 416, "head_dim": 8, "hidden_size": 36, "intermediate_size": 40, "num_experts": 7,
@@ -70,6 +48,7 @@ PACKED = {
     "intermediate_size": 256, "moe_intermediate_size": 64, "num_experts": 6,
     "num_attention_heads": 8, "num_key_value_heads": 4, "num_global_key_value_heads": 2,
 }  # fmt: skip
+NEXT = {"do": "next"}  # the order behind the last one of a case
 
 
 class Pair:
@@ -79,260 +58,9 @@ class Pair:
         self, whole: DiffusionGemma, ours: DiffusionGemma, share: Share, exchange: Exchange
     ) -> None:
         self.whole, self.ours, self.share, self.exchange = whole, ours, share, exchange
-        self.tokenizer = build()
 
     def both(self, use: Callable[[DiffusionGemma], Any]) -> tuple[Any, Any]:
         return use(self.whole), use(self.ours)
-
-
-Check = Callable[[Pair], None]
-APART: list[float] = []  # the differences that a check has met
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng([seed, length]).integers(7, 400, length).tolist()
-
-
-def cached(model: DiffusionGemma, ids: list[int], **settings: Any) -> PrefixCache:
-    cache = model.make_cache()
-    for _ in encode(model, cache, ids, **settings):
-        pass
-    return cache
-
-
-def close(pair: tuple[Any, Any], share: float = 1e-5) -> None:
-    """Two results are apart by no more than a share of the largest number in them."""
-    expected, found = (np.array(each, np.float64) for each in pair)
-    largest = np.abs(expected).max()
-    assert largest > 1e-2
-    APART.append(float(np.abs(found - expected).max() / largest))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=share * largest)
-
-
-def view(model: DiffusionGemma, cache: PrefixCache, length: int, seed: int) -> CanvasView:
-    tokens = mx.array(prompt(length, seed + 90), mx.int32)
-    width = model.config.text.hidden_size
-    values = np.random.default_rng(seed).normal(size=(length, width)).astype(np.float32)
-    return CanvasView(tokens, cache.prefix, mx.array(values) if seed % 2 else None)
-
-
-def logits(pair: Pair) -> None:
-    """Prompts beyond the window and in pieces, canvases of several lengths together, and a part of
-    a canvas whose other positions are seen as they were."""
-    places = np.array([1, 2, 5])
-
-    def seen(model: DiffusionGemma) -> mx.array:
-        caches = [cached(model, prompt(length), step_size=11) for length in (50, 3)]
-        views = [view(model, cache, 9 + n, n) for n, cache in enumerate(caches)]
-        hidden, kept = model.decode_keeping(views)
-        some = [replace(views[1], places=places, layers=kept[1], tokens=views[1].tokens + 1)]
-        return model.logits(mx.concatenate([hidden, model.decode([*some, views[0]])]))
-
-    close(pair.both(seen))
-
-
-def predictions(pair: Pair) -> None:
-    """Everything that a pass over the vocabulary answers, with masks, bound tokens and both ways
-    to sum soft embeddings."""
-    words = np.random.default_rng(1).integers(0, 2**32, 13, dtype=np.uint32)
-    few = np.random.default_rng(2).random(9) < 0.5
-    key = mx.array([3, 4], mx.uint32)
-    rows = [
-        Row(9, 0.7, key, allowed={2: words, 5: words}, soft_cutoff=3.0, likely=few),
-        Row(10, 0.5, fixed=np.where(np.arange(10) == 4, 17, -1).astype(np.int32)),
-        Row(3, 0.6, key, need_soft=False),
-    ]
-    standing = mx.array(prompt(22), mx.int32)
-
-    def seen(model: DiffusionGemma) -> Any:
-        cache = cached(model, prompt(20))
-        views = [view(model, cache, row.length, n) for n, row in enumerate(rows)]
-        hidden = model.decode(views)
-        return model.predict(hidden, rows, standing), model.predict(hidden[:9], rows[:1])
-
-    for expected, found in zip(*pair.both(seen), strict=True):
-        assert found.argmax.tolist() == expected.argmax.tolist()
-        assert found.draw.tolist() == expected.draw.tolist()
-        assert len(set(expected.draw.tolist())) > 3
-        for name in ("entropy", "log_sum", "draw_log_probability", "soft_embeddings"):
-            close((getattr(expected, name), getattr(found, name)))
-
-
-def trajectories(pair: Pair) -> None:
-    """Token for token in every step, of canvases of 20 seeds behind two prefixes together."""
-
-    def drafts(model: DiffusionGemma) -> list[Any]:
-        behind = [cached(model, prompt(length)).prefix for length in (30, 5)]
-        vocab = model.config.text.vocab_size
-        flight = {
-            seed: InFlight(Canvas.start(CONFIG, SeededNoise(seed), 0, 24, vocab), behind[seed % 2])
-            for seed in range(SEEDS)
-        }
-
-        def following(seed: int, canvas: Canvas) -> InFlight | None:
-            return None if canvas.done else InFlight(canvas, behind[seed % 2])
-
-        return [
-            {seed: (c.draft.tolist(), c.tokens.tolist()) for seed, c in stepped.items()}
-            for stepped in denoise(Denoiser(model), flight, following)
-        ]
-
-    expected, found = pair.both(drafts)
-    assert found == expected and len(expected) > 3
-    assert len({str(draft) for draft, _ in expected[-1].values()}) == len(expected[-1]) > 3
-
-
-def generations(pair: Pair) -> None:
-    """Canvases that are committed one behind the other, in a batch and alone: with soft embeddings
-    that are cut short, and with drafts that the encoder confirms."""
-    for each in (
-        {"max_tokens": 40},
-        {"soft_cutoff": 4.0},
-        {"encoder_check": 0.01, "check_below": 1e4},
-    ):
-        config = CONFIG.override(**each)
-
-        def written(model: DiffusionGemma, config: DiffusionConfig = config) -> Any:
-            *_, last = generate_canvases(model, [prompt(12), prompt(3)], config, seeded(5))
-            assert isinstance(last, Finished)
-            return last.tokens, last.steps, last.encodings
-
-        expected, found = pair.both(written)
-        assert found == expected
-
-
-def prefixes(pair: Pair) -> None:
-    """A prefix that is marked, cut back, continued, and continued otherwise; and one that two hold
-    while it grows."""
-    ids = prompt(60)
-
-    def seen(model: DiffusionGemma) -> mx.array:
-        cache = model.make_cache()
-        states = []
-
-        def look(some: PrefixCache, seed: int) -> None:
-            hidden = model.decode([view(model, some, 7, seed)])
-            states.append(hidden)
-
-        for step, tokens in enumerate([
-            ids[:40],  # marked at 8 and 25
-            ids[:25] + prompt(20, 3),  # back to the mark at 25
-            ids[:8] + prompt(5, 4),  # and to that at 8, whose windows are whole
-            ids[:6] + prompt(4, 5),  # and before it
-            ids[:3],
-            ids[:50],
-        ]):  # fmt: skip
-            for _ in encode(model, cache, tokens, step_size=9, marks=(8, 25), room=64):
-                pass
-            look(cache, step)
-        other = cache.snapshot()
-        for some, more in ((cache, prompt(13, 6)), (other, prompt(11, 7)), (cache, prompt(3, 8))):
-            for _ in encode(model, some, [*ids[:50], *more]):
-                pass
-            look(some, 1)
-        look(other, 1)
-        cache.clear()
-        for _ in encode(model, cache, ids[:5]):
-            pass
-        look(cache, 1)
-        return mx.concatenate(states)
-
-    close(pair.both(seen))
-
-
-def pictures(pair: Pair) -> None:
-    """What stands for a picture comes from rank 0."""
-    shown = PictureSpan(4, 9, "a"), PictureSpan(30, 35, "b")
-    plain = prompt(45)
-    ids = PicturedIds(
-        [IMAGE if any(s.start <= n < s.stop for s in shown) else t for n, t in enumerate(plain)],
-        shown,
-    )
-    width = pair.whole.config.text.hidden_size
-    values = {
-        span.key: mx.array(np.random.default_rng(n).normal(size=(5, width)).astype(np.float32))
-        for n, span in enumerate(shown)
-    }
-
-    def seen(model: DiffusionGemma) -> mx.array:
-        model.embed_picture = lambda span: values[span.key]  # type: ignore[method-assign]
-        cache = cached(model, ids, step_size=20)
-        first = model.decode([view(model, cache, 6, 1)])
-        other = PicturedIds(
-            [*ids[:20], *ids[4:9], *ids[9:15]], [shown[0], PictureSpan(20, 25, "b")]
-        )
-        for _ in encode(model, cache, other):
-            pass
-        return mx.concatenate([first, model.decode([view(model, cache, 6, 1)])])
-
-    close(pair.both(seen))
-
-
-def editing(pair: Pair) -> None:
-    settings = {"raw": True, "seed": 3, "max_denoising_steps": 5}
-
-    def edited(model: DiffusionGemma) -> Any:
-        filled = infill(model, pair.tokenizer, "a[[?]]b", lengths=[2, 3], prompt="x", **settings)
-        rewritten = edit(model, pair.tokenizer, "ab\nab a\nb", "change it", (2, 2), **settings)
-        return filled.text, rewritten.text
-
-    expected, found = pair.both(edited)
-    assert found == expected
-
-
-def structured(pair: Pair) -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "y"]}}}
-
-    def written(model: DiffusionGemma) -> Any:
-        done = generate_structured(
-            model, pair.tokenizer, "x", 60, raw=True, json_schema=schema, seed=2,
-            max_denoising_steps=4,
-        )  # fmt: skip
-        return done.tokens
-
-    expected, found = pair.both(written)
-    assert found == expected and len(expected) > 5
-
-
-QUESTIONS = {
-    "spam": {"type": "noul", "instructions": "It is spam."},
-    "tone": {"type": "choice", "criteria": {"angry": None, "calm": None, "glad": None}},
-}
-
-
-def decisions(pair: Pair) -> None:
-    def decided(model: DiffusionGemma) -> Any:
-        asked = partial(decide, model, pair.tokenizer, "x", QUESTIONS, seed=7, raw=True)
-        return [
-            answer.probabilities
-            for found in (asked(draws=2), asked(steps=3), asked(separate=True))
-            for answer in found.answers.values()
-        ]
-
-    for expected, found in zip(*pair.both(decided), strict=True):
-        close((expected, found))
-
-
-def refusals(pair: Pair) -> None:
-    """A prefix that several ranks hold is not saved, and one that they do not hold not used."""
-    cache = cached(pair.ours, prompt(5))
-    with tempfile.TemporaryDirectory() as folder:
-        refused(partial(cache.save, Path(folder) / "x.safetensors"), "several Macs hold")
-    foreign = cached(pair.whole, prompt(5)).prefix
-    refused(partial(pair.ours.encode, [[7]], [foreign]), "not encoded by all the Macs")
-    refused(partial(pair.ours.encode, [[]], [cache.prefix]), "empty row")
-    span = PictureSpan(5, 9, "a")
-    seen = {span: mx.zeros((3, pair.ours.config.text.hidden_size))}
-    refused(partial(pair.ours.encode, [[7] * 9], [cache.prefix], [seen]), "has 4 places")
-
-
-def refused(use: Callable[[], Any], why: str) -> None:
-    try:
-        use()
-    except UsageError as error:
-        assert why in str(error), error
-    else:
-        raise AssertionError(f"it was not refused: {why}")
 
 
 @dataclass(frozen=True)
@@ -340,11 +68,11 @@ class Case:
     """A model and how it is split; `chunk` is None where its words are not."""
 
     split: Split
-    checks: tuple[Check, ...]
+    checks: tuple[str, ...]
     text: Mapping[str, Any] = field(default_factory=lambda: SMALL)
     packed: bool = False
     on_a_cpu: bool = False
-    chunk: int | None = CHUNK
+    chunk: int | None = PIECE
 
     def config(self) -> ModelConfig:
         return ModelConfig.from_dict(make_config(11, **self.text) | {"canvas_length": 24})
@@ -369,6 +97,11 @@ class Case:
         mx.eval(model.parameters())
         return model
 
+    def choose_pass(self, model: DiffusionGemma, share: Share) -> None:
+        """Have the words go by in small pieces, where they are dealt out."""
+        if share.cuts_words:
+            model.vocabulary_pass = partial(vocabulary_pass, chunk=PIECE)
+
 
 def packed(model: DiffusionGemma) -> DiffusionGemma:
     def wanted(path: str, module: nn.Module) -> bool:
@@ -378,84 +111,75 @@ def packed(model: DiffusionGemma) -> DiffusionGemma:
     return model
 
 
-def counted(pair: Pair) -> None:
-    """Messages and bytes of a step are those of the formula."""
-    exchange, model = pair.exchange, pair.ours
-    cache = cached(model, prompt(10))
-    row = Row(24, 0.8, mx.array([1, 2], mx.uint32))
-    for seed in (0, 1):
-        before = exchange.messages, exchange.bytes
-        one = view(model, cache, 24, seed)
-        mx.eval(model.predict(model.decode([one]), [row], one.tokens).draw)
-        found = Traffic(exchange.messages - before[0], exchange.bytes - before[1])
-        expected = step_traffic(pair.share, 24, 4, is_first=seed == 0)
-        assert found == expected, (found, expected)
-
-
 ALL = (
-    logits, predictions, trajectories, generations, prefixes, pictures, editing, structured,
-    decisions, counted, refusals,
+    "logits", "predictions", "trajectories", "generations", "prefixes", "pictures", "editing",
+    "structured", "decisions", "counted", "refusals",
 )  # fmt: skip
 
 
 def cases(ranks: int) -> dict[str, Case]:
-    even = Split.even("tensor", ranks)
-    some = (logits, trajectories, prefixes, counted)
-    pipe = (logits, trajectories, prefixes, pictures, decisions, counted)
+    even, few = Split.even("tensor", ranks), ("logits", "trajectories", "counted")
+    more = (*few, "prefixes")
     return {
-        "tensor": Case(even, ALL if ranks == 2 else (logits, predictions, trajectories, counted)),
-        "packed": Case(even, some, PACKED, packed=True, on_a_cpu=True),
-        "uneven": Case(Split("tensor", (2.0, *[1.0] * (ranks - 1))), some, on_a_cpu=True),
-        "experts": Case(Split.even("experts", ranks), (logits, trajectories, counted)),
-        "pipeline": Case(Split.even("pipeline", ranks), pipe, on_a_cpu=True),
-        "one-chunk": Case(even, (logits, trajectories, counted), chunk=None),
+        "tensor": Case(even, ALL if ranks == 2 else few),
+        "packed": Case(even, more, PACKED, packed=True, on_a_cpu=True),
+        "uneven": Case(Split("tensor", (2.0, *[1.0] * (ranks - 1))), few, on_a_cpu=True),
+        "experts": Case(Split.even("experts", ranks), few),
+        "pipeline": Case(
+            Split.even("pipeline", ranks), (*more, "pictures", "decisions"), on_a_cpu=True
+        ),
+        "one-chunk": Case(even, ("logits", "counted"), chunk=None),
     }
 
 
-def main(name: str) -> None:
-    ranks = join(lambda ending: os._exit(9))
-    exchange = Exchange(ranks.group)
-    case = cases(ranks.size)[name]
+def run(ranks: Ranks, exchange: Exchange, case: Case) -> Iterator[dict[str, Any]]:
+    """What this rank has to say of a case."""
     config = case.config()
-    formats = {}
-    if case.packed:
-        from mlx_diffgemma.checkpoint.names import expected_shapes, module_path
-
-        formats = {
-            module_path(each): Format("affine", 4, 64)
-            for each, shape in expected_shapes(config).items()
-            if len(shape) > 1 and "router" not in each
-        }
-    share = shares_of(config, case.split, formats, chunk=case.chunk or 8192)[ranks.rank]
+    formats = {
+        module_path(name): Format("affine", 4, 64)
+        for name, shape in expected_shapes(config).items()
+        if case.packed and len(shape) > 1 and "router" not in name
+    }
+    share = shares_of(config, case.split, formats, chunk=case.chunk or CHUNK)[ranks.rank]
     whole = case.whole(config)
     part = case.part(share, whole)
     if ranks.leader is not None:
         pair = Pair(whole, lead(part, share, exchange, ranks.leader), share, exchange)
-        if share.cuts_words:
-            pair.ours.vocabulary_pass = partial(vocabulary_pass, chunk=CHUNK)
-        for check in case.checks:
-            error, begun = None, time.perf_counter()
-            try:
-                check(pair)
-            except Exception:
-                error = traceback.format_exc()
-            seconds = round(time.perf_counter() - begun, 2)
-            apart = max(APART, default=0.0)
-            APART.clear()
-            found = {"check": check.__name__, "error": error, "seconds": seconds, "apart": apart}
-            print(json.dumps(found), flush=True)
-        ranks.end()
+        case.choose_pass(part, share)
+        yield from results(pair, case)
+        ranks.leader.send(NEXT)
         return
     assert ranks.follower is not None
     follower = Following(part, share, exchange)
-    if share.cuts_words:
-        part.vocabulary_pass = partial(vocabulary_pass, chunk=CHUNK)
-    for order in ranks.follower.orders():
+    case.choose_pass(part, share)
+    for order in takewhile(lambda order: order != NEXT, ranks.follower.orders()):
         follower.run(order)
-    held = len(follower.prefixes) + len(follower.layers)
-    print(json.dumps({"held": held}), flush=True)
+    yield {"held": len(follower.prefixes) + len(follower.layers)}
+
+
+def results(pair: Pair, case: Case) -> Iterator[dict[str, Any]]:
+    import parity_checks  # what the followers need not wait for
+
+    for name in case.checks:
+        error, begun = None, time.perf_counter()
+        try:
+            getattr(parity_checks, name)(pair)
+        except Exception:
+            error = traceback.format_exc()
+        seconds = round(time.perf_counter() - begun, 2)
+        apart = max(parity_checks.APART, default=0.0)
+        parity_checks.APART.clear()
+        yield {"check": name, "error": error, "seconds": seconds, "apart": apart}
+
+
+def main(names: list[str]) -> None:
+    ranks = join(lambda ending: os._exit(9))
+    exchange = Exchange(ranks.group)
+    for name in names:
+        for found in run(ranks, exchange, cases(ranks.size)[name]):
+            print(json.dumps({"case": name, **found}), flush=True)
     ranks.end()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

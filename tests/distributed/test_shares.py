@@ -13,11 +13,16 @@ from tiny_models import make_config, make_weights
 from mlx_diffgemma.bench.presets import config_like
 from mlx_diffgemma.checkpoint.locate import RELEASE
 from mlx_diffgemma.checkpoint.names import expected_shapes, module_path
-from mlx_diffgemma.checkpoint.quantization import RECIPES, Format
+from mlx_diffgemma.checkpoint.quantization import (
+    RECIPES,
+    Format,
+    parameter_bytes,
+    recipe_formats,
+)
 from mlx_diffgemma.checkpoint.ranges import GAP, runs_of
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.distributed.loading import local_model, share_of_weights
-from mlx_diffgemma.distributed.shares import Share, Split, parameter_bytes, shares_of
+from mlx_diffgemma.distributed.shares import Share, Split, shares_of
 from mlx_diffgemma.errors import UsageError
 
 
@@ -26,19 +31,7 @@ def release() -> ModelConfig:
 
 
 def formats_of(config: ModelConfig, recipe: str) -> dict[str, Format]:
-    layers = config.text.num_hidden_layers
-    matrices = (name for name, shape in expected_shapes(config).items() if len(shape) > 1)
-    return {path: RECIPES[recipe].format_for(path, layers) for path in map(module_path, matrices)}
-
-
-def held(share: Share, sizes: dict[str, float]) -> float:
-    """Bytes that a rank holds of parameters of `sizes`."""
-    total = 0.0
-    for name, size in sizes.items():
-        part = share.part(name)
-        if part is not None:
-            total += size if part.axis is None else size * len(part.span) / part.extent
-    return total
+    return recipe_formats(config, RECIPES[recipe])
 
 
 def read(share: Share, formats: dict[str, Format]) -> int:
@@ -91,7 +84,7 @@ def test_a_rank_holds_its_share_of_the_release(recipe: str, ranks: int) -> None:
     whole = sum(sizes.values())
     for kind in ("tensor", "pipeline"):
         for share in shares_of(config, Split.even(kind, ranks), formats):
-            assert held(share, sizes) <= (1 / ranks + 0.05) * whole, (kind, share.rank)
+            assert share.held_bytes(sizes) <= (1 / ranks + 0.05) * whole, (kind, share.rank)
             assert read(share, formats) <= (1 / ranks + 0.05) * whole, (kind, share.rank)
 
 
@@ -101,7 +94,7 @@ def test_shares_follow_weights() -> None:
     sizes = parameter_bytes(config, formats)
     for kind in ("tensor", "pipeline"):
         first, second = shares_of(config, Split(kind, (2, 1)), formats)
-        assert 1.8 < held(first, sizes) / held(second, sizes) < 2.2
+        assert 1.8 < first.held_bytes(sizes) / second.held_bytes(sizes) < 2.2
     first, second = shares_of(config, Split("tensor", (2, 1)), formats)
     assert (len(first.experts), len(first.words)) == (85, 21 * 8192)
     assert len(first.width) == 22 * 64

@@ -15,6 +15,7 @@ import pytest
 
 from mlx_diffgemma import load, stream_generate
 from mlx_diffgemma.checkpoint import memory
+from mlx_diffgemma.distributed.line import LOST, RanksError
 from mlx_diffgemma.editing.decide import decide
 from mlx_diffgemma.editing.infill import infill
 from mlx_diffgemma.editing.structured import generate_structured
@@ -209,6 +210,39 @@ def test_a_failure_is_that_of_its_request() -> None:
                 [value async for value in ticket]
             assert await text_of(goes) == alone("hi", 0, max_tokens=16)
             assert engine.counters.failed == 1
+
+    run(test)
+
+
+def test_a_lost_mac_is_told_to_all_who_wait_while_the_engine_is_blocked() -> None:
+    """By another thread than the engine's, which waits in a collective for ever; what comes of
+    that later tells nobody anything else."""
+    gone, told = threading.Event(), RanksError("rank 1 is gone.", LOST)
+
+    def blocked(seat: Seat) -> Any:
+        yield 1
+        gone.wait(60)
+        raise RuntimeError("[ring] connection to a peer was lost")
+
+    async def test() -> None:
+        model, tokenizer = loaded()
+        settled: list[BaseException] = []
+        engine = Engine(model, tokenizer, name="demo", settle=settled.append)
+        tickets = [engine.submit(blocked), engine.submit(said("hi", 0))]
+        assert await anext(tickets[0]) == 1
+        await asyncio.to_thread(engine.fail, told)
+        for ticket in tickets:
+            with pytest.raises(RanksError) as raised:
+                [value async for value in ticket]
+            refused = refusal(raised.value)
+            assert refused.status == 503 and refused.headers["retry-after"]
+        with pytest.raises(QueueFullError):
+            engine.submit(said("hi", 0))
+        assert not engine.alive and engine.failure is told
+        gone.set()
+        await asyncio.to_thread(engine.stop, 10.0)
+        assert not engine._thread.is_alive() and engine.failure is told
+        assert [type(each) for each in settled] == [RuntimeError]
 
     run(test)
 
