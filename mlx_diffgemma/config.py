@@ -401,8 +401,8 @@ def _read_quantization(top: Section) -> Mapping[str, Any] | None:
     Raises:
         ConfigError: it is not in MLX's form; the error names the form, where it is known.
     """
-    key = "quantization" if top.data.get("quantization") else "quantization_config"
-    if not top.data.get(key):
+    key = "quantization" if top.has("quantization") else "quantization_config"
+    if not top.has(key) or not top.section(key).data:
         return None
     block = top.section(key)
     method = block.get("quant_method", "mlx")
@@ -410,8 +410,22 @@ def _read_quantization(top: Section) -> Mapping[str, Any] | None:
         packer = _PACKERS.get(method, shown(method)) if isinstance(method, str) else "another"
         whose = "" if method == "mlx" else f" but that of {packer}"
         raise top.fail(key, f"is not in MLX form{whose}; convert the original weights")
-    block.size("bits")
+    _check_format(block)
+    for path, entry in block.data.items():
+        if isinstance(entry, Mapping):
+            _check_format(block.section(path))
+        elif "." in path and not isinstance(entry, bool):
+            raise block.fail(path, f"must be an object, true or false, not {shown(entry)}")
     return block.data
+
+
+def _check_format(section: Section) -> None:
+    """Check the types of what an object says of a format."""
+    for key in ("bits", "group_size"):
+        if section.has(key):
+            section.size(key)
+    if section.has("mode"):
+        section.text("mode")
 
 
 def check_generation_ids(generation: Any, vocab_size: int, *, inside_config: bool = False) -> None:

@@ -67,12 +67,16 @@ TEXT = {
 VISION = {
     "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4, "head_dim": 24, "patch_size": 24, "pooling_kernel_size": 1,
-    "position_embedding_size": 64,
+    "position_embedding_size": 64, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_theta": 100.0, "rope_type": "axial"},
+    "model_type": "gemma4_vision", "hidden_activation": "gelu_pytorch_tanh", "dtype": "bfloat16",
+    "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02,
+    "standardize": False, "use_clipped_linears": False,
 }  # fmt: skip
 
 
 def make_config() -> dict[str, Any]:
-    """The shipped demo's `config.json` with other sizes and a vision tower that is used."""
+    """The shipped demo's `config.json` with other sizes and a vision tower."""
     config = json.loads((SHIPPED / "config.json").read_text())
     text = {**config["text_config"], **TEXT}
     del text["per_layer_config"]
@@ -83,7 +87,7 @@ def make_config() -> dict[str, Any]:
         "eoi_token_id": end,
         "canvas_length": 40,
         "text_config": text,
-        "vision_config": {**config["vision_config"], **VISION},
+        "vision_config": VISION,
         "vision_soft_tokens_per_image": SOFT_TOKENS,
     }
 

@@ -171,6 +171,20 @@ WRONG = [
     ),
     ("quantization", {"bits": [4]}, "config.json: 'quantization.bits' must be a positive integer"),
     ("quantization", "4bit", "config.json: 'quantization' must be an object, not a text."),
+    ("quantization", [], "config.json: 'quantization' must be an object, not a list."),
+    ("quantization", False, "config.json: 'quantization' must be an object, not a boolean."),
+    (
+        "quantization",
+        {"bits": 4, "a.b": {"mode": ["affine"]}},
+        "config.json: 'quantization.a.b.mode' must be a text, not ['affine'].",
+    ),
+    (
+        "quantization",
+        {"bits": 4, "a.b": {"bits": "8"}},
+        "config.json: 'quantization.a.b.bits' must be a positive integer, not '8'.",
+    ),
+    ("quantization", {"bits": 4, "a.b": "x"}, "config.json: 'quantization.a.b' must be an object,"),
+    ("quantization", {"bits": 4, "mode": {}}, "config.json: 'quantization.mode' must be a text"),
     (
         "quantization_config",
         {"quant_method": "gptq", "bits": 4},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -15,13 +14,12 @@ from mlx_diffgemma_convert.card import write_card
 from mlx_diffgemma_convert.journal import Journal
 from mlx_diffgemma_convert.plan import Plan, Target
 from mlx_diffgemma_convert.record import conversion_record, write_record
-from mlx_diffgemma_convert.repository import write_side_files
+from mlx_diffgemma_convert.repository import FULL, check_side_files, write_side_files
 from mlx_diffgemma_convert.source import ShardReader
 from mlx_diffgemma_convert.stream import Written, write_shard
 from mlx_diffgemma_convert.verify import verify
 
 Progress = Callable[[Target, int], None]
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,7 @@ def convert(
     if journal.published(plan):
         journal.discard()
         return Outcome(journal.target, plan.source_bytes, plan.stored_bytes(), len(plan.shards))
+    check_side_files(plan)
     journal.open(plan, restart)
     resumed = len(journal.done)
     _check_room(plan, journal)
@@ -80,7 +79,7 @@ def convert(
         verify(journal.result)
         journal.publish()
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             left = size_text(_missing_bytes(plan, journal))
             raise CheckpointError(
                 f"no room left for {journal.folder}; free {left}, then run the same command "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from hashlib import sha256
@@ -10,10 +11,14 @@ from typing import Any
 
 from mlx_diffgemma.checkpoint.names import is_quantizable, is_vision, module_path
 from mlx_diffgemma.checkpoint.quantization import FLOATS, quantization_entry
-from mlx_diffgemma.config import both_spellings
+from mlx_diffgemma.config import ModelConfig, both_spellings, check_generation_ids
 from mlx_diffgemma.disk import write_atomically
+from mlx_diffgemma.errors import CheckpointError
+from mlx_diffgemma.reading import os_reason, read_object
 from mlx_diffgemma_convert.plan import FLOAT_DTYPES, Plan
+from mlx_diffgemma_convert.source import GENERATION
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk without room says
 INDEX = "model.safetensors.index.json"
 
 
@@ -64,6 +69,19 @@ def weight_index(plan: Plan) -> dict[str, Any]:
     }
 
 
+def check_side_files(plan: Plan) -> None:
+    """Check what is copied and read again when the result is loaded, before any work is done.
+
+    Raises:
+        CheckpointError, ConfigError: `generation_config.json` is damaged, or names an id outside
+            the vocabulary.
+    """
+    path = plan.source.side_files().get(GENERATION)
+    if path is not None:
+        vocab_size = ModelConfig.from_dict(plan.source.config).text.vocab_size
+        check_generation_ids(read_object(path), vocab_size)
+
+
 def write_side_files(plan: Plan, folder: Path) -> dict[str, str]:
     """Write config and index, and copy the other files of the source. Returns the sha256 of each
     file, including that of the model card."""
@@ -71,9 +89,20 @@ def write_side_files(plan: Plan, folder: Path) -> dict[str, str]:
         write_atomically(folder / name, json_bytes(content))
     names = ["README.md", "config.json", INDEX]
     for name, path in plan.source.side_files().items():
-        shutil.copyfile(path, folder / name)
+        _copy(path, folder / name)
         names.append(name)
     return {name: file_digest(folder / name) for name in names}
+
+
+def _copy(path: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(path, target)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise CheckpointError(
+            f"{path} cannot be copied ({os_reason(error)}); check the path and who may read it."
+        ) from None
 
 
 def json_bytes(content: Any) -> bytes:

@@ -21,8 +21,9 @@ import numpy as np
 from mlx_diffgemma.checkpoint.names import canonical_name, module_path
 from mlx_diffgemma.checkpoint.shards import stored_tensors
 from mlx_diffgemma.errors import CheckpointError
-from mlx_diffgemma.reading import os_reason, read_object
+from mlx_diffgemma.reading import is_there, os_reason, read_object
 
+GENERATION = "generation_config.json"
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1, "I8": 1, "I32": 4, "I64": 8,
     "BOOL": 1,
@@ -94,6 +95,8 @@ class FolderSource:
         self.name = name or str(folder)
         self.revision = revision
         self.config: Mapping[str, Any] = read_object(folder / "config.json")
+        if is_there(folder / GENERATION):
+            read_object(folder / GENERATION)  # what is no file is no side file either
         self.tensors: dict[str, SourceTensor] = {}
         for shard in sorted({t.shard for t in stored_tensors(folder).values()}):
             self.tensors |= read_header(shard)

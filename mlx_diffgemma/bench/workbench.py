@@ -325,7 +325,9 @@ class Workbench:
                 needs=size,
             )
 
-        copies = 5 * 2 * self.logit_bytes()  # mlx-vlm holds several float32 copies
+        # As its source reads: logits, log-probabilities, probabilities, their product, and noise,
+        # each in float32.
+        copies = 5 * 4 * self.sizes.canvas * self.config.text.vocab_size
         theirs = [
             steps(name, partial(self._rival_stepper, sampler), (), copies)
             for sampler, name in zip(_SAMPLERS, names, strict=True)

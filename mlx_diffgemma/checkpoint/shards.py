@@ -79,6 +79,10 @@ def _header(shard: Path) -> list[StoredTensor]:
     except FileNotFoundError:
         raise CheckpointError(f"shard {shard} is missing; {AGAIN}.") from None
     except (SafetensorError, OSError) as error:
+        if shard.is_dir():
+            raise CheckpointError(
+                f"shard {shard} is a folder, where a file is needed; {AGAIN}."
+            ) from None
         raise CheckpointError(
             f"shard {shard} cannot be read, or is truncated or damaged ({os_reason(error)}); "
             f"{AGAIN}."

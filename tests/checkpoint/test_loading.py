@@ -201,6 +201,13 @@ def test_shard_truncated(checkpoint: Checkpoint, keep: int) -> None:
     fails(checkpoint.folder, shard.name, "truncated or damaged")
 
 
+def test_shard_that_is_a_folder(checkpoint: Checkpoint) -> None:
+    checkpoint.write()
+    (checkpoint.folder / "model.safetensors").unlink()
+    (checkpoint.folder / "model.safetensors").mkdir()
+    fails(checkpoint.folder, "model.safetensors is a folder, where a file is needed")
+
+
 def test_tensor_missing(checkpoint: Checkpoint) -> None:
     del checkpoint.weights[NORM]
     fails(checkpoint.write(), NORM, "is missing")

@@ -121,6 +121,31 @@ def test_wrong_use_is_one_line(tiny_source, tmp_path, arguments, code, message):
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a folder", "is a folder, where a file is needed; fetch the file again."),
+        ("[1]", "is damaged (it holds a list, not an object); fetch the file again."),
+        ('{"eos_token_id": [1, 99999]}', "'eos_token_id' is 99999, and ids go from 0 to 191."),
+    ],
+)
+def test_a_damaged_generation_config_is_said_before_any_work(
+    tiny_source, tmp_path, content, message
+):
+    """It was copied as it was, so that the result could not be loaded, or left out unsaid."""
+    source = shutil.copytree(tiny_source, tmp_path / "source")
+    generation = source / "generation_config.json"
+    generation.unlink()
+    if content == "a folder":
+        generation.mkdir()
+    else:
+        generation.write_text(content)
+    result = invoke("--model", source, "--mlx-path", tmp_path / "out", "-q")
+    assert result.exit_code == 1
+    assert last_line(result).endswith(message) and generation.name in last_line(result)
+    assert not (tmp_path / "out").exists()
+
+
 def test_targets_that_exist_are_left_alone(tiny_source, tmp_path):
     copy = shutil.copytree(tiny_source, tmp_path / "copy")
     before = contents(copy)

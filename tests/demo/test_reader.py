@@ -105,6 +105,11 @@ def test_image_tokens_without_a_picture_are_refused(reader):
         generate(*reader, [2, 6, 9])
 
 
+def test_the_model_that_solves_sudokus_refuses_pictures():
+    with pytest.raises(PromptError, match="reads text only: it has no vision tower"):
+        generate(*load("demo"), "sudoku", images=[pictured(3)[1]])
+
+
 def test_the_card_tells_its_figure():
     card = (FOLDER / "README.md").read_text()
     figure = float(card.split("default settings:")[1].split("±")[0])
