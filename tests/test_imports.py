@@ -43,7 +43,7 @@ def bound(tree: ast.AST) -> set[str]:
     """The names that a file binds anywhere, and where it makes names on demand, those it spells."""
     found, spelled = set(), set()
     for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             found.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             found.add(node.id)

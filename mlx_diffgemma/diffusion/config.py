@@ -20,6 +20,7 @@ from mlx_diffgemma.settings import Setting
 
 SAMPLERS = ("entropy-bound", "confidence-threshold", "block-refinement", "ddim")
 _COLDEST = 1e-4
+_LARGEST = 3.4e38  # nearly the largest float32
 _SAMPLER = "EntropyBoundSamplerConfig"
 _LOOP, _SPEED = "Denoising", "What a profile sets"  # headings of a command's help
 
@@ -224,7 +225,7 @@ class DiffusionConfig:
         for name in ("soft_cutoff", "certain_below", "late_bound", "settled_bound", "run_entropy"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0.0)
-                object.__setattr__(self, name, float(getattr(self, name)))  # MLX takes no 10**40
+                self._narrow(name)
         if self.encoder_check is not None:
             check_share("encoder_check", self.encoder_check)
         if self.sampler not in SAMPLERS:
@@ -240,17 +241,21 @@ class DiffusionConfig:
             "eos_certainty", "t_max",
         ):  # fmt: skip
             check_number(name, getattr(self, name), 0.0)
-            object.__setattr__(self, name, float(getattr(self, name)))
+            self._narrow(name)
         if not isinstance(self.eos_token_ids, tuple):
             raise UsageError(f"eos_token_ids must be a tuple, not {shown(self.eos_token_ids)}.")
         for token in (*self.eos_token_ids, self.pad_token_id):
             check_integer("a token id", token, 0)
         check_number("t_min", self.t_min, 0.0, inclusive=True)
-        object.__setattr__(self, "t_min", float(self.t_min))
+        self._narrow("t_min")
         if self.t_max < _COLDEST:  # logits divided by less leave the range of float32
             raise UsageError(f"t_max must be at least {_COLDEST:g}, not {self.t_max:g}.")
         if self.t_max < self.t_min:
             raise UsageError(f"t_max ({self.t_max:g}) must not be below t_min ({self.t_min:g}).")
+
+    def _narrow(self, name: str) -> None:
+        """Make a number a float of the range of float32, in which it is compared and divided by."""
+        object.__setattr__(self, name, min(float(getattr(self, name)), _LARGEST))
 
     def temperature(self, step: int) -> float:
         """Temperature of denoising step `step`, counted from 1.

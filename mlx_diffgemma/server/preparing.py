@@ -183,7 +183,7 @@ def arguments_schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
     but those of the function's `parameters`, unless these say that there may be others."""
     if "$ref" in parameters:
         return dict(parameters)
-    schema = {"type": "object", "properties": {}, **parameters}
+    schema = {"properties": {}, **parameters, "type": "object"}
     properties, required = schema["properties"], schema.get("required", [])
     closed = isinstance(properties, dict) and isinstance(required, list)
     if closed and not _MORE_NAMES.intersection(schema) and all(n in properties for n in required):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from demo_checkpoint import CHECKPOINT
 
@@ -119,8 +120,13 @@ def test_values_of_another_kind(data, message):
         DiffusionConfig.from_dict(data)
 
 
-def test_a_number_is_a_float_whatever_it_is_given_as():
-    vast = ("run_entropy", "entropy_bound", "accept_threshold", "soft_cutoff", "late_bound")
-    config = DiffusionConfig().override(t_min=1, t_max=2, **dict.fromkeys(vast, 10**40))
-    for name in ("t_min", "t_max", *vast):
-        assert isinstance(getattr(config, name), float), name
+@pytest.mark.parametrize("vast", [10**40, 1e300])
+def test_a_number_is_a_float_that_float32_holds(vast):
+    names = (
+        "run_entropy", "entropy_bound", "accept_threshold", "soft_cutoff", "late_bound",
+        "eos_certainty", "check_below", "confidence_threshold", "t_max",
+    )  # fmt: skip
+    config = DiffusionConfig().override(t_min=1, **dict.fromkeys(names, vast))
+    for name in ("t_min", *names):
+        value = getattr(config, name)
+        assert isinstance(value, float) and np.isfinite(np.float32(value)), name

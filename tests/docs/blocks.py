@@ -132,7 +132,10 @@ def _whole(command: str) -> bool:
     """Whether a shell would run these lines, not wait for more."""
     if command.endswith("\\"):
         return False
-    if not re.search(r"['\"`(]|<<|^\s*(for|while|if|case)\b", command):
+    here = re.search(r"<<-?\s*['\"]?(\w+)", command)
+    if here is not None:
+        return re.search(rf"^\s*{here[1]}$", command, re.MULTILINE) is not None
+    if not re.search(r"['\"`(]|^\s*(for|while|if|case)\b", command):
         return True
     said = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True)
     return said.returncode == 0 and not said.stderr

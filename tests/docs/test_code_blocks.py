@@ -7,9 +7,12 @@ import re
 import sys
 from pathlib import Path
 
+import docs_pages
 import pytest
 from docs.blocks import ROOT, Block, blocks_of, check, check_shell, commands, is_of_scripts, matches
 from docs.page_runner import PageRunner
+
+from mlx_diffgemma.cli.main import COMMANDS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMPARED = sys.platform == "linux"  # a seed gives the same answer on one kind of machine
@@ -29,28 +32,27 @@ def test_code_blocks_of(page: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", pages())
 def test_options_in_the_text_of(page: Path) -> None:
-    """Options that stand between the words of a page are those of a command or a script."""
+    """Options that stand between the words of a page are those of a command or a script, and
+    commands are there."""
     said = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     known = options()
     for code in re.findall(r"`(--[a-z][\w-]*)", said):
         assert code in known or is_of_scripts(code), f"{page.name}: nothing has {code}"
+    for name in re.findall(r"`mlx-diffgemma ([a-z]+)", said):
+        assert name in COMMANDS, f"{page.name}: there is no command {name}"
 
 
 def options() -> set[str]:
     """All options of all commands."""
-    from cli.test_command import commands as made
-
     return {
         flag
-        for _, _, command in made()
-        for parameter in command.params
+        for _, made in docs_pages.commands()
+        for parameter in made.params
         for flag in [*parameter.opts, *parameter.secondary_opts]
     }
 
 
 def test_the_readme_names_every_command_and_is_read_in_one_sitting() -> None:
-    from mlx_diffgemma.cli.main import COMMANDS
-
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 160
     assert [name for name in COMMANDS if f"mlx-diffgemma {name}" not in text] == []

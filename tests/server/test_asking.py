@@ -146,6 +146,7 @@ def test_a_call_that_must_be_made_names_no_argument_that_its_function_does_not_k
         ({"properties": city, "additionalProperties": True}, {"type": "object"}),
         ({"properties": city, "anyOf": [{"required": ["town"]}]}, {"type": "object"}),
         ({"required": ["town"]}, {"type": "object", "properties": {}}),
+        ({"type": ["object", "null"], "required": ["a"]}, {"type": "object", "properties": {}}),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "object"}}}, {}),
     ):
         assert arguments_schema(parameters) == {**parameters, **more}

@@ -61,7 +61,7 @@ def test_a_check_that_is_none_is_refused(given):
 @pytest.mark.parametrize(
     ("schema", "says"),
     [
-        ("[1]", "holds '[1]', which is no JSON schema"),
+        ("[1]", "holds [1], which is no JSON schema"),
         ('{"type": 3}', "the JSON schema cannot be used: 3 is not valid"),
         ('{"$ref": "http://127.0.0.1:9/s.json"}', "its reference 'http://127.0.0.1:9/s.json'"),
         ("{", "is not JSON"),
