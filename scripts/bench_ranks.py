@@ -22,10 +22,12 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 GOAL = 0.6
 RANKS = 2
+WARMUP = 2  # turns that do not count: the first encodes the prefix
 
 
 def write_checkpoint(folder: Path, layers: int, words: int, bits: int) -> None:
@@ -56,9 +58,10 @@ def run_rank(folder: Path, kind: str, prefix: int, repeats: int) -> None:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
     from mlx_diffgemma.bench.steps import Stepper
-    from mlx_diffgemma.bench.timing import alternate
+    from mlx_diffgemma.bench.timing import seconds
     from mlx_diffgemma.checkpoint.loading import load_model
     from mlx_diffgemma.diffusion.config import DiffusionConfig
+    from mlx_diffgemma.distributed import channel
     from mlx_diffgemma.distributed.exchange import Exchange
     from mlx_diffgemma.distributed.following import follow
     from mlx_diffgemma.distributed.group import join
@@ -67,6 +70,7 @@ def run_rank(folder: Path, kind: str, prefix: int, repeats: int) -> None:
     from mlx_diffgemma.distributed.shares import Split
     from mlx_diffgemma.distributed.traffic import step_traffic
 
+    channel.STUCK_SECONDS = inf  # rank 1 waits while rank 0 runs the whole model
     ranks = join(seconds=300.0)
     loaded = load_share(folder, Split.even(kind, ranks.size), rank)
     ranks.gather(loaded.bytes_read)
@@ -83,7 +87,13 @@ def run_rank(folder: Path, kind: str, prefix: int, repeats: int) -> None:
         "one process": Stepper(whole, config, prefix=prefix),
         "two processes": Stepper(led, config, prefix=prefix),
     }
-    times = alternate(steps, repeats, warmup=2)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(WARMUP + repeats):
+        for name, step in steps.items():
+            taken = seconds(step)
+            print(f"{name}: {taken:.2f} s", file=sys.stderr, flush=True)
+            if turn >= WARMUP:
+                times[name].append(taken)
     before = exchange.messages, exchange.bytes
     steps["two processes"]()
     item = led.dtype.size
