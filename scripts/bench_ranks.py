@@ -21,6 +21,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -49,6 +51,17 @@ def write_checkpoint(folder: Path, layers: int, words: int, bits: int) -> None:
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps({**config, "quantization": group}))
+
+
+def busy() -> dict[str, float]:
+    """Seconds that each thread of this process has computed, by its id, where Linux tells."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    found = {}
+    for task in Path("/proc/self/task").glob("*/stat"):
+        with suppress(OSError):  # the thread has just ended
+            fields = task.read_text().rpartition(")")[2].split()
+            found[task.parent.name] = (int(fields[11]) + int(fields[12])) / ticks
+    return found
 
 
 def run_rank(folder: Path, kind: str, prefix: int, repeats: int) -> None:
@@ -88,12 +101,16 @@ def run_rank(folder: Path, kind: str, prefix: int, repeats: int) -> None:
         "two processes": Stepper(led, config, prefix=prefix),
     }
     times: dict[str, list[float]] = {name: [] for name in steps}
+    computed: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     for turn in range(WARMUP + repeats):
         for name, step in steps.items():
+            began = busy()
             taken = seconds(step)
+            gained = {id: spent - began.get(id, 0.0) for id, spent in busy().items()}
             print(f"{name}: {taken:.2f} s", file=sys.stderr, flush=True)
             if turn >= WARMUP:
                 times[name].append(taken)
+                computed[name].append(gained)
     before = exchange.messages, exchange.bytes
     steps["two processes"]()
     item = led.dtype.size
@@ -102,6 +119,7 @@ def run_rank(folder: Path, kind: str, prefix: int, repeats: int) -> None:
         json.dumps({
             "kind": kind,
             "seconds": times,
+            "computed": own_thread(computed["one process"], computed["two processes"]),
             "messages": exchange.messages - before[0],
             "bytes": exchange.bytes - before[1],
             "formula": [formula.messages, formula.bytes],
@@ -110,6 +128,18 @@ def run_rank(folder: Path, kind: str, prefix: int, repeats: int) -> None:
         flush=True,
     )  # fmt: skip
     ranks.end()
+
+
+def own_thread(
+    alone: Sequence[Mapping[str, float]], together: Sequence[Mapping[str, float]]
+) -> list[float]:
+    """Mean seconds of a step, alone and together, of the thread that computes most of a step that
+    one process runs; those of MLX's ring, which wait by spinning, are others."""
+    if not alone or not alone[0]:
+        return []
+    sums = {id: sum(step.get(id, 0.0) for step in alone) for step in alone for id in step}
+    own = max(sums, key=lambda id: sums[id])
+    return [sum(step.get(own, 0.0) for step in steps) / len(steps) for steps in (alone, together)]
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -146,6 +176,12 @@ def measure(args: argparse.Namespace) -> None:
         listed = ", ".join(f"{each:.2f}" for each in times)
         print(f"{name}: {min(times):.2f} s a step at least, of {listed}")
     print(f"ratio of the least times: {ratio:.2f} (goal: at most {GOAL})")
+    if found["computed"]:
+        alone, together = found["computed"]
+        print(
+            f"rank 0's thread that computes is busy for {alone:.2f} s a step alone and for "
+            f"{together:.2f} s together: {together / alone:.2f}, whatever else the machine does"
+        )
     print(
         f"a step exchanges {found['messages']} messages and {found['bytes'] / 1e6:.2f} MB; by the "
         f"formula {found['formula'][0]} and {found['formula'][1] / 1e6:.2f} MB"
