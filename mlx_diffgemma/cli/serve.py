@@ -173,10 +173,12 @@ class _Telling:
 
 
 def _size(loading: Loading) -> int:
-    """Bytes of the weights, or 0 where that is not known."""
+    """Bytes of the weights, or 0 where that is not known, or this process loads a part of them."""
     from mlx_diffgemma.checkpoint.loading import weight_bytes
     from mlx_diffgemma.checkpoint.locate import locate
 
+    if loading.ranks is not None:  # of which none may have the whole on its disk
+        return 0
     try:
         return weight_bytes(locate(loading.model or DEFAULT_MODEL, loading.revision))
     except DiffGemmaError:  # loading will say what is wrong

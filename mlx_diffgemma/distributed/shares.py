@@ -7,24 +7,28 @@ Letters: D hidden, E experts.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from itertools import pairwise
-from math import gcd, inf, isfinite, lcm
+from math import isfinite
 
 from mlx_diffgemma.checkpoint.names import module_path
-from mlx_diffgemma.checkpoint.quantization import KEEP, Format, parameter_bytes
-from mlx_diffgemma.config import AttentionConfig, ModelConfig, TextConfig
+from mlx_diffgemma.checkpoint.quantization import Format
+from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.distributed.cutting import (
+    KINDS,
+    LAYER,
+    Heads,
+    heads_of,
+    layers_of,
+    portions,
+    scaled,
+    widths_of,
+)
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.kernels.vocabulary import CHUNK
 from mlx_diffgemma.reading import shown
 
-KINDS = ("tensor", "experts", "pipeline")
-_LAYER = re.compile(r"(?P<before>model\.(?:decoder|encoder\.language_model)\.layers\.)(?P<at>\d+)")
 _HEAD_ONLY = ("model.decoder.embed_tokens", "model.decoder.self_conditioning.")
-_PLAIN = Format(KEEP)
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,6 @@ class Split:
     @property
     def ranks(self) -> int:
         return len(self.weights)
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Heads of one attention: query heads, and the KV heads that they look at. Every KV head of a
-    rank has as many of its query heads as any other."""
-
-    queries: range
-    keys: range
 
 
 @dataclass(frozen=True)
@@ -150,7 +145,7 @@ class Share:
         """What the rank holds of the parameter `name` of the whole text model (or of its scales or
         biases); None where it holds nothing of it. A name that no parameter has is held whole by
         every rank, so that loading refuses it."""
-        layer = _LAYER.match(name)
+        layer = LAYER.match(name)
         if layer is None:
             if name.startswith(_HEAD_ONLY) and not self.has_embedding:
                 return None
@@ -178,7 +173,7 @@ class Share:
             else:
                 own, count = heads.queries, sizes.num_heads
             size, axis = sizes.head_dim, -1 if path.endswith("o_proj") else 0
-            return _part(local, axis, _scaled(own, size), count * size)
+            return _part(local, axis, scaled(own, size), count * size)
         return _part(
             local, -1 if path.endswith("down_proj") else 0, self.width, text.intermediate_size
         )
@@ -218,20 +213,19 @@ def shares_of(
         for sizes in text.attention
     ]
     if split.kind == "pipeline":
-        layers = _layers(config, formats, weights)
+        layers = layers_of(config, formats, weights)
     else:
-        experts = _portions(text.num_experts, weights, f"{text.num_experts} experts")
+        experts = portions(text.num_experts, weights, f"{text.num_experts} experts")
     if split.kind == "tensor":
-        widths = _widths(text, formats, weights)
+        widths = widths_of(text, formats, weights)
         heads = [
-            _heads(sizes, _group(formats, f"model.decoder.layers.{index}.self_attn.o_proj"), split)
-            for index, sizes in enumerate(text.attention)
+            heads_of(text, formats, index, weights) for index, sizes in enumerate(text.attention)
         ]
         chunks = -(-text.vocab_size // chunk)
         if chunks >= ranks > 1:
             words = [
                 range(span.start * chunk, min(span.stop * chunk, text.vocab_size))
-                for span in _portions(chunks, weights, "")
+                for span in portions(chunks, weights, "")
             ]
     return tuple(
         Share(
@@ -268,145 +262,3 @@ def local_config(share: Share) -> ModelConfig:
         attention=attention,
     )
     return replace(share.config, text=own)
-
-
-def _scaled(span: range, unit: int) -> range:
-    return range(span.start * unit, span.stop * unit)
-
-
-def _group(formats: Mapping[str, Format], path: str) -> int:
-    """Columns that can only be cut together of a matrix."""
-    fmt = formats.get(path, _PLAIN)
-    return fmt.group_size if fmt.quantized else 1
-
-
-def _too_few(what: str, ranks: int) -> UsageError:
-    return UsageError(
-        f"{ranks} ranks cannot share {what}; take fewer ranks, or split by another of "
-        f"{', '.join(KINDS)}."
-    )
-
-
-def _portions(count: int, weights: Sequence[float], what: str) -> list[range]:
-    """`count` things in order, dealt out by weight; every rank gets one at least. `what` names them
-    in an error."""
-    if count < len(weights):
-        raise _too_few(what, len(weights))
-    ideal = [count * weight / sum(weights) for weight in weights]
-    given = [max(1, int(each)) for each in ideal]
-    while (left := count - sum(given)) != 0:
-        step = 1 if left > 0 else -1
-        rank = max(
-            (r for r in range(len(given)) if given[r] + step >= 1),
-            key=lambda r: (step * (ideal[r] - given[r]), -r),
-        )
-        given[rank] += step
-    ends = [sum(given[:rank]) for rank in range(len(given) + 1)]
-    return [range(start, stop) for start, stop in pairwise(ends)]
-
-
-def _widths(
-    text: TextConfig, formats: Mapping[str, Format], weights: Sequence[float]
-) -> list[range]:
-    downs = [f"model.decoder.layers.{i}.mlp.down_proj" for i in range(text.num_hidden_layers)]
-    downs.append("model.decoder.self_conditioning.down_proj")
-    unit = lcm(*(_group(formats, path) for path in downs))
-    count = text.intermediate_size // unit
-    what = f"the {text.intermediate_size} columns of the dense MLP"
-    if unit > 1:
-        what += f", which are {count} quantization groups of {unit}"
-    return [_scaled(span, unit) for span in _portions(count, weights, what)]
-
-
-def _heads(sizes: AttentionConfig, group: int, split: Split) -> tuple[Heads, ...]:
-    """The heads of each rank in one attention. Where there are KV heads for all ranks, each gets
-    whole ones with their query heads; else several ranks hold the same KV head, and share its query
-    heads. `group` columns of the output's projection can only be cut together."""
-    unit = group // gcd(group, sizes.head_dim)  # query heads that can only be cut together
-    return _heads_in_units(sizes.num_heads, sizes.num_kv_heads, unit, split.weights)
-
-
-@cache
-def _heads_in_units(
-    queries: int, keys: int, unit: int, weights: tuple[float, ...]
-) -> tuple[Heads, ...]:
-    each, ranks = queries // keys, len(weights)
-    what = f"{queries} query heads with {keys} KV heads"
-    if unit > 1:
-        what += f", cut in {unit} at a time for the quantization groups of the output"
-    block = lcm(each, unit) // each  # KV heads that can only be cut together
-    if keys >= ranks:
-        spans = _portions(keys // block if keys % block == 0 else 0, weights, what)
-        whole = [_scaled(span, block) for span in spans]
-        return tuple(Heads(_scaled(span, each), span) for span in whole)
-    heads: list[Heads] = []
-    units = each // unit if each % unit == 0 else 0
-    for key, own in enumerate(_ranks_of_keys(keys, weights, units, what)):
-        for span in _portions(units, own, what):
-            first = key * each
-            scaled = _scaled(span, unit)
-            heads.append(
-                Heads(range(first + scaled.start, first + scaled.stop), range(key, key + 1))
-            )
-    assert len(heads) == ranks
-    return tuple(heads)
-
-
-def _ranks_of_keys(
-    keys: int, weights: Sequence[float], most: int, what: str
-) -> list[Sequence[float]]:
-    """The weights of the ranks that share each KV head, `most` of them at most, so that those of
-    the KV head whose ranks weigh least weigh as much as can be."""
-
-    @cache
-    def best(key: int, start: int) -> tuple[float, tuple[int, ...]]:
-        """What the lightest of the KV heads from `key` on has, whose ranks are those from `start`
-        on, and where the ranks of each of them end."""
-        found: tuple[float, tuple[int, ...]] = (-inf, ())
-        if key == keys:
-            return (inf, ()) if start == len(weights) else found
-        for stop in range(start + 1, min(start + most, len(weights)) + 1):
-            rest, ends = best(key + 1, stop)
-            found = max(found, (min(rest, sum(weights[start:stop])), (stop, *ends)))
-        return found
-
-    least, ends = best(0, 0)
-    if least == -inf:
-        raise _too_few(what, len(weights))
-    return [weights[start:stop] for start, stop in pairwise((0, *ends))]
-
-
-def _layers(
-    config: ModelConfig, formats: Mapping[str, Format], weights: Sequence[float]
-) -> list[range]:
-    """The layers of each rank, so that the fullest one, by its weight, has as little as can be.
-    Rank 0 has the embedding besides, and the first sliding layer, for it decides how far a prefix
-    can go back, and full layers alone would let it go anywhere."""
-    count, ranks = config.text.num_hidden_layers, len(weights)
-    least = next((at + 1 for at, layer in enumerate(config.text.attention) if layer.is_sliding), 1)
-    if count - (least - 1) < ranks:
-        raise _too_few(f"{count} layers", ranks)
-    sizes, head = [0.0] * count, 0.0
-    for name, size in parameter_bytes(config, formats).items():
-        layer = _LAYER.match(name)
-        if layer is None:
-            head += size
-        else:
-            sizes[int(layer["at"])] += size
-
-    @cache
-    def best(rank: int, start: int) -> tuple[float, tuple[int, ...]]:
-        """The load of the fullest of the ranks from `rank` on, which run the layers from `start`
-        on, and where each of their spans ends."""
-        beside = head if rank == 0 else 0.0
-        if rank == ranks - 1:
-            return (sum(sizes[start:]) + beside) / weights[rank], (count,)
-        found: tuple[float, tuple[int, ...]] = (inf, ())
-        first = least if rank == 0 else start + 1
-        for stop in range(first, count - (ranks - 1 - rank) + 1):
-            own = (sum(sizes[start:stop]) + beside) / weights[rank]
-            rest, ends = best(rank + 1, stop)
-            found = min(found, (max(own, rest), (stop, *ends)))
-        return found
-
-    return [range(start, stop) for start, stop in pairwise((0, *best(0, 0)[1]))]
