@@ -17,7 +17,7 @@ from tiny_models import make_config, make_weights
 from mlx_diffgemma.checkpoint import sparse
 from mlx_diffgemma.checkpoint.sparse import SparseCopy, locate_sparse
 from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.distributed.loading import load_share
+from mlx_diffgemma.distributed.loading import LoadedShare, load_share
 from mlx_diffgemma.distributed.shares import Split
 from mlx_diffgemma.errors import CheckpointError
 
@@ -39,79 +39,84 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Asked(list[tuple[str, int, int]]):
+    """The ranges that the hub gave; after `most` of them the cable is pulled."""
+
+    most = 1 << 30
+
+    @property
+    def bytes(self) -> int:
+        return sum(stop - start for _, start, stop in self)
+
+
 @pytest.fixture
-def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+def asked(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
+    asked, given = Asked(), sparse._range_of
+
+    def read(repository: str, revision: str, shard: str, start: int, stop: int) -> bytes:
+        if len(asked) >= asked.most:
+            raise OSError("the cable was pulled")
+        asked.append((shard, start, stop))
+        return given(repository, revision, shard, start, stop)
+
     with FakeHub(folder, REPOSITORY) as hub:
-        environment = hub.environment(tmp_path)
-        monkeypatch.setattr(constants, "ENDPOINT", environment["HF_ENDPOINT"])
+        monkeypatch.setattr(constants, "ENDPOINT", hub.environment(tmp_path)["HF_ENDPOINT"])
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr(sparse, "_FIRST", 64)
-        yield hub
+        monkeypatch.setattr(sparse, "_range_of", read)
+        yield asked
 
 
-def fetched(hub: FakeHub) -> int:
-    return sum(size for name, size in hub.served if name.endswith(".safetensors"))
+def headers(folder: Path) -> int:
+    """Bytes of the headers of all shards."""
+    starts = (shard.read_bytes()[:8] for shard in folder.glob("*.safetensors"))
+    return sum(8 + int.from_bytes(start, "little") for start in starts)
 
 
-def test_a_rank_fetches_its_share_once(hub: FakeHub, folder: Path) -> None:
+def is_the_same(loaded: LoadedShare, folder: Path) -> None:
+    wanted = load_share(folder, loaded.share.split, loaded.share.rank).model.parameters()
+    expected: dict[str, mx.array] = dict(tree_flatten(wanted))
+    for name, array in tree_flatten(loaded.model.parameters()):
+        np.testing.assert_array_equal(array, expected[name], name)
+
+
+def test_ranks_fetch_their_shares_once(asked: Asked, folder: Path) -> None:
     for rank in range(2):
-        wanted = dict(tree_flatten(load_share(folder, HALVES, rank).model.parameters()))
-        loaded = load_share(REPOSITORY, HALVES, rank)
-        for name, array in tree_flatten(loaded.model.parameters()):
-            np.testing.assert_array_equal(array, wanted[name], name)
-    total = sum(shard.stat().st_size for shard in folder.glob("*.safetensors"))
-    assert fetched(hub) <= total  # both ranks have one copy here
-    hub.served.clear()
+        is_the_same(load_share(REPOSITORY, HALVES, rank), folder)
+    assert asked.bytes <= sum(each.stat().st_size for each in folder.glob("*.safetensors"))
+    asked.clear()
     load_share(REPOSITORY, HALVES, 1)
-    assert fetched(hub) == 0
+    assert not asked
 
 
-def test_one_rank_fetches_no_more_than_its_part(hub: FakeHub, folder: Path) -> None:
-    read = load_share(REPOSITORY, Split("experts", (1, 5)), 0).bytes_read
-    headers = sum(
-        8 + int.from_bytes(shard.read_bytes()[:8], "little")
-        for shard in folder.glob("*.safetensors")
-    )
-    assert fetched(hub) == read + headers
+def test_a_rank_fetches_no_more_than_its_part(asked: Asked, folder: Path) -> None:
+    loaded = load_share(REPOSITORY, Split("experts", (1, 5)), 0)
+    assert asked.bytes == loaded.bytes_read + headers(folder)
     copy = SparseCopy.of(locate_sparse(REPOSITORY))
-    assert copy is not None
+    assert copy is not None and len(copy.sizes) == 2
     for shard, size in copy.sizes.items():
-        assert (copy.folder / shard).stat().st_size == size
+        assert (copy.folder / shard).stat().st_size == size == (folder / shard).stat().st_size
 
 
 def test_a_copy_goes_on_where_it_was_broken_off(
-    hub: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch
+    asked: Asked, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sparse, "_PIECE", 4096)
-    whole = sparse._range_of
-    asked = []
-
-    def broken(repository: str, revision: str, shard: str, start: int, stop: int) -> bytes:
-        asked.append((shard, start, stop))
-        if len(asked) > 30:
-            raise OSError("the cable was pulled")
-        return whole(repository, revision, shard, start, stop)
-
-    monkeypatch.setattr(sparse, "_range_of", broken)
+    asked.most = 30
     with pytest.raises(CheckpointError, match=r"someone/tiny-it .*the cable was pulled"):
         load_share(REPOSITORY, HALVES, 0)
-    before = fetched(hub)
-    assert before > 60_000
-    monkeypatch.setattr(sparse, "_range_of", whole)
+    before, asked.most = asked.bytes, 1 << 30
+    assert before > headers(folder) + 4 * 4096
     loaded = load_share(REPOSITORY, HALVES, 0)
-    again = fetched(hub) - before
-    hub.served.clear()
-    wanted = dict(tree_flatten(load_share(folder, HALVES, 0).model.parameters()))
-    for name, array in tree_flatten(loaded.model.parameters()):
-        np.testing.assert_array_equal(array, wanted[name], name)
-    # Of what was asked for at the same time as what failed, nothing was noted.
-    assert again <= loaded.bytes_read + 4096 - (before - 4 * 4096 - 8192)
+    is_the_same(loaded, folder)
+    # What came beside the piece that did not is asked for again.
+    assert asked.bytes <= headers(folder) + loaded.bytes_read + 4 * 4096
 
 
-def test_a_missing_repository_is_one_line(hub: FakeHub) -> None:
+def test_a_missing_repository_is_one_line(asked: Asked) -> None:
     with pytest.raises(CheckpointError, match="does not exist, or is private"):
         load_share("no/one", HALVES, 0)
 
