@@ -21,11 +21,15 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 GOAL = 0.6
 RANKS = 2
+WARMUP = 2  # turns that do not count: the first encodes the prefix
 
 
 def write_checkpoint(folder: Path, layers: int, words: int, bits: int) -> None:
@@ -49,6 +53,17 @@ def write_checkpoint(folder: Path, layers: int, words: int, bits: int) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "quantization": group}))
 
 
+def busy() -> dict[str, float]:
+    """Seconds that each thread of this process has computed, by its id, where Linux tells."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    found = {}
+    for task in Path("/proc/self/task").glob("*/stat"):
+        with suppress(OSError):  # the thread has just ended
+            fields = task.read_text().rpartition(")")[2].split()
+            found[task.parent.name] = (int(fields[11]) + int(fields[12])) / ticks
+    return found
+
+
 def run_rank(folder: Path, kind: str, prefix: int, repeats: int) -> None:
     """Be one of the ranks, on a core of its own; rank 0 prints what it has measured."""
     rank = int(os.environ["MLX_RANK"])
@@ -56,9 +71,10 @@ def run_rank(folder: Path, kind: str, prefix: int, repeats: int) -> None:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
     from mlx_diffgemma.bench.steps import Stepper
-    from mlx_diffgemma.bench.timing import alternate
+    from mlx_diffgemma.bench.timing import seconds
     from mlx_diffgemma.checkpoint.loading import load_model
     from mlx_diffgemma.diffusion.config import DiffusionConfig
+    from mlx_diffgemma.distributed import channel
     from mlx_diffgemma.distributed.exchange import Exchange
     from mlx_diffgemma.distributed.following import follow
     from mlx_diffgemma.distributed.group import join
@@ -67,6 +83,7 @@ def run_rank(folder: Path, kind: str, prefix: int, repeats: int) -> None:
     from mlx_diffgemma.distributed.shares import Split
     from mlx_diffgemma.distributed.traffic import step_traffic
 
+    channel.STUCK_SECONDS = inf  # rank 1 waits while rank 0 runs the whole model
     ranks = join(seconds=300.0)
     loaded = load_share(folder, Split.even(kind, ranks.size), rank)
     ranks.gather(loaded.bytes_read)
@@ -83,7 +100,17 @@ def run_rank(folder: Path, kind: str, prefix: int, repeats: int) -> None:
         "one process": Stepper(whole, config, prefix=prefix),
         "two processes": Stepper(led, config, prefix=prefix),
     }
-    times = alternate(steps, repeats, warmup=2)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    computed: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
+    for turn in range(WARMUP + repeats):
+        for name, step in steps.items():
+            began = busy()
+            taken = seconds(step)
+            gained = {id: spent - began.get(id, 0.0) for id, spent in busy().items()}
+            print(f"{name}: {taken:.2f} s", file=sys.stderr, flush=True)
+            if turn >= WARMUP:
+                times[name].append(taken)
+                computed[name].append(gained)
     before = exchange.messages, exchange.bytes
     steps["two processes"]()
     item = led.dtype.size
@@ -92,6 +119,7 @@ def run_rank(folder: Path, kind: str, prefix: int, repeats: int) -> None:
         json.dumps({
             "kind": kind,
             "seconds": times,
+            "computed": own_thread(computed["one process"], computed["two processes"]),
             "messages": exchange.messages - before[0],
             "bytes": exchange.bytes - before[1],
             "formula": [formula.messages, formula.bytes],
@@ -100,6 +128,18 @@ def run_rank(folder: Path, kind: str, prefix: int, repeats: int) -> None:
         flush=True,
     )  # fmt: skip
     ranks.end()
+
+
+def own_thread(
+    alone: Sequence[Mapping[str, float]], together: Sequence[Mapping[str, float]]
+) -> list[float]:
+    """Mean seconds of a step, alone and together, of the thread that computes most of a step that
+    one process runs; those of MLX's ring, which wait by spinning, are others."""
+    if not alone or not alone[0]:
+        return []
+    sums = {id: sum(step.get(id, 0.0) for step in alone) for step in alone for id in step}
+    own = max(sums, key=lambda id: sums[id])
+    return [sum(step.get(own, 0.0) for step in steps) / len(steps) for steps in (alone, together)]
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -136,6 +176,12 @@ def measure(args: argparse.Namespace) -> None:
         listed = ", ".join(f"{each:.2f}" for each in times)
         print(f"{name}: {min(times):.2f} s a step at least, of {listed}")
     print(f"ratio of the least times: {ratio:.2f} (goal: at most {GOAL})")
+    if found["computed"]:
+        alone, together = found["computed"]
+        print(
+            f"rank 0's thread that computes is busy for {alone:.2f} s a step alone and for "
+            f"{together:.2f} s together: {together / alone:.2f}, whatever else the machine does"
+        )
     print(
         f"a step exchanges {found['messages']} messages and {found['bytes'] / 1e6:.2f} MB; by the "
         f"formula {found['formula'][0]} and {found['formula'][1] / 1e6:.2f} MB"

@@ -32,7 +32,7 @@ from mlx_diffgemma.distributed.line import (
 
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 6.0  # after which a process that says nothing counts as hung
-STUCK_SECONDS = 120.0  # after which an order that nobody gets on with counts as hung
+STUCK_SECONDS = 300.0  # after which an order that nobody gets on with counts as hung
 JOIN_SECONDS = 60.0
 _GREETING_SECONDS = 2.0  # that a connection may take to show that it knows the secret
 _FIRST_SECONDS = 0.5  # that rank 0 has to fail of the same error as a follower, and to name it

@@ -132,8 +132,10 @@ def cases(ranks: int) -> dict[str, Case]:
     }
 
 
-def run(ranks: Ranks, exchange: Exchange, case: Case) -> Iterator[dict[str, Any]]:
-    """What this rank has to say of a case."""
+def run(
+    ranks: Ranks, exchange: Exchange, case: Case, orders: Iterator[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """What this rank has to say of a case; a follower takes `orders` up to the next case."""
     config = case.config()
     formats = {
         module_path(name): Format("affine", 4, 64)
@@ -149,10 +151,9 @@ def run(ranks: Ranks, exchange: Exchange, case: Case) -> Iterator[dict[str, Any]
         yield from results(pair, case)
         ranks.leader.send(NEXT)
         return
-    assert ranks.follower is not None
     follower = Following(part, share, exchange)
     case.choose_pass(part, share)
-    for order in takewhile(lambda order: order != NEXT, ranks.follower.orders()):
+    for order in takewhile(lambda order: order != NEXT, orders):
         follower.run(order)
     yield {"held": len(follower.prefixes) + len(follower.layers)}
 
@@ -175,9 +176,12 @@ def results(pair: Pair, case: Case) -> Iterator[dict[str, Any]]:
 def main(names: list[str]) -> None:
     ranks = join(lambda ending: os._exit(9))
     exchange = Exchange(ranks.group)
+    orders = iter(()) if ranks.follower is None else ranks.follower.orders()
     for name in names:
-        for found in run(ranks, exchange, cases(ranks.size)[name]):
+        for found in run(ranks, exchange, cases(ranks.size)[name], orders):
             print(json.dumps({"case": name, **found}), flush=True)
+    for _ in orders:  # a follower that leaves before rank 0 says so counts as lost
+        pass
     ranks.end()
 
 

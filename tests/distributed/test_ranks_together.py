@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from kill_ranks import COMMAND, LIMIT, LOST, started
+
+from mlx_diffgemma.train.processes import local_hosts
 
 QUICK = (*COMMAND, "--steps", "2")
 LONG = (*COMMAND, "--steps", "2000", "--max-tokens", "2048")
@@ -56,6 +60,22 @@ def test_an_interrupt_ends_all_without_a_word(tmp_path):
         run.processes[0].send_signal(signal.SIGINT)
         assert run.wait() == [130, 130]
     assert not run.errors(0) + run.errors(1)
+
+
+def test_a_rank_that_nobody_joins_says_so(tmp_path):
+    """MLX would wait for ever, with Python's lock held."""
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps(local_hosts(2)))
+    program = "from mlx_diffgemma.distributed.group import join; join(seconds=1.0)"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "MLX_RANK": "0", "MLX_HOSTFILE": str(hosts)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert "error: rank 0 has waited 1 s for the other ranks" in done.stderr
 
 
 def test_mlx_launch_starts_the_program(tmp_path):
