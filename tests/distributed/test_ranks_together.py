@@ -84,7 +84,9 @@ def test_mlx_launch_starts_the_program(tmp_path):
     program = tmp_path / "mlx-diffgemma"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m mlx_diffgemma "$@"\n')
     program.chmod(0o755)
-    command = [sys.executable, launch, "-n", "2", "--backend", "ring", "--", program, *QUICK]
+    port = local_hosts(1)[0][0].rpartition(":")[2]  # and the one behind it
+    command = [sys.executable, launch, "-n", "2", "--backend", "ring", "-p", port]
+    command += ["--", program, *QUICK]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as launched:
         assert launched.stdin is not None and launched.stdout is not None
