@@ -107,7 +107,9 @@ def run_rank(folder: Path, kind: str, prefix: int, repeats: int) -> None:
             began = busy()
             taken = seconds(step)
             gained = {id: spent - began.get(id, 0.0) for id, spent in busy().items()}
-            print(f"{name}: {taken:.2f} s", file=sys.stderr, flush=True)
+            most = max(gained.values(), default=0.0)
+            said = f"{name}: {taken:.2f} s, of which a thread is busy for at most {most:.2f} s"
+            print(said, file=sys.stderr, flush=True)
             if turn >= WARMUP:
                 times[name].append(taken)
                 computed[name].append(gained)
