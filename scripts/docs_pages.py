@@ -140,7 +140,8 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the pages that are made."""
     from mkdocs.structure.files import File
 
-    made = {**command_pages(), "changelog.md": (ROOT / "CHANGELOG.md").read_text()}
+    changelog = (ROOT / "CHANGELOG.md").read_text().replace("](docs/", "](")
+    made = {**command_pages(), "changelog.md": changelog}
     for path, text in made.items():
         files.append(File.generated(config, path, content=text))
     return files

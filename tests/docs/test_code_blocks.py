@@ -15,6 +15,7 @@ from docs.page_runner import PageRunner
 from mlx_diffgemma.cli.main import COMMANDS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OF_MLX = {"--auto-setup", "--env"}  # options of mlx.distributed_config and mlx.launch
 COMPARED = sys.platform == "linux"  # a seed gives the same answer on one kind of machine
 
 
@@ -35,7 +36,7 @@ def test_options_in_the_text_of(page: Path) -> None:
     """Options that stand between the words of a page are those of a command or a script, and
     commands are there."""
     said = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-    known = options()
+    known = options() | OF_MLX
     for code in re.findall(r"`(--[a-z][\w-]*)", said):
         assert code in known or is_of_scripts(code), f"{page.name}: nothing has {code}"
     for name in re.findall(r"`mlx-diffgemma ([a-z]+)", said):
