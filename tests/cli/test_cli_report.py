@@ -27,6 +27,8 @@ def small(monkeypatch):
     monkeypatch.setattr(subject, "SMALL", extent)
     device = Device("a device", "m", "float32", operations=1e11, bandwidth=1e10)
     monkeypatch.setattr(subject, "measure_device", lambda dtype: device)
+    # Other tests put the emulator of kernels on Python's path.
+    monkeypatch.setattr("mlx_diffgemma.cli.report._EMULATOR", "no_emulator")
 
 
 def report(*arguments):

@@ -37,7 +37,7 @@ def test_a_profile_is_found_written_read_and_refused_for_another_model(
     monkeypatch.setattr("mlx_diffgemma.tune.run.floor_seconds", lambda model: 0.001)
     profile = tmp_path / "mine.json"
     arguments = ["tune", "--model", "demo", "--data", str(puzzles), "-m", "64"]
-    first = CliRunner().invoke(app, [*arguments, "--profile", str(profile)])
+    first = CliRunner(env={"COLUMNS": "120"}).invoke(app, [*arguments, "--profile", str(profile)])
     assert first.exit_code == 0, first.output
     assert "chosen" in first.stdout and "4" in first.stdout
     assert "left" in first.stderr and "on this machine" in first.stderr
