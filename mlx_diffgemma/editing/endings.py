@@ -132,15 +132,15 @@ class Endings:
                 yield written + walk.written
                 return
             written += walk.written[: walk.progress]
-            closed = next(self._search(walk.state, _FILLED, _CLOSING, until=_QUOTE), None)
+            state = walk.state()
+            closed = next(self._search(state, _FILLED, _CLOSING, until=_QUOTE), None)
             if closed is None:
-                walk = self._straight(walk.state, _STRAIGHT[-1])
+                walk = self._straight(state, _STRAIGHT[-1])
                 if not walk.complete and not walk.progress:
                     return
                 continue
             closed += bytes([_QUOTE])
             written += closed
-            state = walk.state.deep_copy()
             state.consume_tokens(list(closed))
             walk = self._straight(state, _STRAIGHT[-1], idle=_IDLE)
 
@@ -216,14 +216,21 @@ class _Walk:
         steps: how many steps were taken.
         progress: how many bytes were taken when something else than before could follow for the
             last time.
-        state: the matcher after the first `progress` bytes.
+        start: the matcher before the first byte.
     """
 
     written: bytes
     complete: bool
     steps: int
     progress: int
-    state: Any
+    start: Any
+
+    def state(self) -> Any:
+        """The matcher after the first `progress` bytes."""
+        # It is made when it is asked for: to copy a matcher takes as long as what it has read.
+        state = self.start.deep_copy()
+        state.consume_tokens(list(self.written[: self.progress]))
+        return state
 
 
 def _straight(matcher: Any, most: int, until: int | None = None, idle: int = _LONGEST) -> _Walk:
@@ -231,12 +238,12 @@ def _straight(matcher: Any, most: int, until: int | None = None, idle: int = _LO
     `idle` times while nothing else than before may follow, until the text is complete or, with
     `until`, that byte may follow."""
     state, written, steps = matcher.deep_copy(), b"", 0
-    mark, progress, before = matcher, 0, b""
+    progress, before = 0, b""
     while not _done(state, until):
         step = state.compute_ff_bytes()
         mask = state.compute_bitmask()
         if step or mask != before:
-            mark, progress, before = state.deep_copy(), len(written), mask
+            progress, before = len(written), mask
         if not step:
             # No letter may stand between what makes up JSON, but for those of null and the like.
             in_text = _allows(mask, ord(" ")) or _allows(mask, ord("a"))
@@ -244,10 +251,10 @@ def _straight(matcher: Any, most: int, until: int | None = None, idle: int = _LO
             step = bytes(islice(allowed, 1))
         stuck = steps >= most or len(written) - progress > idle
         if stuck or not step or not state.consume_tokens(list(step)):
-            return _Walk(written, False, steps, progress, mark)
+            return _Walk(written, False, steps, progress, matcher)
         steps += 1
         written += step
-    return _Walk(written, True, steps, progress, mark)
+    return _Walk(written, True, steps, progress, matcher)
 
 
 def _done(state: Any, until: int | None) -> bool:
