@@ -236,6 +236,8 @@ class DiffusionConfig:
             "draw_likeliest", "stop_at_eos", "shrink_canvas", "forbid_empty", "free_behind_eos",
         ):  # fmt: skip
             check_flag(name, getattr(self, name))
+        check_number("t_min", self.t_min, 0.0, inclusive=True)
+        self._narrow("t_min")
         for name in (
             "accept_threshold", "check_below", "confidence_threshold", "entropy_bound",
             "eos_certainty", "t_max",
@@ -246,8 +248,6 @@ class DiffusionConfig:
             raise UsageError(f"eos_token_ids must be a tuple, not {shown(self.eos_token_ids)}.")
         for token in (*self.eos_token_ids, self.pad_token_id):
             check_integer("a token id", token, 0)
-        check_number("t_min", self.t_min, 0.0, inclusive=True)
-        self._narrow("t_min")
         if self.t_max < _COLDEST:  # logits divided by less leave the range of float32
             raise UsageError(f"t_max must be at least {_COLDEST:g}, not {self.t_max:g}.")
         if self.t_max < self.t_min:

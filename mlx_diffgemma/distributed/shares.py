@@ -218,9 +218,7 @@ def shares_of(
         experts = portions(text.num_experts, weights, f"{text.num_experts} experts")
     if split.kind == "tensor":
         widths = widths_of(text, formats, weights)
-        heads = [
-            heads_of(text, formats, index, weights) for index, sizes in enumerate(text.attention)
-        ]
+        heads = [heads_of(text, formats, index, weights) for index in range(text.num_hidden_layers)]
         chunks = -(-text.vocab_size // chunk)
         if chunks >= ranks > 1:
             words = [

@@ -6,6 +6,7 @@ The works run on the engine's thread; `encoding` and `work_of`, which make them,
 from __future__ import annotations
 
 import json
+import math
 import re
 import uuid
 from collections.abc import Iterator, Sequence
@@ -314,7 +315,7 @@ class _Work:
             config=replace(self.config, max_tokens=room),
         )
         steps += found.denoising_steps
-        yield from self._made([ToolCall(name, json.loads(found.text), found.text)])
+        yield from self._made([ToolCall(name, arguments_in(found.text), found.text)])
         yield self.ended("tool_calls", written + len(found.tokens), None, steps, seed=found.seed)
 
     # This method writes what stands between two texts.
@@ -345,3 +346,25 @@ class _Work:
         limited = self.asked.max_tokens is not None and lengths[-1] == self.asked.max_tokens
         reason: Reason = "length" if limited and len(filled.tokens) >= lengths[-1] else "stop"
         yield from self._whole(filled.text, infos, [filled.steps], reason=reason)
+
+
+def arguments_in(text: str) -> dict[str, Any]:
+    """The arguments of a call, from JSON.
+
+    Raises:
+        RefusedError: a number is beyond what clients can read (422).
+    """
+
+    def number(word: str) -> float:
+        value = float(word)
+        if not math.isfinite(value):
+            raise RefusedError(
+                422, f"the call that was written has a number out of range, {word:.40}; ask again."
+            )
+        return value
+
+    def integer(word: str) -> float:
+        return int(word) if len(word) < 300 else number(word)
+
+    arguments: dict[str, Any] = json.loads(text, parse_float=number, parse_int=integer)
+    return arguments

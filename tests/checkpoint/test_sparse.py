@@ -60,7 +60,10 @@ def asked(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         return given(repository, revision, shard, start, stop)
 
     with FakeHub(folder, REPOSITORY) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.environment(tmp_path)["HF_ENDPOINT"])
+        here = hub.environment(tmp_path)["HF_ENDPOINT"]
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, here)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", here)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))

@@ -81,6 +81,9 @@ def test_every_option_arrives(program):
             "trust_remote_code": True,
             "check": True,
             "chat_template": "t",
+            "ranks": None,
+            "parallel": None,
+            "weights": None,
         }
     ]
     call = program.script.calls[0]

@@ -16,6 +16,7 @@ from mlx_diffgemma.server.asking import answer, count_tokens
 from mlx_diffgemma.server.pieces import Asked, Call, Ended, Frame, Started, Text, Thought
 from mlx_diffgemma.server.preparing import arguments_schema, prepare
 from mlx_diffgemma.server.refusals import RefusedError
+from mlx_diffgemma.server.working import arguments_in
 
 HELLO = [{"role": "user", "content": "sort: 3 1 2"}]
 WEATHER = {
@@ -136,6 +137,15 @@ def test_a_call_that_must_be_made_validates(calling_engine, choice):
     jsonschema.validate(call.arguments, schemas[call.name])
     assert isinstance(call.arguments, dict) and choice in ("required", call.name)
     assert ends_of(pieces)[0].reason == "tool_calls" and not text_of(pieces)
+
+
+def test_a_call_has_only_numbers_that_clients_can_read():
+    assert arguments_in('{"a": 1e300, "b": 7}') == {"a": 1e300, "b": 7}
+    with pytest.raises(RefusedError, match="out of range, -1e999") as refused:
+        arguments_in('{"a": [-1e999]}')
+    assert refused.value.status == 422
+    with pytest.raises(RefusedError, match="out of range, 1111"):
+        arguments_in(f'{{"a": {"1" * 5000}}}')
 
 
 def test_a_call_that_must_be_made_names_no_argument_that_its_function_does_not_know():
