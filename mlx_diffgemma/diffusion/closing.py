@@ -7,7 +7,7 @@ from typing import Protocol
 
 from mlx_diffgemma.errors import UsageError
 
-_FURTHEST = 4096  # tokens beyond which an ending is not looked for
+_FURTHEST = 32_768  # tokens beyond which an ending is not looked for
 
 
 class ClosingError(UsageError):
@@ -38,13 +38,13 @@ class Closer:
         shortest = state.way_out(_FURTHEST, thorough=True)
         if shortest is None:
             raise ClosingError(
-                f"no output of at most {_FURTHEST} tokens was found that matches; loosen the "
+                f"no output of at most {_FURTHEST:,} tokens was found that matches; loosen the "
                 "constraint.",
                 None,
             )
         raise ClosingError(
             f"max_tokens is {most}, and the shortest output found that matches takes "
-            f"{len(shortest)} tokens; raise max_tokens or loosen the constraint.",
+            f"{len(shortest):,} tokens; raise max_tokens or loosen the constraint.",
             len(shortest),
         )
 

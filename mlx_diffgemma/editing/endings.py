@@ -3,9 +3,10 @@
 A way out is looked for in bytes, with a matcher of its own whose tokens are single bytes: that
 takes a few microseconds a step where a mask over a whole vocabulary takes milliseconds. What was
 found before is tried again first, with or without its beginning. Then a walk takes the most fitting
-byte at each step. Last comes a search whose steps are the words that the grammar itself names,
-since no list of characters finds `hello` in `.*hello.*`. Every ending that is found was matched to
-its end, and the steps of the walks and the search are bounded.
+byte at each step. Last comes a search whose steps are a short example of each pattern and the words
+that the grammar itself names, since no list of characters finds `000-0000` in `\\d{3}-\\d{4}` or
+`hello` in `.*hello.*`. Every ending that is found was matched to its end, and the steps of the
+walks and the search are bounded.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from heapq import heappop, heappush
 from itertools import count, islice
 from typing import Any
@@ -27,6 +29,7 @@ _IN_TEXT = bytes(dict.fromkeys(b'" }]' + _TYPED + bytes(range(256))))
 _QUOTE = ord('"')
 _TRIED = b'"}]0a ,A1@.:-/_\nDTZ'  # bytes that a search tries after the words of the grammar
 _NAMED = 32  # words of a grammar that are tried
+_EXAMPLES = 256  # patterns of which an example is tried
 _ALIKE = 4  # most states that allow the same and are searched
 _WORK = 2500  # steps of a search that is not thorough, some 5 to 10 µs each
 _CLOSING = 600  # steps of a search for the end of a string
@@ -35,7 +38,8 @@ _THOROUGH = 40_000  # steps of a thorough search
 _STRAIGHT = (32, 1024)  # steps straight on from a state of a search, first and where that failed
 _LONGEST = 4096  # steps of the walk that comes before any search
 _REMEMBERED = 16  # endings that are remembered
-_STAGES = 64  # strings that need a search of their own, in one ending
+_IDLE = 128  # steps after which a walk is given up where nothing else than before may follow
+_STAGES = 256  # strings that need a search of their own, in one ending
 _CUT = 64  # most bytes of its beginning that a remembered ending may have lost
 _CANDIDATES = 96  # endings whose length is counted
 _TOO_LONG = 12  # endings that are too long, after which a search that is not thorough gives up
@@ -51,14 +55,24 @@ class Endings:
 
     Args:
         patterns: the regular expressions that the grammar was made from, if any.
+        example: makes a short text that such an expression matches, as it is written in the
+            grammar, or gives None; it is asked when nothing simpler leads out.
         quoted: whether these are for what stands in quotes, as in JSON.
     """
 
-    def __init__(self, patterns: Iterable[str], *, quoted: bool) -> None:
-        self._quoted = quoted
-        self._named = dict.fromkeys(islice(_words(patterns), _NAMED))
+    def __init__(
+        self, patterns: Iterable[str], example: Callable[[str], bytes | None], *, quoted: bool
+    ) -> None:
+        self._quoted, self._example = quoted, example
+        self._patterns = list(patterns)
         self._found: OrderedDict[bytes, None] = OrderedDict()
         self._work = 0  # steps that are left to a search
+
+    @cached_property
+    def _named(self) -> dict[bytes, None]:
+        several = islice(dict.fromkeys(self._patterns), _EXAMPLES)
+        examples = filter(None, map(self._example, several))
+        return dict.fromkeys([*examples, *islice(_words(self._patterns), _NAMED)])
 
     def find(
         self,
@@ -69,29 +83,34 @@ class Endings:
         thorough: bool = False,
     ) -> bytes | None:
         """The first ending from the state of `matcher`, an `LLMatcher` of bytes, that takes at most
-        `most` tokens; None where none is found. The ending is remembered.
+        `most` tokens; None where none is found. The ending is remembered, and so is the shortest
+        that a thorough search finds where all take more.
 
         Args:
             length_of: counts the tokens of an ending; None for one that the tokens cannot write.
             thorough: whether to search longer, as is done before anything is written.
         """
         self._work = _THOROUGH if thorough else _WORK
-        too_long = 0
+        too_long: list[tuple[int, bytes]] = []
         for ending in islice(self._candidates(matcher), _CANDIDATES):
             length = length_of(ending)
             if length is None:
                 continue
-            if length > most:
-                too_long += 1
-                if too_long == _TOO_LONG and not thorough:
-                    return None  # the shortest come early
-                continue
-            self._found[ending] = None
-            self._found.move_to_end(ending)
-            if len(self._found) > _REMEMBERED:
-                self._found.popitem(last=False)
-            return ending
+            if length <= most:
+                self._remember(ending)
+                return ending
+            too_long.append((length, ending))
+            if len(too_long) == _TOO_LONG and not thorough:
+                return None  # the shortest come early
+        if thorough and too_long:
+            self._remember(min(too_long)[1])  # whoever allows more tokens next finds it at once
         return None
+
+    def _remember(self, ending: bytes) -> None:
+        self._found[ending] = None
+        self._found.move_to_end(ending)
+        if len(self._found) > _REMEMBERED:
+            self._found.popitem(last=False)
 
     def _candidates(self, matcher: Any) -> Iterator[bytes]:
         yield from islice(self._remembered(matcher), _CANDIDATES // 2)
@@ -113,14 +132,17 @@ class Endings:
                 yield written + walk.written
                 return
             written += walk.written[: walk.progress]
-            closed = next(self._search(walk.state, _FILLED, _CLOSING, until=_QUOTE), None)
+            state = walk.state()
+            closed = next(self._search(state, _FILLED, _CLOSING, until=_QUOTE), None)
             if closed is None:
-                return
+                walk = self._straight(state, _STRAIGHT[-1])
+                if not walk.complete and not walk.progress:
+                    return
+                continue
             closed += bytes([_QUOTE])
             written += closed
-            state = walk.state.deep_copy()
             state.consume_tokens(list(closed))
-            walk = self._straight(state, _STRAIGHT[-1])
+            walk = self._straight(state, _STRAIGHT[-1], idle=_IDLE)
 
     def _remembered(self, matcher: Any) -> Iterator[bytes]:
         """The rests of remembered endings that complete the text: those of the latest ending come
@@ -166,9 +188,11 @@ class Endings:
                 if kinds[kind] <= _ALIKE:
                     heappush(queue, (cost, next(order), after, path))
 
-    def _straight(self, matcher: Any, most: int, until: int | None = None) -> _Walk:
+    def _straight(
+        self, matcher: Any, most: int, until: int | None = None, idle: int = _LONGEST
+    ) -> _Walk:
         # Half of what is left at most: what leads nowhere must leave some to the search.
-        walk = _straight(matcher, min(most, self._work // 2), until)
+        walk = _straight(matcher, min(most, self._work // 2), until, idle)
         self._work -= walk.steps
         return walk
 
@@ -192,36 +216,45 @@ class _Walk:
         steps: how many steps were taken.
         progress: how many bytes were taken when something else than before could follow for the
             last time.
-        state: the matcher after the first `progress` bytes.
+        start: the matcher before the first byte.
     """
 
     written: bytes
     complete: bool
     steps: int
     progress: int
-    state: Any
+    start: Any
+
+    def state(self) -> Any:
+        """The matcher after the first `progress` bytes."""
+        # It is made when it is asked for: to copy a matcher takes as long as what it has read.
+        state = self.start.deep_copy()
+        state.consume_tokens(list(self.written[: self.progress]))
+        return state
 
 
-def _straight(matcher: Any, most: int, until: int | None = None) -> _Walk:
-    """Take the most fitting byte, or what the grammar forces, at most `most` times, until the text
-    is complete or, with `until`, that byte may follow."""
+def _straight(matcher: Any, most: int, until: int | None = None, idle: int = _LONGEST) -> _Walk:
+    """Take the most fitting byte, or what the grammar forces, at most `most` times, and at most
+    `idle` times while nothing else than before may follow, until the text is complete or, with
+    `until`, that byte may follow."""
     state, written, steps = matcher.deep_copy(), b"", 0
-    mark, progress, before = matcher, 0, b""
+    progress, before = 0, b""
     while not _done(state, until):
         step = state.compute_ff_bytes()
         mask = state.compute_bitmask()
         if step or mask != before:
-            mark, progress, before = state.deep_copy(), len(written), mask
+            progress, before = len(written), mask
         if not step:
             # No letter may stand between what makes up JSON, but for those of null and the like.
             in_text = _allows(mask, ord(" ")) or _allows(mask, ord("a"))
             allowed = (b for b in (_IN_TEXT if in_text else _IN_STRUCTURE) if _allows(mask, b))
             step = bytes(islice(allowed, 1))
-        if steps >= most or not step or not state.consume_tokens(list(step)):
-            return _Walk(written, False, steps, progress, mark)
+        stuck = steps >= most or len(written) - progress > idle
+        if stuck or not step or not state.consume_tokens(list(step)):
+            return _Walk(written, False, steps, progress, matcher)
         steps += 1
         written += step
-    return _Walk(written, True, steps, progress, mark)
+    return _Walk(written, True, steps, progress, matcher)
 
 
 def _done(state: Any, until: int | None) -> bool:

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from mlx_diffgemma.diffusion.closing import Closer
+from mlx_diffgemma.editing.ecma import without_nesting
 from mlx_diffgemma.editing.endings import Endings
 from mlx_diffgemma.editing.schemas import enforceable
+from mlx_diffgemma.editing.trials import Trials, compiled
 from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import DiffGemmaError, UsageError
 
@@ -78,12 +80,10 @@ class GrammarMatcher:
         Raises:
             UsageError: the grammar is malformed or cannot be satisfied; `what` names it.
         """
-        from llguidance import LLMatcher
-
-        inner = LLMatcher(vocabulary.grammar_tokenizer, grammar, log_level=0)
+        inner = compiled(vocabulary.grammar_tokenizer, grammar)
         if inner.is_error():
             raise UsageError(f"{what} cannot be used: {_reason(inner.get_error())}")
-        spelled = LLMatcher(vocabulary.byte_tokenizer, grammar, log_level=0)
+        spelled = compiled(vocabulary.byte_tokenizer, grammar)
         return cls(inner, spelled, endings, vocabulary, Masks())
 
     def matching(self, tokens: Sequence[int]) -> int:
@@ -185,14 +185,28 @@ def json_schema_matcher(
     """
     from llguidance import LLMatcher
 
+    trials = Trials(vocabulary)
+
     def fault(pattern: str) -> str | None:
         tried = _json_grammar({"type": "string", "pattern": pattern})
         error = LLMatcher.validate_grammar(tried, vocabulary.byte_tokenizer)
-        empty = "Unsatisfiable" in error
-        return None if empty or not error else _reason(error).rstrip(".")
+        if error:
+            return None if "Unsatisfiable" in error else _reason(error).rstrip(".")
+        length = trials.too_complex(pattern, tried)
+        if not length:
+            return None
+        return (
+            f"a text that matches takes {length:,} characters, which are too complex to follow; "
+            "shorten it, or begin it with '^'"
+        )
 
     grammar = _json_grammar(enforceable(schema, fault, lenient=lenient).schema)
-    endings = Endings(_patterns(schema), quoted=True)
+
+    def written(pattern: str) -> bytes | None:
+        alone = _json_grammar({"type": "string", "pattern": without_nesting(pattern)})
+        return trials.example(pattern, alone, quoted=True)
+
+    endings = Endings(_patterns(schema), written, quoted=True)
     return GrammarMatcher.start(vocabulary, grammar, "the JSON schema", endings)
 
 
@@ -218,7 +232,13 @@ def regex_matcher(
     from llguidance import LLMatcher
 
     grammar = LLMatcher.grammar_from_regex(pattern)
-    return GrammarMatcher.start(vocabulary, grammar, what, Endings([pattern], quoted=False))
+
+    def written(pattern: str) -> bytes | None:
+        return Trials(vocabulary).example(pattern, grammar, quoted=False)
+
+    return GrammarMatcher.start(
+        vocabulary, grammar, what, Endings([pattern], written, quoted=False)
+    )
 
 
 def choices_matcher(vocabulary: Vocabulary, choices: Sequence[str]) -> GrammarMatcher:

@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote
 
+from mlx_diffgemma.editing.ecma import without_nesting
 from mlx_diffgemma.editing.negation import TYPES, BeyondError, resolved
 from mlx_diffgemma.editing.rewriting import RULES
 from mlx_diffgemma.editing.schema_limits import (
@@ -262,11 +263,17 @@ class _Reader:
                 self._refuse(found, "multipleOf", place, reason)
 
     def _patterns(self, found: dict[str, Any], place: str) -> None:
-        pattern = found.get("pattern")
-        if pattern is not None and (fault := self._fault(pattern)):
-            self._refuse(found, "pattern", place, fault)
+        if "pattern" in found:
+            found["pattern"] = pattern = without_nesting(found["pattern"])
+            if fault := self._fault(pattern):
+                self._refuse(found, "pattern", place, fault)
+        named = found.get("patternProperties", {})
+        if named:
+            found["patternProperties"] = {without_nesting(k): v for k, v in named.items()}
+        same = len(found.get("patternProperties", ())) < len(named)
         for name in found.get("patternProperties", ()):
-            if fault := self._fault(name):
+            fault = "two of its patterns mean the same" if same else self._fault(name)
+            if fault:
                 self._refuse(found, "patternProperties", place, fault)
                 break
 

@@ -92,7 +92,9 @@ def validator(schema: Mapping[str, Any] | bool) -> Callable[[Any], str]:
     except SchemaError as error:
         raise UsageError(f"the JSON schema cannot be used: {_line(error)}.") from None
     # An empty registry: nothing is fetched from anywhere.
-    checker = kind(schema, registry=Registry(), format_checker=kind.FORMAT_CHECKER)
+    checker = _with_empty_patterns(kind)(
+        schema, registry=Registry(), format_checker=kind.FORMAT_CHECKER
+    )
 
     def fault(value: Any) -> str:
         try:
@@ -104,6 +106,23 @@ def validator(schema: Mapping[str, Any] | bool) -> Callable[[Any], str]:
         return "" if error is None else _line(error)
 
     return fault
+
+
+def _with_empty_patterns(kind: Any) -> Any:
+    """A validator that lets every property be named by the pattern "", which the one of jsonschema
+    passes over beside `additionalProperties`."""
+    from jsonschema.validators import extend
+
+    usual = kind.VALIDATORS["additionalProperties"]
+
+    def additional(checker: Any, value: Any, instance: Any, schema: Any) -> Any:
+        return (
+            ()
+            if "" in schema.get("patternProperties", ())
+            else usual(checker, value, instance, schema)
+        )
+
+    return extend(kind, {"additionalProperties": additional})
 
 
 def _line(error: Any) -> str:

@@ -97,5 +97,5 @@ def test_what_cannot_end_is_said_so():
         Closer().require(Words([]), 10)
     assert error.value.shortest is None
     assert str(error.value) == (
-        "no output of at most 4096 tokens was found that matches; loosen the constraint."
+        "no output of at most 32,768 tokens was found that matches; loosen the constraint."
     )
