@@ -48,6 +48,9 @@ def test_fused_weights_in_transformers(tmp_path, quantized):
     theirs, info = DiffusionGemmaForBlockDiffusion.from_pretrained(
         tmp_path / "fused", dtype=torch.float32, output_loading_info=True
     )
+    # The demo model has no vision tower; the reference makes one at random.
+    tower = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+    info["missing_keys"] = {name for name in info["missing_keys"] if not name.startswith(tower)}
     assert not any(info.values()), info
     ids, canvas = np.arange(7, 27), np.arange(30, 94)
     with torch.no_grad():

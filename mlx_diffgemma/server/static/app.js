@@ -68,7 +68,7 @@ function App() {
       <span class="mark"><img src="/page/icon.svg" alt="" width="22" height="22" /> diffgemma</span>
       <nav aria-label="Views">${views.map(([each, title]) => html`<a href=${`#${each}`} aria-current=${each === name ? "page" : undefined}>${title}</a>`)}</nav>
       <button type="button" class="quiet theme" aria-label=${`Colours: ${theme}`} title=${`Colours: ${theme}`}
-        onClick=${() => setTheme(THEMES[(THEMES.indexOf(theme) + 1) % 3])}>${{ auto: "◐", light: "○", dark: "●" }[theme]}</button>
+        onClick=${() => setTheme((now) => THEMES[(THEMES.indexOf(now) + 1) % 3])}>${{ auto: "◐", light: "○", dark: "●" }[theme]}</button>
     </header>
     ${state === "lost" && html`<div class="banner" role="alert">The server does not answer. Nothing is lost; this page goes on when it is back.</div>`}
     ${state === "locked" && html`<${Lock} />`}
