@@ -19,11 +19,13 @@ from mlx_diffgemma.cpu.expert_blocks import mix_experts
 from mlx_diffgemma.cpu.layers import (
     DequantizedLinear,
     DequantizedSwitchLinear,
+    DequantizedTable,
     GroupedSwitchLinear,
     dequantized,
 )
 from mlx_diffgemma.cpu.vocabulary import tiled_pass
 from mlx_diffgemma.kernels.activation import softcap
+from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
 from mlx_diffgemma.kernels.vocabulary import vocabulary_pass
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.model.experts import Experts
@@ -88,7 +90,12 @@ class CpuExperts(_Gated, Experts):
 
 
 class CpuDiffusionGemma(DiffusionGemma):
-    """The model, whose head in training is computed from polynomials with a fast gradient."""
+    """The model, whose table multiplies by dequantized rows, and whose head in training is computed
+    from polynomials with a fast gradient."""
+
+    @property
+    def table(self) -> EmbeddingTable:
+        return DequantizedTable.of(self.model.decoder.embed_tokens, self.dtype)
 
     def logits(self, hidden: mx.array) -> mx.array:
         if not self.training:

@@ -9,11 +9,14 @@ Letters: P token-expert pairs, D input, O output, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
 
 
 class DequantizedLinear(nn.QuantizedLinear):
@@ -53,6 +56,16 @@ def dequantized(layer: nn.Module, where: int | slice = slice(None)) -> mx.array:
         layer.bits,
         layer.mode,
     )
+
+
+@dataclass(frozen=True)
+class DequantizedTable(EmbeddingTable):
+    """A packed embedding that multiplies by its dequantized rows."""
+
+    def _packed(self, x: mx.array, *, transpose: bool) -> mx.array:
+        rows = self.rows(0, self.weight.shape[0], mx.float32)
+        product = x.astype(mx.float32) @ (rows.T if transpose else rows)
+        return product.astype(x.dtype)
 
 
 def _by_expert(x: mx.array, indices: mx.array, weight: Callable[[int], mx.array]) -> mx.array:

@@ -49,11 +49,13 @@ class SplitTable(EmbeddingTable):
         words: the words whose rows are held.
         vocab: V.
         exchange: how the ranks join what they have.
+        own: the rows that are held, as a table of their own.
     """
 
     words: range = range(0)
     vocab: int = 0
     exchange: Exchange = field(kw_only=True)
+    own: EmbeddingTable = field(kw_only=True)
 
     @classmethod
     def around(
@@ -61,12 +63,7 @@ class SplitTable(EmbeddingTable):
     ) -> SplitTable:
         """A table of all words, of which `own` has the rows `words`."""
         same = {each.name: getattr(own, each.name) for each in fields(EmbeddingTable)}
-        return cls(**same, words=words, vocab=vocab, exchange=exchange)
-
-    @property
-    def own(self) -> EmbeddingTable:
-        """The rows that are held, as a table of their own."""
-        return EmbeddingTable(**{x.name: getattr(self, x.name) for x in fields(EmbeddingTable)})
+        return cls(**same, words=words, vocab=vocab, exchange=exchange, own=own)
 
     @property
     def vocab_size(self) -> int:
