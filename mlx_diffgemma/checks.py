@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from math import inf
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlx_diffgemma.errors import UsageError
@@ -18,6 +20,21 @@ Settings = TypeVar("Settings", bound="DataclassInstance")
 
 LARGEST = (1 << 63) - 1
 """The largest integer of a setting: arrays and files count in 64 bits."""
+
+
+def numbers_in(option: str, text: str) -> tuple[float, ...]:
+    """The numbers above 0 in a text, between commas, colons or spaces.
+
+    Raises:
+        UsageError: it is no list of such numbers; `option` names it.
+    """
+    try:
+        numbers = tuple(float(part) for part in re.split(r"[\s,:]+", text.strip(" \t\n,:")))
+    except (TypeError, ValueError, AttributeError):
+        numbers = ()
+    if not numbers or not all(0 < number < inf for number in numbers):
+        raise UsageError(f"{option} {shown(text)} must be numbers above 0, such as 2,1.")
+    return numbers
 
 
 def check_integer(name: str, value: Any, least: int, most: int = LARGEST) -> None:

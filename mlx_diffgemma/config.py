@@ -401,8 +401,9 @@ def _read_quantization(top: Section) -> Mapping[str, Any] | None:
     Raises:
         ConfigError: it is not in MLX's form; the error names the form, where it is known.
     """
-    key = "quantization" if top.has("quantization") else "quantization_config"
-    if not top.has(key) or not top.section(key).data:
+    keys = ("quantization", "quantization_config")
+    key = next((each for each in keys if top.has(each) and top.section(each).data), None)
+    if key is None:
         return None
     block = top.section(key)
     method = block.get("quant_method", "mlx")

@@ -73,7 +73,7 @@ def load(
         parallel: how the model is split among the processes that `mlx.launch` started: "tensor",
             "experts", "pipeline" or "auto". None loads the whole model, unless `ranks` are given.
             Rank 0 returns; on the others this call computes what rank 0 asks for, and exits.
-        weights: how much of the model each process takes, such as "2,1"; None goes by their memory.
+        weights: how much of the model each process takes, such as "2,1"; None gives all the same.
         ranks: the processes, where they have joined already.
 
     Returns:
@@ -91,9 +91,13 @@ def load(
         from mlx_diffgemma.checkpoint.sparse import locate_sparse
         from mlx_diffgemma.distributed.opening import load_together
 
-        if adapter_path is not None or lazy:
-            what = "lazy=True" if lazy else "an adapter"
-            raise UsageError(f"{what} does not go with several processes; fuse adapters first.")
+        if adapter_path is not None:
+            raise UsageError(
+                "adapters cannot be put onto a model that several Macs share; make one checkpoint "
+                "of both with `mlx-diffgemma fuse`."
+            )
+        if lazy:
+            raise UsageError("lazy=True does not go with several processes; leave it out.")
         path = locate_sparse(path_or_repo, revision)
         model = load_together(
             path,

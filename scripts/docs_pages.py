@@ -7,7 +7,6 @@ nothing of either is written twice.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
@@ -16,13 +15,11 @@ from typing import Any
 
 import typer
 
+from mlx_diffgemma.cli.help_page import write_options
+from mlx_diffgemma.cli.main import app
+from mlx_diffgemma_convert.cli import app as converter
+
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "convert")]
-
-from mlx_diffgemma.cli.help_page import write_options  # noqa: E402
-from mlx_diffgemma.cli.main import app  # noqa: E402
-from mlx_diffgemma_convert.cli import app as converter  # noqa: E402
-
 COMMANDS = "commands/"  # the entry of the navigation that stands for all pages of commands
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")  # what makes a heading bold on a terminal
 

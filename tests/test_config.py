@@ -114,6 +114,12 @@ def test_top_level_fields(tiny_config):
     assert ModelConfig.from_dict(raw).eos_token_ids == (1,)
 
 
+def test_an_empty_quantization_hides_no_other(tiny_config):
+    block = {"bits": 4, "group_size": 64}
+    raw = tiny_config() | {"quantization": {}, "quantization_config": block}
+    assert ModelConfig.from_dict(raw).quantization == block
+
+
 def test_the_ids_that_end_an_answer(tiny_config):
     raw = tiny_config(0)
     assert ModelConfig.from_dict(raw).end_token_ids([7]) == (1, 5)

@@ -15,7 +15,8 @@ from mlx_diffgemma.kernels.dispatch import launch_on_metal
 from mlx_diffgemma.survey.pieces import Piece, Pieces
 from mlx_diffgemma.survey.subject import FULL, Subject
 
-SUDOKUS = [piece for piece in Pieces(Subject(FULL, launch_on_metal, "")) if piece.part == "demo"]
+SUBJECT = Subject(FULL, launch_on_metal, "")
+SUDOKUS = [piece for piece in Pieces(SUBJECT) if piece.part == "demo"]
 
 
 @pytest.fixture
@@ -29,5 +30,6 @@ def on_the_gpu() -> Iterator[None]:
 @pytest.mark.metal
 @pytest.mark.parametrize("piece", SUDOKUS, ids=lambda piece: piece.what)
 def test_the_demo_model_solves_sudokus_in_bfloat16(on_the_gpu: None, piece: Piece) -> None:
+    assert SUBJECT.demo.model.dtype == mx.bfloat16
     (row,) = piece.run()
     assert row.ok, row

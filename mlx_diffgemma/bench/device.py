@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -77,3 +78,10 @@ def _copy_peak() -> float:
     source = mx.zeros((_COPY_BYTES // 4,), mx.float32)
     mx.eval(source)
     return 2 * _COPY_BYTES / least_seconds(lambda: mx.eval(source + 1), repeats=5)
+
+
+def load_a_core() -> float | None:
+    """Average number of runnable processes per core over the last minute; None where the system
+    does not say."""
+    cores = os.cpu_count()
+    return os.getloadavg()[0] / cores if cores and hasattr(os, "getloadavg") else None

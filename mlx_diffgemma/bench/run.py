@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mlx_diffgemma.bench.constraint import ConstraintCost, measure_constraints
 from mlx_diffgemma.bench.counting import Weights
-from mlx_diffgemma.bench.device import measure_device
+from mlx_diffgemma.bench.device import load_a_core, measure_device
 from mlx_diffgemma.bench.prefill import measure_prefill
 from mlx_diffgemma.bench.random_model import formats_of, weight_bytes
 from mlx_diffgemma.bench.results import BenchReport, ModelReport
@@ -102,7 +101,7 @@ def run_bench(
         chosen_pass = vocabulary_pass_named(plan.vocabulary_pass)
     config = diffusion_config(model, canvas_length=plan.canvas_length)
     chosen = config.override(**profile_settings(plan.profile))
-    load = _load()
+    load = load_a_core()
     plan.say("measuring the device")
     device = measure_device(model.dtype, plan.blas)
     weights = Weights(model.config, formats_of(model), model.dtype.size)
@@ -160,8 +159,3 @@ def run_bench(
         step=step, constraints=constraints, speeds=speeds, limits=limits, rivals=rivals,
         twins=twins,
     )  # fmt: skip
-
-
-def _load() -> float | None:
-    cores = os.cpu_count()
-    return os.getloadavg()[0] / cores if cores and hasattr(os, "getloadavg") else None

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_diffgemma.bench.results import BenchReport
+from mlx_diffgemma.bench.timing import milliseconds
 
 
 def as_tables(report: BenchReport) -> Group:
@@ -26,7 +27,7 @@ def _parts(report: BenchReport) -> Iterator[RenderableType]:
             "One denoising step under a constraint, of one canvas",
             ("constraint", "ms", "of none"),
             [
-                (cost.name, _ms(cost.seconds), f"{cost.ratio:.3f}")
+                (cost.name, milliseconds(cost.seconds), f"{cost.ratio:.3f}")
                 for cost in report.constraints
             ],
         )  # fmt: skip
@@ -48,7 +49,7 @@ def _parts(report: BenchReport) -> Iterator[RenderableType]:
             ("profile", "most steps", "ms/step", "s/canvas"),
             [
                 (
-                    limit.profile, f"{limit.max_steps}", _ms(limit.seconds),
+                    limit.profile, f"{limit.max_steps}", milliseconds(limit.seconds),
                     f"{limit.canvas_seconds:.2f}",
                 )
                 for limit in report.limits
@@ -60,7 +61,8 @@ def _parts(report: BenchReport) -> Iterator[RenderableType]:
             ("other", "ours ms", "theirs ms", "ours/theirs", "ours MB", "theirs MB"),
             [
                 (
-                    rival.name, _ms(rival.ours_seconds), _ms(rival.theirs_seconds),
+                    rival.name,
+                    milliseconds(rival.ours_seconds), milliseconds(rival.theirs_seconds),
                     f"{rival.ratio:.2f}", _mb(rival.ours_beyond_weights),
                     _mb(rival.theirs_beyond_weights),
                 )
@@ -107,8 +109,8 @@ def _prefill(report: BenchReport) -> Table:
         ("tokens", "tokens/s", "ms", "floor ms", "times floor", "MB beside weights"),
         [
             (
-                f"{run.length}", f"{run.tokens_per_second:.1f}", _ms(run.seconds),
-                _ms(run.floor_seconds), f"{run.seconds / run.floor_seconds:.1f}",
+                f"{run.length}", f"{run.tokens_per_second:.1f}", milliseconds(run.seconds),
+                milliseconds(run.floor_seconds), f"{run.seconds / run.floor_seconds:.1f}",
                 _mb(run.beyond_weights),
             )
             for run in report.prefill
@@ -120,8 +122,8 @@ def _step(report: BenchReport) -> Table:
     step = report.step
     rows = [
         (
-            part.name, _ms(part.seconds), "–", f"{part.operations / 1e9:.4g}",
-            f"{part.bytes / 1e9:.3g}", _ms(part.floor_seconds),
+            part.name, milliseconds(part.seconds), "–", f"{part.operations / 1e9:.4g}",
+            f"{part.bytes / 1e9:.3g}", milliseconds(part.floor_seconds),
             f"{part.seconds / part.floor_seconds:.1f}" if part.floor_seconds else "–",
         )
         for part in step.parts
@@ -129,9 +131,9 @@ def _step(report: BenchReport) -> Table:
     floor = sum(part.floor_seconds for part in step.parts)
     rows.append(
         (
-            "whole step", _ms(step.seconds), f"{step.waits:g}",
+            "whole step", milliseconds(step.seconds), f"{step.waits:g}",
             f"{sum(p.operations for p in step.parts) / 1e9:.4g}",
-            f"{sum(p.bytes for p in step.parts) / 1e9:.3g}", _ms(floor),
+            f"{sum(p.bytes for p in step.parts) / 1e9:.3g}", milliseconds(floor),
             f"{step.seconds / floor:.1f}",
         )
     )  # fmt: skip
@@ -149,10 +151,6 @@ def _table(title: str, heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) 
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.4g}" if seconds < 10 else f"{seconds * 1e3:.0f}"
 
 
 def _mb(size: int) -> str:

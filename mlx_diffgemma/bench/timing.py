@@ -101,3 +101,8 @@ def peak_bytes(run: Callable[[], object]) -> int:
     mx.reset_peak_memory()
     run()
     return mx.get_peak_memory()
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as a number of milliseconds, of four digits below 10 s."""
+    return f"{seconds * 1e3:.4g}" if seconds < 10 else f"{seconds * 1e3:.0f}"

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from mlx_diffgemma.bench.counting import Cost
 from mlx_diffgemma.bench.device import Device
-from mlx_diffgemma.bench.timing import alternate, peak_bytes
+from mlx_diffgemma.bench.timing import alternate, milliseconds, peak_bytes
 from mlx_diffgemma.checkpoint.memory import available_memory, size_text
 from mlx_diffgemma.errors import DiffGemmaError
 
@@ -142,7 +142,7 @@ def as_table(report: Mapping[str, Any]) -> Group:
         table.add_row(
             line["part"] if place == 0 or lines[place - 1]["part"] != line["part"] else "",
             line["name"],
-            "–" if seconds is None else f"{seconds * 1e3:.4g}",
+            "–" if seconds is None else milliseconds(seconds),
             "–" if ratio is None else f"{ratio:.3f}",
             line["baseline"] or "",
             "–" if beside is None else f"{beside / 1e6:.0f}",

@@ -48,9 +48,16 @@ def locate_sparse(path_or_repo: str | Path, revision: str | None = None) -> Path
 
 
 def _prepared(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub import HfApi, constants, errors, hf_hub_download
 
-    info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+    try:
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+    except errors.HTTPError as error:
+        is_reached = isinstance(error, errors.HfHubHTTPError)
+        cached = None if is_reached else _whole_snapshot(repository, revision)
+        if cached is None:
+            raise
+        return cached
     whole = _whole_snapshot(repository, str(info.sha))
     if whole is not None:
         return whole
@@ -74,13 +81,13 @@ def _prepared(repository: str, revision: str | None) -> Path:
     return folder
 
 
-def _whole_snapshot(repository: str, sha: str) -> Path | None:
-    """The folder of a commit in the hub's own cache, if all of its shards are there."""
+def _whole_snapshot(repository: str, revision: str | None) -> Path | None:
+    """The folder of a revision in the hub's own cache, if all of its shards are there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repository, revision=sha, local_files_only=True))
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
         stored_tensors(folder)
     except (LocalEntryNotFoundError, CheckpointError):
         return None

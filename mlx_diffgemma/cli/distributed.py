@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_diffgemma.checks import numbers_in
 from mlx_diffgemma.cli import errors
 from mlx_diffgemma.cli.command import command
 from mlx_diffgemma.cli.help_page import PLAIN, PlainCommand
@@ -18,6 +17,8 @@ from mlx_diffgemma.reading import shown
 from mlx_diffgemma.settings import Setting
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from mlx_diffgemma.checkpoint.memory import MemoryEstimate
     from mlx_diffgemma.distributed.plan import PlannedModel, SplitPlan
 
@@ -73,23 +74,20 @@ class Macs:
     @property
     def shares(self) -> tuple[float, ...]:
         """What --weights says; nothing if it is left out."""
-        return _numbers("--weights", self.weights)
+        return () if self.weights is None else numbers_in("--weights", self.weights)
 
     @property
     def gigabytes(self) -> tuple[float, ...]:
         """What --memory says; nothing if it is left out."""
-        return _numbers("--memory", self.memory)
+        return () if self.memory is None else numbers_in("--memory", self.memory)
 
     @property
     def count(self) -> int:
         """How many Macs there are."""
         if self.hosts is not None:
             return self.hosts
-        return max(len(self.shares), len(self.gigabytes)) if self._lists else 2
-
-    @property
-    def _lists(self) -> bool:
-        return max(len(self.shares), len(self.gigabytes)) > 1
+        longest = max(len(self.shares), len(self.gigabytes))
+        return longest if longest > 1 else 2
 
     @property
     def weight_of_each(self) -> tuple[float, ...]:
@@ -160,19 +158,6 @@ def plan(
         _print_ranks(macs, context, planned, found)
     else:
         _print_recipes(macs, context, found)
-
-
-def _numbers(option: str, text: str | None) -> tuple[float, ...]:
-    """Numbers above 0 between commas, colons or spaces; none where `text` is None."""
-    if text is None:
-        return ()
-    try:
-        numbers = tuple(float(part) for part in re.split(r"[\s,:]+", text.strip()))
-    except ValueError:
-        numbers = ()
-    if not numbers or not all(isfinite(each) and each > 0 for each in numbers):
-        raise UsageError(f"{option} {shown(text)} must be numbers above 0, such as 2,1.")
-    return numbers
 
 
 def _plans(model: PlannedModel, macs: Macs, context: int) -> list[SplitPlan]:
@@ -285,23 +270,18 @@ def _relative(macs: Macs) -> str:
     return "" if len(set(weights)) == 1 else f", weights {', '.join(f'{w:g}' for w in weights)}"
 
 
-def _print(table: Any, macs: Macs, plans: Sequence[SplitPlan]) -> None:
-    import sys
+def _print(table: Table, macs: Macs, plans: Sequence[SplitPlan]) -> None:
+    from mlx_diffgemma.cli.output import print_table
 
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else 120
-    console = Console(width=width, markup=False, emoji=False, highlight=False)
-    console.print(table)
+    print_table(table)
     for each in plans:
         if each.why_not is not None:
-            console.print(f"{_name(each)}: {each.why_not}", soft_wrap=True)
+            print(f"{_name(each)}: {each.why_not}")
     if macs.memory_of_each is None:
-        console.print("Behind each size: the smallest Mac in GB that holds it.", soft_wrap=True)
-    console.print(
+        print("Behind each size: the smallest Mac in GB that holds it.")
+    print(
         "* after raising iogpu.wired_limit_mb to all but 3 GB. Counted, not measured; the vision "
-        "tower is not counted.",
-        soft_wrap=True,
+        "tower is not counted."
     )
 
 

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +35,15 @@ _TICK = 0.5  # seconds
 )
 def report(
     *,
-    loading: Annotated[Loading, Only("model", "revision")],
+    model: Annotated[
+        str | None,
+        Setting(
+            "Path or Hugging Face repository to measure, or 'demo'; the demo model and random "
+            "weights if left out.",
+            panel="What to measure",
+        ),
+    ] = None,
+    loading: Annotated[Loading, Only("revision")],
     part: Annotated[
         tuple[str, ...],
         Setting(
@@ -57,6 +66,8 @@ def report(
     """
     from mlx_diffgemma.survey.pieces import PARTS
 
+    if loading.revision is not None and model is None:
+        raise UsageError("--revision goes with --model: add it, or drop --revision.")
     for name in part:
         if name not in PARTS:
             raise UsageError(f"--part {shown(name)} is unknown; known are {', '.join(PARTS)}.")
@@ -67,7 +78,7 @@ def report(
     _say("This checks and measures:")
     for name in chosen:
         _say(f"  {name}: {PARTS[name]}")
-    survey = _survey(loading, chosen)
+    survey = _survey(replace(loading, model=model), chosen)
     ending: BaseException | None = None
     try:
         _say("Measuring for some seconds how long that takes.")
@@ -120,9 +131,12 @@ def _kernels() -> tuple[Launcher | None, str]:
     if launcher_for("auto") is launch_on_metal:
         return launch_on_metal, "Metal"
     if find_spec(_EMULATOR) is not None:
+        import atexit
+        import shutil
         import tempfile
 
         folder = Path(tempfile.mkdtemp(prefix="kernels-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         emulator: Any = import_module(_EMULATOR)
         return emulator.MetalEmulator(folder), "emulated on the CPU where they are checked"
     return None, "plain-MLX twins"

@@ -151,12 +151,12 @@ class Leader:
             if self._ended.is_set():
                 return
             self._ended.set()
-        self._spread(ending)
+        self._send_end(ending)
         until = time.monotonic() + seconds
         for peer in self._peers.values():
             peer.gone.wait(max(0.0, until - time.monotonic()))
 
-    def _spread(self, ending: Ending) -> None:
+    def _send_end(self, ending: Ending) -> None:
         for peer in self._peers.values():
             peer.line.send_last({"end": ending.code, "line": ending.line})
 
@@ -211,7 +211,7 @@ class Leader:
             if self._ended.is_set():
                 return
             self._ended.set()
-        self._spread(ending)
+        self._send_end(ending)
         self._on_loss(ending)
 
 
@@ -241,7 +241,6 @@ class Follower:
     """
 
     def __init__(self, rank: int, invitation: Invitation, on_loss: OnLoss) -> None:
-        self.rank = rank
         self.ending: Ending | None = None
         self._on_loss = on_loss
         self._line = _connected(rank, invitation)
@@ -352,7 +351,7 @@ def _connected(rank: int, invitation: Invitation, seconds: float = JOIN_SECONDS)
                 welcome = line.wait_for("welcome", min(until, time.monotonic() + JOIN_SECONDS / 4))
                 if hmac.compare_digest(str(welcome), invitation.proof("leader", own)):
                     return line
-            except (RanksError, OSError):
+            except (RanksError, OSError, TypeError):
                 pass
             line.close()
         time.sleep(LOOK_SECONDS)

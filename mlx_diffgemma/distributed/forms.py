@@ -9,6 +9,7 @@ of token and expert whose experts are held.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -28,7 +29,6 @@ from mlx_diffgemma.model.experts import Experts
 from mlx_diffgemma.model.layers import Attend, DecoderLayer, SelfConditioning
 
 _READ_FROM = 512  # pairs of token and expert from which on the host reads whose they are
-_MADE: dict[tuple[type, type], type] = {}  # so that modules of one kind are of one class
 
 
 def use(model: DiffusionGemma, share: Share, exchange: Exchange) -> None:
@@ -57,16 +57,15 @@ def _use_in_layers(model: DiffusionGemma, share: Share, exchange: Exchange) -> N
 
 def put(module: nn.Module, form: type, **attributes: Any) -> None:
     """Make `module` one of the class `form` besides that which it is, with these attributes."""
-    module.__class__ = _both(form, type(module))
+    kind: type = type(module)
+    module.__class__ = _both(form, kind)
     for name, value in attributes.items():
         setattr(module, name, value)
 
 
+@cache  # so that modules of one kind are of one class
 def _both(form: type, kind: type) -> type:
-    made = _MADE.get((form, kind))
-    if made is None:
-        made = _MADE[form, kind] = type(f"{form.__name__}Of{kind.__name__}", (form, kind), {})
-    return made
+    return type(f"{form.__name__}Of{kind.__name__}", (form, kind), {})
 
 
 class SplitLayer(DecoderLayer):

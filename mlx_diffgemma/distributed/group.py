@@ -196,15 +196,17 @@ def join(end: OnLoss = end_process, seconds: float = JOIN_SECONDS) -> Ranks:
                 "network between the machines.",
                 LOST,
             ) from None
-        ranks = Ranks(group, end)
+        ranks, own = Ranks(group, end), b""
         if ranks.rank == 0:
             ranks.leader = Leader(ranks.size, launched.addresses(), ranks.lost)
-            _shared(ranks.leader.invitation.as_bytes(), group)
-            ranks.leader.accept(seconds)
-        else:
-            invitation = Invitation.from_bytes(_shared(b"", group))
-            ranks.follower = Follower(ranks.rank, invitation, ranks.lost)
-        return ranks
+            own = ranks.leader.invitation.as_bytes()
+        invitation = Invitation.from_bytes(_shared(own, group))
+    # What follows has limits and words of its own, such as those for a firewall.
+    if ranks.leader is not None:
+        ranks.leader.accept(seconds)
+    else:
+        ranks.follower = Follower(ranks.rank, invitation, ranks.lost)
+    return ranks
 
 
 def _shared(data: bytes, group: mx.distributed.Group) -> bytes:

@@ -38,7 +38,7 @@ class Sends(Protocol):
     def send(self, order: Mapping[str, Any]) -> None: ...
 
 
-class BrokenOffError(RanksError):
+class OutOfStepError(RanksError):
     """A pass over several Macs broke off in the middle, so that they are no longer in step."""
 
 
@@ -78,10 +78,10 @@ class Leading:
         the followers would wait for ever.
 
         Raises:
-            BrokenOffError: an earlier order was broken off by an error.
+            OutOfStepError: an earlier order was broken off by an error.
         """
         if self.is_broken:
-            raise BrokenOffError(
+            raise OutOfStepError(
                 "a pass over several Macs was broken off; start all of them anew.", LOST
             )
         dead = [self._dead.popleft() for _ in range(len(self._dead))]
@@ -125,8 +125,6 @@ class LeadingModel(DiffusionGemma):
     ) -> tuple[mx.array, tuple[Prefix, ...]]:
         require_encodable(ids, prefixes, pictures)
         _require_shared(prefixes)
-        if self.read_weights is not None:
-            self.read_weights()
         origins = [self.leading.origin() for _ in ids]
         order: Order = {
             "do": "encode",
@@ -148,8 +146,6 @@ class LeadingModel(DiffusionGemma):
         self, canvases: Sequence[CanvasView]
     ) -> tuple[mx.array, tuple[tuple[KeysValues, ...], ...]]:
         _require_shared([canvas.prefix for canvas in canvases])
-        if self.read_weights is not None:
-            self.read_weights()
         origins = [self.leading.origin() for _ in canvases]
         order: Order = {
             "do": "decode",

@@ -16,7 +16,6 @@ from mlx_diffgemma.checkpoint.ranges import RangeReader
 from mlx_diffgemma.checkpoint.shards import StoredTensor
 from mlx_diffgemma.checkpoint.sparse import SparseCopy, locate_sparse
 from mlx_diffgemma.distributed.shares import Share, Split, local_config, shares_of
-from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.model.experts import Router
 
@@ -43,12 +42,9 @@ def load_share(
     split: Split,
     rank: int,
     *,
-    revision: str | None = None,
-    dtype: mx.Dtype | None = None,
     check: bool = False,
     name: str | None = None,
     vision: bool | None = None,
-    adapter_path: str | Path | None = None,
 ) -> LoadedShare:
     """Load what one rank holds of a model. Of each shard the rank's own bytes alone are read, and
     fetched where they are on the hub.
@@ -59,26 +55,17 @@ def load_share(
     Args:
         split: how the model is divided.
         rank: which of the ranks this is.
-        adapter_path: must be None; adapters are not divided.
 
     The other arguments are those of `load_model`.
 
     Raises:
-        UsageError: an argument is of another type, there are adapters, or the model cannot be cut
-            in so many parts.
+        UsageError: an argument is of another type, or the model cannot be cut in so many parts.
         CheckpointError, ConfigError: the checkpoint cannot be found, or is incomplete, damaged or
             of another kind.
         MemoryShortageError: the share does not fit into this rank's memory.
     """
-    if adapter_path is not None:
-        raise UsageError(
-            "adapters cannot be put onto a model that several Macs share; make one checkpoint of "
-            "both with `mlx-diffgemma fuse`."
-        )
-    folder = locate_sparse(path_or_repo, revision)
-    opened = open_checkpoint(
-        folder, dtype=dtype, check=check, name=name or str(path_or_repo), vision=vision
-    )
+    folder = locate_sparse(path_or_repo)
+    opened = open_checkpoint(folder, check=check, name=name or str(path_or_repo), vision=vision)
     if rank:
         opened = replace(opened, vision=False)
     opened.compare_shapes()

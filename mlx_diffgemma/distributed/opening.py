@@ -13,13 +13,13 @@ from typing import Any
 from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.checkpoint.loading import read_config
 from mlx_diffgemma.checkpoint.shards import stored_tensors
+from mlx_diffgemma.checks import numbers_in
 from mlx_diffgemma.distributed import launched
 from mlx_diffgemma.distributed.group import Ranks, join
 from mlx_diffgemma.distributed.plan import first_fitting, model_in
 from mlx_diffgemma.distributed.shares import KINDS, Split
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
-from mlx_diffgemma.reading import shown
 
 AUTO = "auto"
 _CONTEXT = 8192  # positions for which there is to be room, prompt and answer together
@@ -60,7 +60,8 @@ def load_together(
         ranks = join()
         atexit.register(ranks.end)
     try:
-        return _load(folder, ranks, parallel, _numbers(weights), check, name, vision)
+        numbers = None if weights is None else numbers_in("--weights", weights)
+        return _load(folder, ranks, parallel, numbers, check, name, vision)
     except Exception as error:
         ranks.fail(error)
         raise
@@ -82,7 +83,7 @@ def _load(
 
     ranks.agree(fingerprint(folder))
     memories = [memory.available_memory() or 0]
-    memories += [told or 0 for _, told in sorted(ranks.gather(memories[0]).items())]
+    memories += [told for _, told in sorted(ranks.gather(memories[0]).items())]
     if ranks.leader is not None:
         split = chosen_split(folder, parallel, weights, memories)
         ranks.spread([split.kind, split.weights])
@@ -126,7 +127,7 @@ def chosen_split(
     Args:
         parallel: kind of the split; None or "auto" takes the fastest that fits, and the last of
             `KINDS` where none does, of which loading then says what is missing.
-        weights: a number for each rank; None divides by their memory.
+        weights: a number for each rank; None gives all the same.
         memories: bytes that each rank offers, 0 where it does not say.
 
     Raises:
@@ -144,20 +145,3 @@ def chosen_split(
     context = min(_CONTEXT, model.shapes.text.max_position_embeddings)
     found = first_fitting(model, weights, [size or inf for size in memories], context)
     return Split(KINDS[-1], weights) if found is None else found.split
-
-
-def _numbers(text: str | None) -> tuple[float, ...] | None:
-    """The numbers in a text such as `2,1` or `2 1`.
-
-    Raises:
-        UsageError: it is no list of numbers above 0.
-    """
-    if text is None:
-        return None
-    try:
-        numbers = tuple(float(part) for part in text.replace(",", " ").split())
-    except (ValueError, AttributeError):
-        numbers = ()
-    if not numbers or not all(0 < number < inf for number in numbers):
-        raise UsageError(f"--weights {shown(text)} is no list of numbers above 0; write 2,1.")
-    return numbers

@@ -24,17 +24,14 @@ class Traffic:
         return Traffic(self.messages * count, self.bytes * count)
 
 
-def step_traffic(
-    share: Share, positions: int, itemsize: int, *, is_first: bool = False, canvases: int = 1
-) -> Traffic:
-    """What a step over canvases takes.
+def step_traffic(share: Share, positions: int, itemsize: int, *, is_first: bool = False) -> Traffic:
+    """What a step over one canvas takes.
 
     Args:
-        positions: those of all canvases; each needs soft embeddings, and none is bound to a token
-            or may take only some.
+        positions: those of the canvas; each is drawn and needs soft embeddings, and none is bound
+            to a token or may take only some.
         itemsize: bytes of an activation.
-        is_first: whether the canvases have no soft embeddings yet.
-        canvases: how many they are; all draw, and all are of one length.
+        is_first: whether the canvas has no soft embeddings yet.
     """
     text = share.config.text
     ids = Traffic(1, _NUMBER * positions)
@@ -42,10 +39,8 @@ def step_traffic(
     step = ids if is_first else ids + states
     if share.split.kind == "pipeline":
         ranks = share.split.ranks
-        parts = min(ranks, canvases)
-        most = -(-canvases // parts) * positions // canvases
-        tick = Traffic(1, itemsize * ranks * most * text.hidden_size)
-        step += tick.times(parts + ranks - 1)
+        tick = Traffic(1, itemsize * ranks * positions * text.hidden_size)
+        step += tick.times(ranks)
     elif share.split.kind == "tensor":
         # Attention; the dense MLP and the experts in one message; self-conditioning once.
         layer = states + Traffic(1, 2 * states.bytes)
@@ -56,7 +51,7 @@ def step_traffic(
         running = Running.start(1)
         found = running.numbers.size + running.tokens.size
         step += states  # embeddings
-        step += Traffic(1, _NUMBER * (2 * canvases + positions))  # keys, and what stands there
+        step += Traffic(1, _NUMBER * (2 + positions))  # keys, and what stands there
         step += Traffic(1, _NUMBER * found * positions * share.split.ranks)
         step += Traffic(1, _NUMBER * positions * text.hidden_size)  # soft embeddings
     return step

@@ -52,8 +52,8 @@ class SplitTable(EmbeddingTable):
         own: the rows that are held, as a table of their own.
     """
 
-    words: range = range(0)
-    vocab: int = 0
+    words: range = field(kw_only=True)
+    vocab: int = field(kw_only=True)
     exchange: Exchange = field(kw_only=True)
     own: EmbeddingTable = field(kw_only=True)
 

@@ -19,7 +19,7 @@ import mlx.core as mx
 from greenlet import getcurrent, greenlet
 
 from mlx_diffgemma.checkpoint import memory
-from mlx_diffgemma.diffusion.denoiser import Denoiser
+from mlx_diffgemma.diffusion.denoiser import Denoiser, Queued
 from mlx_diffgemma.errors import DiffGemmaError, MemoryShortageError, NumericalError
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.server.jobs import (
@@ -76,8 +76,8 @@ class Engine:
         model, tokenizer: what `load` returns.
         name: what clients call the model.
         settings: bounds of the engine.
-        settle: called with the error of a request before its client hears of it, and may call
-            `fail` or wait until another thread does.
+        settle: called with the error of a request, or of a step that several share, before a
+            client hears of it, and may call `fail` or wait until another thread does.
 
     Attributes:
         context: tokens of prompt and answer together, in whole canvases.
@@ -271,6 +271,7 @@ class Engine:
         started = time.perf_counter()
         steps = [job.awaits for job in jobs if isinstance(job.awaits, JointStep)]
         count = sum(len(step.canvases) for step in steps)
+        queued: Queued | None = None
         try:
             queued = self._denoiser.queue(
                 [canvas for step in steps for canvas in step.canvases],
@@ -279,9 +280,13 @@ class Engine:
         except Exception as error:  # out of memory, or a fault of MLX: it is of this step alone
             if len(jobs) == 1:
                 self._hand_out(jobs, steps, error)
-            else:  # no request fails by the fault of another
-                for job in jobs:
-                    self._step([job])
+                return
+            self._settle(error)  # where another Mac is gone, this error says so
+        if queued is None:
+            # No request fails because another cannot be queued. This stands behind the `except`,
+            # for the error holds the arrays of the whole step.
+            for job in jobs:
+                self._step([job])
             return
         lengths = [len(step.canvases) for step in steps]
         for step in steps:

@@ -29,10 +29,12 @@ from mlx_diffgemma.text.tokenizer import hf_tokenizer
 MOST_ANSWERS = 128
 _LONGER = (48, 64, 96, 128, 192)  # further lengths of a gap, where `max_tokens` allows them
 _MORE_NAMES = {
-    "additionalProperties", "allOf", "anyOf", "dependentSchemas", "else", "if", "oneOf",
-    "patternProperties", "propertyNames", "then", "unevaluatedProperties",
+    "additionalProperties", "allOf", "anyOf", "dependencies", "dependentRequired",
+    "dependentSchemas", "else", "if", "minProperties", "oneOf", "patternProperties",
+    "propertyNames", "then", "unevaluatedProperties",
 }  # fmt: skip
-"""Keywords of a schema by which an object may hold names that are not among its properties."""
+"""Keywords of a schema by which an object may or must hold names that are not among its
+properties."""
 _COLDEST = 1e-4  # the least `t_max` of `DiffusionConfig`
 
 
@@ -185,8 +187,10 @@ def arguments_schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
         return dict(parameters)
     schema = {"properties": {}, **parameters, "type": "object"}
     properties, required = schema["properties"], schema.get("required", [])
-    closed = isinstance(properties, dict) and isinstance(required, list)
-    if closed and not _MORE_NAMES.intersection(schema) and all(n in properties for n in required):
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        return schema
+    known = all(isinstance(name, str) and name in properties for name in required)
+    if known and not _MORE_NAMES.intersection(schema):
         schema["additionalProperties"] = False
     return schema
 

@@ -10,12 +10,14 @@ import re
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_diffgemma import __version__
+from mlx_diffgemma.bench.device import load_a_core
 from mlx_diffgemma.checkpoint.memory import machine, size_text
 
 HIDDEN = "…"
@@ -53,10 +55,9 @@ def _facts() -> Iterator[tuple[str, str | None]]:
     yield "system", _system()
     yield "Python", platform.python_version()
     for name in _PACKAGES:
-        yield name, _said(lambda name=name: version(name))  # type: ignore[misc]
-    cores = os.cpu_count()
-    if cores and hasattr(os, "getloadavg"):
-        yield "load", f"{os.getloadavg()[0] / cores:.1f} a core"
+        yield name, _said(partial(version, name))
+    if (load := load_a_core()) is not None:
+        yield "load", f"{load:.1f} a core"
 
 
 def _system() -> str:

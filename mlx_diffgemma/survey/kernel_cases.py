@@ -126,11 +126,12 @@ def _chunks(
         found.close("race", here.race, there.race, rtol=2e-6, atol=1e-4)
         for name in ("total", "weighted"):
             found.close(name, getattr(here, name), getattr(there, name), rtol=1e-4, atol=_TINY)
-        dense = mine.exponentials is not None and twin.exponentials is not None
-        found.holds("exponentials where they are wanted", dense == (wanted.dense > 0))
+        given = [each.exponentials is not None for each in (mine, twin)]
+        found.holds("exponentials where they are wanted", given == [wanted.dense > 0] * 2)
         if mine.exponentials is None or twin.exponentials is None:
             continue
         assert mine.shrink is not None and twin.shrink is not None
+        found.holds(f"exponentials in {dtype}", mine.exponentials.dtype == dtype)
         precision = max(5e-5, _PRECISION[dtype])
         found.close("exponentials", mine.exponentials, twin.exponentials, rtol=precision, atol=1e-7)
         found.close("shrink", mine.shrink, twin.shrink, rtol=5e-5)

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_diffgemma.bench.workbench import SOFT
 from mlx_diffgemma.kernels.allowed_tokens import pack_allowed
 from mlx_diffgemma.kernels.dispatch import Implementation, Launcher
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
@@ -30,11 +30,6 @@ _NUMBERS = (
     "argmax_log_probability", "entropy", "log_sum", "draw_log_probability",
     "standing_log_probability", "dropped_mass",
 )  # fmt: skip
-_SOFT: dict[str, dict[str, Any]] = {
-    "likely tokens": {"soft_cutoff": 10.0, "likely": True},
-    "all tokens": {},
-    "no soft embeddings": {"need_soft": False},
-}
 _IMPOSSIBLE = -1e30  # below any logarithm of a probability that is not zero
 
 
@@ -123,7 +118,7 @@ def _with_every_kernel(form: str, how: Implementation | Launcher, found: Compari
 def whole_cases(sizes: Sizes) -> Iterator[Case]:
     """The pass in chunks of several sizes beside the whole one, as the model asks for it and under
     constraints."""
-    for chunk, bits, soft, bound in product(sizes.chunks, (4, 8), _SOFT, (False, True)):
+    for chunk, bits, soft, bound in product(sizes.chunks, (4, 8), SOFT, (False, True)):
         name = f"chunks of {chunk}, {bits} bits, {soft}{', under constraints' * bound}"
         launches = {"vocabulary_chunk": -(-sizes.words // chunk)}
         if soft == "likely tokens":
@@ -183,8 +178,11 @@ def _as_the_whole(
         bound_at = np.arange(canvas, count, 5)
         found.equal("bound tokens", np.array(ours.argmax)[bound_at], [17] * len(bound_at))
         found.equal("their entropy", np.array(ours.entropy)[bound_at], [0.0] * len(bound_at))
+    given = [each.soft_embeddings is not None for each in (ours, theirs)]
+    found.holds(
+        "soft embeddings where they are wanted", given == [soft != "no soft embeddings"] * 2
+    )
     if ours.soft_embeddings is None or theirs.soft_embeddings is None:
-        found.holds("soft embeddings where they are wanted", soft == "no soft embeddings")
         return
     mine, other = (
         np.array(each.astype(mx.float32)) for each in (ours.soft_embeddings, theirs.soft_embeddings)
@@ -210,7 +208,7 @@ def _rows(sizes: Sizes, soft: str, bound: bool) -> list[Row]:
     fixed = np.where(np.arange(sizes.canvas) % 5 == 0, 17, -1).astype(np.int32)
     allowed = np.random.default_rng(0).random((sizes.canvas, sizes.words)) < 0.1
     allowed[0] = np.arange(sizes.words) == sizes.words - 1
-    how = _SOFT[soft]
+    how = SOFT[soft]
     return [
         Row(sizes.canvas, 0.8, mx.random.key(1), allowed=packed(allowed) if bound else {}, **how),
         Row(sizes.canvas, 0.4, mx.random.key(2), fixed=fixed if bound else None, **how),

@@ -12,9 +12,9 @@ import mlx.core as mx
 from mlx_diffgemma import cpu
 from mlx_diffgemma.bench.run import PROMPT
 from mlx_diffgemma.bench.speed import measure_profiles
-from mlx_diffgemma.bench.steps import measure_step
-from mlx_diffgemma.bench.timing import peak_bytes, seconds
-from mlx_diffgemma.bench.variants import Line, measure
+from mlx_diffgemma.bench.steps import measure_step, using_pass
+from mlx_diffgemma.bench.timing import milliseconds, peak_bytes, seconds
+from mlx_diffgemma.bench.variants import Line, guessed_seconds, measure
 from mlx_diffgemma.checkpoint.memory import estimate, size_text
 from mlx_diffgemma.demo import sudoku
 from mlx_diffgemma.diffusion.profiles import DEFAULT, profile_settings
@@ -25,7 +25,7 @@ from mlx_diffgemma.survey.facts import machine_facts, without_names
 from mlx_diffgemma.survey.kernel_cases import kernel_cases
 from mlx_diffgemma.survey.pass_cases import pass_cases, whole_cases
 from mlx_diffgemma.survey.subject import Subject
-from mlx_diffgemma.survey.table import Row
+from mlx_diffgemma.survey.table import Row, error_text
 
 PARTS = {
     "machine": "what it is and what it can do at best",
@@ -148,7 +148,7 @@ class Pieces:
             except DifferenceError as difference:
                 wrong[case.name] = str(difference)
             except Exception as error:  # a kernel that does not compile, memory that is short
-                wrong[case.name] = without_names(f"{type(error).__name__}: {error}")[:300]
+                wrong[case.name] = error_text(error)
             else:
                 if found > worst:
                     worst, where = found, case.name
@@ -162,13 +162,9 @@ class Pieces:
 
     def _sudokus(self, profile: str, form: str) -> list[Row]:
         model, count = self._of.demo.model, self._extent.puzzles
-        own = model.vocabulary_pass
-        if form == "in chunks":  # as with a vocabulary of the release's size
-            model.vocabulary_pass = vocabulary_pass
-        try:
+        # In chunks, as with a vocabulary of the release's size.
+        with using_pass(model, vocabulary_pass if form == "in chunks" else None):
             right = sum(self._of.solves(number, profile) for number in range(count))
-        finally:
-            model.vocabulary_pass = own
         enough = max(1, int(_REQUIRED * count))
         what, said = f"{profile}, vocabulary {form}", f"{right} of {count} solved"
         values = {"solved": right, "count": count}
@@ -235,10 +231,8 @@ class Pieces:
 
     def _variant_seconds(self, name: str) -> float:
         variants = self._of.bench.parts()[name]()
-        runs = self._extent.repeats + 2  # one to warm up, one to look at the memory
-        return sum(
-            runs * self._of.least(each.cost) + self._of.least(each.setup) for each in variants
-        )
+        least, _ = guessed_seconds(variants, self._of.device, self._extent.repeats)
+        return self._of.slowness * least
 
     def _memory(self) -> Iterator[Row]:
         bench = self._of.bench
@@ -273,7 +267,7 @@ def _row_of(line: Line) -> Row:
 
 
 def _ms(taken: float) -> str:
-    return f"{taken * 1e3:.4g} ms"
+    return f"{milliseconds(taken)} ms"
 
 
 def _count(number: int, what: str) -> str:

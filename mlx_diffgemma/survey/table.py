@@ -36,8 +36,12 @@ class Row:
 
 def failed(part: str, what: str, error: BaseException) -> Row:
     """The row of something that raised an error, whose names and paths are hidden."""
-    said = without_names(f"{type(error).__name__}: {error}".removesuffix(": "))
-    return Row(part, what, "failed", said[:300], ok=False)
+    return Row(part, what, "failed", error_text(error), ok=False)
+
+
+def error_text(error: BaseException) -> str:
+    """What an error says, on one line without names and paths."""
+    return without_names(f"{type(error).__name__}: {error}".removesuffix(": "))[:300]
 
 
 def as_markdown(rows: Sequence[Row]) -> str:

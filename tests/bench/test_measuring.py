@@ -23,7 +23,7 @@ from mlx_diffgemma.bench.steps import (
     waits_a_step,
 )
 from mlx_diffgemma.bench.table import as_tables
-from mlx_diffgemma.bench.timing import alternate, peak_bytes
+from mlx_diffgemma.bench.timing import alternate, milliseconds, peak_bytes
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.events import DenoisingStep
@@ -213,3 +213,7 @@ def test_constraints_are_measured_beside_none(model):
     text = StringIO()
     Console(file=text, width=110).print(as_tables(report))
     assert "│ every second position fixed │" in " ".join(text.getvalue().split())
+
+
+def test_milliseconds_have_no_exponent():
+    assert (milliseconds(0.0123456), milliseconds(12.3456)) == ("12.35", "12346")

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from tiny_models import make_config, make_weights
 
 from mlx_diffgemma.checkpoint import sparse
+from mlx_diffgemma.checkpoint.locate import locate
 from mlx_diffgemma.checkpoint.sparse import SparseCopy, locate_sparse
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.distributed.loading import LoadedShare, load_share
@@ -117,6 +118,22 @@ def test_a_copy_goes_on_where_it_was_broken_off(
     is_the_same(loaded, folder)
     # What came beside the piece that did not is asked for again.
     assert asked.bytes <= headers(folder) + loaded.bytes_read + 4 * 4096
+
+
+def test_where_no_hub_can_be_reached_its_cache_will_do(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = "http://127.0.0.1:9"
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, closed)
+    with monkeypatch.context() as unplugged:
+        unplugged.setattr(constants, "ENDPOINT", closed)
+        unplugged.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        with pytest.raises(CheckpointError, match=r"someone/tiny-it cannot be fetched"):
+            locate_sparse(REPOSITORY)
+    whole = locate(REPOSITORY)
+    monkeypatch.setattr(constants, "ENDPOINT", closed)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    assert locate_sparse(REPOSITORY) == whole
 
 
 def test_a_missing_repository_is_one_line(asked: Asked) -> None:

@@ -108,6 +108,8 @@ class FakeHub:
                     return self.fail(403, "GatedRepo")
                 if hub.repository not in path:
                     return self.fail(401, "RepoNotFound")
+                if "/tree/" in path:
+                    return self.send(json.dumps(hub.tree()).encode(), "", with_content)
                 if path.startswith("/api/models/"):
                     revision = path.rpartition("/revision/")[2] if "/revision/" in path else "main"
                     if revision not in ("main", hub.sha):
@@ -152,8 +154,16 @@ class FakeHub:
 
         return Handler
 
+    def tree(self) -> list[dict]:
+        return [
+            {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": p.name}
+            for p in self._files()
+        ]
+
+    def _files(self) -> list[Path]:
+        return sorted(path for path in self.folder.iterdir() if path.is_file())
+
     def info(self) -> dict:
-        files = sorted(path for path in self.folder.iterdir() if path.is_file())
         return {
             "id": self.repository,
             "modelId": self.repository,
@@ -162,5 +172,5 @@ class FakeHub:
             "downloads": 0,
             "likes": 0,
             "tags": [],
-            "siblings": [{"rfilename": p.name, "size": p.stat().st_size} for p in files],
+            "siblings": [{"rfilename": p.name, "size": p.stat().st_size} for p in self._files()],
         }

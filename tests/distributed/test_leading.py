@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_diffgemma.distributed.exchange import Exchange
-from mlx_diffgemma.distributed.leading import BrokenOffError, lead
+from mlx_diffgemma.distributed.leading import OutOfStepError, lead
 from mlx_diffgemma.distributed.loading import local_model, share_of_weights
 from mlx_diffgemma.distributed.orders import found_prefix, told_prefix
 from mlx_diffgemma.distributed.shares import Split, shares_of
@@ -78,7 +78,7 @@ def test_a_pass_that_broke_off_is_the_last_one(leading, monkeypatch):
         with pytest.raises(TypeError):
             model.encode([[7]], [model.empty_prefix()])
     assert model.leading.is_broken
-    with pytest.raises(BrokenOffError, match="start all of them anew"):
+    with pytest.raises(OutOfStepError, match="start all of them anew"):
         model.encode([[7]], [model.empty_prefix()])
     assert len(sent) == 1
 

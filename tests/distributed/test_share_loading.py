@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny_models import make_config, make_weights
 
-from mlx_diffgemma import load_model
+from mlx_diffgemma import load, load_model
 from mlx_diffgemma.checkpoint import memory
 from mlx_diffgemma.checkpoint.names import module_class, module_path
 from mlx_diffgemma.checkpoint.ranges import RangeReader, runs_of
@@ -173,9 +173,11 @@ def test_a_share_may_fit_where_the_whole_does_not(
     load_share(folder, halves, 1)
 
 
-def test_adapters_are_refused(tmp_path: Path) -> None:
+def test_adapters_are_refused() -> None:
     with pytest.raises(UsageError, match="mlx-diffgemma fuse"):
-        load_share(tmp_path, Split.even("tensor", 2), 0, adapter_path="adapters")
+        load("demo", adapter_path="adapters", parallel="tensor")
+    with pytest.raises(UsageError, match="lazy=True"):
+        load("demo", lazy=True, parallel="tensor")
 
 
 def test_what_belongs_to_another_model_is_refused_by_every_rank(tmp_path: Path) -> None:

@@ -25,11 +25,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import docs_pages
 import typer
 import yaml
-
-from mlx_diffgemma.cli.main import app
-from mlx_diffgemma_convert.cli import app as converter
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("mlx-diffgemma", "mlx-diffgemma-convert")
@@ -203,14 +201,12 @@ def check_arguments(program: str, arguments: list[str], where: str) -> None:
     if not arguments or arguments[0].startswith("--"):
         assert not arguments or arguments[0] in ("--help", "--version", "--show-completion"), where
         return
-    name, *rest = arguments
-    made: Any = typer.main.get_command(app)
-    made = typer.main.get_command(converter) if name == "convert" else made.get_command(None, name)
-    assert made is not None, f"{where}: there is no command {name}"
-    if rest and hasattr(made, "list_commands") and rest[0] in made.list_commands(None):
-        made, name, rest = made.get_command(None, rest[0]), rest[0], rest[1:]
+    known = {tuple(words): made for words, made in docs_pages.commands()}
+    count = len(arguments[:2]) if tuple(arguments[:2]) in known else 1
+    made = known.get(tuple(arguments[:count]))
+    assert made is not None, f"{where}: there is no command {arguments[0]}"
     try:
-        made.make_context(name, list(rest))
+        made.make_context(arguments[count - 1], arguments[count:])
     except typer.Exit:  # of --help
         pass
     except Exception as error:

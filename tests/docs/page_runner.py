@@ -14,7 +14,6 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from docs.blocks import PROGRAMS, ROOT, Block, check, matches, words_of
@@ -56,12 +55,7 @@ class PageRunner:
         os.chdir(self.folder)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.chdir(self._before)
         for server in self._servers:
             server.terminate()

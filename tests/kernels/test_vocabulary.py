@@ -13,22 +13,14 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 import pytest
-from vocabulary_cases import (
-    FORMS,
-    SOFTCAP,
-    assert_close,
-    in_float64,
-    make_hidden,
-    make_table,
-    of_tokens,
-    packed,
-)
+from vocabulary_cases import FORMS, assert_close, in_float64, of_tokens
 
 from mlx_diffgemma.cpu.vocabulary import tiled_pass
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
 from mlx_diffgemma.kernels.materialized import whole_pass
 from mlx_diffgemma.kernels.vocabulary import Row, VocabularyResult, vocabulary_pass
 from mlx_diffgemma.kernels.vocabulary_chunk import BEST
+from mlx_diffgemma.survey.pass_cases import SOFTCAP, make_hidden, make_table, packed
 
 Pass = Callable[..., VocabularyResult]
 

@@ -10,12 +10,8 @@ import numpy as np
 
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
 from mlx_diffgemma.kernels.vocabulary import VocabularyResult
-from mlx_diffgemma.survey.pass_cases import SOFTCAP, make_hidden, make_table, packed
+from mlx_diffgemma.survey.pass_cases import SOFTCAP
 
-__all__ = [
-    "FORMS", "SOFTCAP", "Expected", "assert_close", "in_float64", "make_hidden", "make_table",
-    "of_tokens", "packed",
-]  # fmt: skip
 FORMS = ["float32", "bfloat16", "float16", "affine-4", "affine-8", "mxfp4", "mxfp8", "nvfp4"]
 
 

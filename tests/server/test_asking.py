@@ -156,6 +156,8 @@ def test_a_call_that_must_be_made_names_no_argument_that_its_function_does_not_k
         ({"properties": city, "additionalProperties": True}, {"type": "object"}),
         ({"properties": city, "anyOf": [{"required": ["town"]}]}, {"type": "object"}),
         ({"required": ["town"]}, {"type": "object", "properties": {}}),
+        ({"required": [["a"]]}, {"type": "object", "properties": {}}),
+        ({"minProperties": 1}, {"type": "object", "properties": {}}),
         ({"type": ["object", "null"], "required": ["a"]}, {"type": "object", "properties": {}}),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "object"}}}, {}),
     ):
