@@ -22,22 +22,21 @@ from mlx_diffgemma.kernels.dispatch import Implementation, Launcher
 from mlx_diffgemma.kernels.draw import BLOCK, chances, choose_by_mass, race_of
 from mlx_diffgemma.kernels.embedding_table import EmbeddingTable
 from mlx_diffgemma.kernels.rows import Positions, Row, VocabularyResult
+from mlx_diffgemma.kernels.vocabulary import CHUNK
 
 
 def default_tile(width: int) -> int:
-    """Tokens at a time for hidden states of `width`: 25 MB of embeddings in float32, 4096 at most.
-
-    It does not depend on the number of positions, since the draws depend on the tiles, and a row is
-    to draw the same alone and in a batch.
-    """
-    return min(4096, max(BLOCK, 6_291_456 // (width + 256) // BLOCK * BLOCK))
+    """Tokens at a time for hidden states of `width`: at most 25 MB of embeddings in float32 and
+    4096 tokens, a power of 2, so that whole tiles make a chunk."""
+    fitting = 6_291_456 // (width + 256)
+    return min(4096, max(BLOCK, 1 << fitting.bit_length() - 1))
 
 
 @dataclass(frozen=True)
 class _State:
     """Running results of the tiles so far; `total` and `weighted` are Σe and Σe·(x − maximum) with
     e = exp(x − maximum). The draw is in the block of tokens that starts at `block` [M], whose
-    products are `raw` [M, BLOCK]; its tile ran as far as `race` [M] (see `kernels/draw.py`). They
+    products are `raw` [M, BLOCK]; its chunk ran as far as `race` [M] (see `kernels/draw.py`). They
     are None where no row draws."""
 
     maximum: mx.array
@@ -52,6 +51,16 @@ class _State:
         arrays = [self.maximum, self.argmax, self.total, self.weighted]
         draw = (self.race, self.block, self.raw)
         return arrays + [each for each in draw if each is not None]
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """What a draw needs of a tile: its products `raw` [M, v], the masses [M, b] of its blocks, and
+    the running maximum [M] that these are relative to."""
+
+    raw: mx.array
+    masses: mx.array
+    maximum: mx.array
 
 
 @dataclass(frozen=True)
@@ -120,22 +129,27 @@ def tiled_pass(
     softcap: float,
     standing: mx.array | None = None,
     implementation: Implementation | Launcher = "auto",
+    chunk: int = CHUNK,
     tile: int | None = None,
 ) -> VocabularyResult:
-    """A `VocabularyPass`, `tile` tokens at a time, a multiple of 128 (default: see `default_tile`).
-    Memory grows with (M + D) · tile. With a `soft_cutoff`, a good guess in `standing` saves time.
+    """A `VocabularyPass`, `tile` tokens at a time (default: see `default_tile`). Memory grows with
+    (M + D) · tile and, where rows draw, with M · chunk: the draws are those of the form for a GPU
+    with the same `chunk`, whatever the tile. With a `soft_cutoff`, a good guess in `standing` saves
+    time. Both `chunk` and `tile` are multiples of 128.
 
     Raises:
-        ValueError: `tile` is no such multiple, the rows do not fit the hidden states, or a
-            temperature is not above 0.
+        ValueError: `chunk` or `tile` is no such multiple, the rows do not fit the hidden states, or
+            a temperature is not above 0.
     """
     tile = default_tile(hidden.shape[-1]) if tile is None else tile
-    if tile < 1 or tile % BLOCK:
-        raise ValueError(f"tile is {tile}; it must be a multiple of {BLOCK}.")
+    for name, count in (("tile", tile), ("chunk", chunk)):
+        if count < 1 or count % BLOCK:
+            raise ValueError(f"{name} is {count}; it must be a multiple of {BLOCK}.")
     positions = Positions.of(rows, hidden.shape[0])
-    starts = range(0, table.vocab_size, tile)
-    logits = _logits(positions, softcap, table.vocab_size)
-    drawn = chances(positions, len(starts))
+    vocab = table.vocab_size
+    chunks = range(0, vocab, chunk)
+    logits = _logits(positions, softcap, vocab)
+    drawn = chances(positions, len(chunks))
     queries = positions.taken(hidden).astype(mx.float32)
     standing_logit = None
     if standing is not None:
@@ -145,22 +159,27 @@ def tiled_pass(
     sums = _sums(positions, table, standing_logit, implementation)
 
     state = _start(positions, softcap, drawn is not None)
-    for place, start in enumerate(starts):
-        embeddings = table.rows(start, min(start + tile, table.vocab_size), mx.float32)
-        raw = queries @ embeddings.T
-        after = tile_epilogue(raw, logits.of_tile(raw, start), state.maximum)
-        before, state = state, _merge(state, after, start)
-        shrink = mx.exp(before.maximum - state.maximum)
-        for (first, stop), soft in sums:
-            here = slice(first, stop)
-            exponentials, maximum = after.exponentials[here], after.maximum[here]
-            soft.add(exponentials, maximum, shrink[here], embeddings, start)
-        if drawn is not None:
-            chance = drawn[place], drawn[len(starts) + place]
-            state = _offer(state, raw, after.masses, start, *chance)
-        # One tile is computed while the next is being described: memory holds two at most.
-        mx.async_eval(state.arrays(), [soft.arrays() for _, soft in sums])
-        mx.eval(before.arrays())
+    for place, first in enumerate(chunks):
+        tiles: list[_Tile] = []
+        stop = min(first + chunk, vocab)
+        for start in range(first, stop, tile):
+            embeddings = table.rows(start, min(start + tile, stop), mx.float32)
+            raw = queries @ embeddings.T
+            after = tile_epilogue(raw, logits.of_tile(raw, start), state.maximum)
+            before, state = state, _merge(state, after, start)
+            shrink = mx.exp(before.maximum - state.maximum)
+            for (begin, end), soft in sums:
+                here = slice(begin, end)
+                exponentials, maximum = after.exponentials[here], after.maximum[here]
+                soft.add(exponentials, maximum, shrink[here], embeddings, start)
+            if drawn is not None:
+                tiles.append(_Tile(raw, after.masses, after.maximum))
+                if start + tile >= stop:
+                    chance = drawn[place], drawn[len(chunks) + place]
+                    state = _offer(state, tiles, first, *chance)
+            # A tile is computed while the next is being described: memory holds two at most.
+            mx.async_eval(state.arrays(), [soft.arrays() for _, soft in sums])
+            mx.eval(before.arrays())
 
     # What is not finite shows in `weighted` alone: the softcap made the logits finite.
     log_total = mx.log(state.total) + state.weighted * 0.0
@@ -248,24 +267,28 @@ def _merge(state: _State, after: TileStatistics, start: int) -> _State:
 
 
 def _offer(
-    state: _State,
-    raw: mx.array,
-    masses: mx.array,
-    start: int,
-    gumbel: mx.array,
-    choose: mx.array,
+    state: _State, tiles: Sequence[_Tile], first: int, gumbel: mx.array, choose: mx.array
 ) -> _State:
-    """The state after the draw was offered the tile that starts at token `start`, with its products
-    [M, v] and block masses [M, b]; see `kernels/draw.py`."""
+    """The state after the draw was offered the chunk of these tiles, which starts at token `first`;
+    see `kernels/draw.py`."""
     assert state.race is not None and state.block is not None and state.raw is not None
+    seen = [tile.masses * mx.exp(tile.maximum - state.maximum)[:, None] for tile in tiles]
+    masses = seen[0] if len(seen) == 1 else mx.concatenate(seen, axis=1)
     block = choose_by_mass(masses, choose)
     race = race_of(masses.sum(axis=-1), state.maximum, gumbel)
     replaced = race > state.race
+    raw, before = state.raw, 0
+    for tile in tiles:
+        count = tile.masses.shape[1]
+        here = replaced & (block >= before) & (block < before + count)
+        place = mx.clip(block - before, 0, count - 1)
+        raw = mx.where(here[:, None], _block_of(tile.raw, place), raw)
+        before += count
     return replace(
         state,
         race=mx.where(replaced, race, state.race),
-        block=mx.where(replaced, start + block * BLOCK, state.block),
-        raw=mx.where(replaced[:, None], _block_of(raw, block), state.raw),
+        block=mx.where(replaced, first + block * BLOCK, state.block),
+        raw=raw,
     )
 
 

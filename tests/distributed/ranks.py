@@ -28,6 +28,7 @@ from mlx_diffgemma import cpu
 from mlx_diffgemma.checkpoint.names import expected_shapes, module_path
 from mlx_diffgemma.checkpoint.quantization import Format
 from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.cpu.vocabulary import tiled_pass
 from mlx_diffgemma.distributed.exchange import Exchange
 from mlx_diffgemma.distributed.following import Following
 from mlx_diffgemma.distributed.group import Ranks, join
@@ -93,7 +94,8 @@ class Case:
         if self.on_a_cpu:
             cpu.use(model)
         if self.chunk is not None:
-            model.vocabulary_pass = partial(vocabulary_pass, chunk=self.chunk)
+            form = tiled_pass if self.on_a_cpu else vocabulary_pass
+            model.vocabulary_pass = partial(form, chunk=self.chunk)
         mx.eval(model.parameters())
         return model
 

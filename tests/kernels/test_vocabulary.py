@@ -26,7 +26,7 @@ Pass = Callable[..., VocabularyResult]
 
 PASSES = {
     "gpu": partial(vocabulary_pass, softcap=SOFTCAP, chunk=256),
-    "cpu": partial(tiled_pass, softcap=SOFTCAP, tile=256),
+    "cpu": partial(tiled_pass, softcap=SOFTCAP, chunk=256, tile=128),
     "whole": partial(whole_pass, softcap=SOFTCAP),
 }
 PIECES = ["gpu", "cpu"]
@@ -191,6 +191,29 @@ def test_the_passes_agree() -> None:
         for field, ours, theirs in both(results[name], results["whole"]):
             if not field.startswith("draw"):
                 np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=5e-5, err_msg=field)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "sizes", "tile"),
+    [
+        (1000, {"chunk": 256}, 128),
+        (1000, {"chunk": 384}, 256),  # tiles that make no whole chunk
+        (20_011, {}, None),  # what is used on a GPU and on a CPU
+    ],
+)
+@pytest.mark.parametrize("constrained", [False, True])
+def test_a_seed_draws_the_same_on_a_cpu_as_on_a_gpu(
+    vocab: int, sizes: dict[str, int], tile: int | None, constrained: bool
+) -> None:
+    table, hidden = make_table(vocab, 64, gain=0.02), make_hidden(64, 64)
+    allowed = np.random.default_rng(3).random((64, vocab)) < 0.3
+    masks = {"allowed": packed(allowed)} if constrained else {}
+    rows = [Row(64, 0.8, key, need_soft=False, **masks) for key in KEYS]
+    ours = tiled_pass(hidden, table, rows, softcap=SOFTCAP, tile=tile, **sizes)
+    theirs = vocabulary_pass(hidden, table, rows, softcap=SOFTCAP, **sizes)
+    assert np.array_equal(ours.draw, theirs.draw)
+    assert len(np.unique(np.array(ours.draw))) > 64  # or rounding would have no part in it
+    np.testing.assert_allclose(ours.draw_log_probability, theirs.draw_log_probability, atol=5e-5)
 
 
 def chi_square(counts: np.ndarray, p: np.ndarray) -> float:
