@@ -14,7 +14,7 @@ _BYTE = rb"<0x[0-9A-Fa-f]{2}>"
 _SPACE = "\u2581"  # what sentencepiece writes for a space
 _APART = b"\xff"  # a byte that UTF-8 has no use for, so that it can stand between names
 _APART_CODE = 0xDCFF  # what `surrogateescape` reads it as
-_CHECKED = 1024  # names that are looked up one by one where all were read at once
+_NO_SPACE = "\uffff"  # a noncharacter that takes the place of a space in names
 
 
 class Names:
@@ -107,24 +107,20 @@ def spell(tokenizer: Any, names: Names) -> list[bytes]:
 
 
 def _in_one_call(tokenizer: Any, size: int) -> bytes | None:
-    """The names [V] that the model of a fast tokenizer has, joined; None where they cannot be told
-    apart, since ids have no name or names hold spaces."""
-    from tokenizers import Tokenizer
+    """The names [V] that the model of a fast tokenizer has, joined; None where an id below the
+    number of names has none, or where a name holds a space."""
+    from tokenizers import Tokenizer, decoders
 
-    # A tokenizer without a decoder writes the names as they are, with a space between two.
     plain = Tokenizer(tokenizer.backend_tokenizer.model)
-    known = plain.get_vocab_size()
-    text = plain.decode(list(range(max(known, size))), skip_special_tokens=False)
-    if not known or text.count(" ") != known - 1:
-        return None
-    joined = b"%b%b%b" % (_APART, text.encode().replace(b" ", _APART), _APART)
-    edges = np.flatnonzero(np.frombuffer(joined, np.uint8) == _APART[0])
-    # As many spaces in names as names of ids beyond `size`, or of equal ids, would go unnoticed.
-    for token in {known - 1, *range(0, known, max(1, known // _CHECKED))}:
-        name = plain.id_to_token(token)
-        if name is None or name.encode() != joined[edges[token] + 1 : edges[token + 1]]:
-            return None
-    return joined[: edges[min(known, size)] + 1] + _APART * (size - known)
+    # This decoder writes a space between two names, where no name has one any more.
+    between = decoders.WordPiece(prefix=" ", cleanup=False)
+    plain.decoder = decoders.Sequence([decoders.Replace(" ", _NO_SPACE), between])
+    known = min(size, plain.get_vocab_size())
+    text = plain.decode(list(range(known)), skip_special_tokens=False)
+    if _NO_SPACE in text or text.count(" ") != known - 1:
+        return None  # ids without a name are left out, so that all after them would be wrong
+    names = text.encode().replace(b" ", _APART)
+    return b"%b%b%b" % (_APART, names, _APART * (1 + size - known))
 
 
 def _one_by_one(tokenizer: Any, size: int) -> list[bytes]:

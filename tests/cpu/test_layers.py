@@ -9,9 +9,12 @@ import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_diffgemma import cpu
+from mlx_diffgemma.bench.counted import replaced
+from mlx_diffgemma.cpu import layers
 from mlx_diffgemma.cpu.layers import (
     DequantizedLinear,
     DequantizedSwitchLinear,
+    DequantizedTable,
     GroupedSwitchLinear,
 )
 
@@ -58,6 +61,26 @@ def test_experts(how: dict | None, sort: bool, pairs: int) -> None:
     cpu.use(layer)
     assert type(layer) in (GroupedSwitchLinear, DequantizedSwitchLinear)
     close(layer(x, indices, sorted_indices=sort), expected)
+    with replaced(layers, "_BLOCK", 16 * 64):  # blocks of 16, 16 and 8 of the 40 rows
+        close(layer(x, indices, sorted_indices=sort), expected)
+
+
+def test_a_table_is_dequantized_once_for_both_of_its_products() -> None:
+    embedding = nn.Embedding(48, 64).to_quantized(group_size=32, bits=4)
+    rows = embedding(mx.arange(48))
+    x, weights = (mx.random.normal((3, n), key=mx.random.key(n)) for n in (64, 16))
+    table, calls = DequantizedTable.of(embedding, mx.float32).part(16, 32), []
+
+    def dequantize(*args: object, **kwargs: object) -> mx.array:
+        calls.append(args)
+        return own(*args, **kwargs)
+
+    own = mx.dequantize
+    with replaced(mx, "dequantize", dequantize):
+        scores, expected = table.product(x), table.expected(weights)
+    close(scores, x @ rows[16:32].T)
+    close(expected, weights @ rows[16:32])
+    assert len(calls) == 1
 
 
 def test_experts_can_be_differentiated_in_training() -> None:
