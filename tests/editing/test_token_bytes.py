@@ -133,7 +133,7 @@ def test_masks_are_those_of_every_piece(load):
         {"a": 0, "b": 1, "c": 2},
         {"a": 0, "b": 1, "c": 4},  # ids without a name
         {"a": 0, "b c": 1, "d": 2},  # a name with a space
-        {"a": 0, "b c": 1, "d": 3, "e": 4, "f": 5},  # as many spaces as ids without a name
+        {"a": 0, "b c": 1, "d": 3, "e": 4, "f": 6},  # as many spaces as ids without a name
         {"a": 0, "b\uffffc": 1, "": 2, "d": 3},  # a noncharacter, an empty name
     ],
 )
