@@ -1,4 +1,4 @@
-"""The bytes that each token stands for, and the sets of tokens that constraints are made of.
+"""A vocabulary for constraints: the bytes of its tokens, and the sets of tokens that slots hold.
 
 A vocabulary is read once for a tokenizer: what is read is kept for as long as the tokenizer lives,
 and every request shares it. Letters: V ids that the model knows, W = ⌈V / 32⌉ words of a bit mask.
@@ -6,29 +6,23 @@ and every request shares it. Letters: V ids that the model knows, W = ⌈V / 32�
 
 from __future__ import annotations
 
-import json
-import re
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, lru_cache
-from itertools import accumulate, pairwise
 from threading import RLock
 from typing import Any, Literal
 
 import numpy as np
 
+from mlx_diffgemma.editing.spelling import Names, spell
 from mlx_diffgemma.errors import UsageError
 from mlx_diffgemma.text.control_tokens import ControlTokens
 from mlx_diffgemma.text.tokenizer import hf_tokenizer
 
 Kind = Literal["text", "line", "digits", "word"]
 
-_BYTE = rb"<0x[0-9A-Fa-f]{2}>"
 _RESERVED = rb"<unused_?\d+>|\[unused\d+\]|<reserved_?\d+>"
-_TURN_ENDS = ("<turn|>", "<end_of_turn>")
-_SPACE = "\u2581"  # what sentencepiece writes for a space
-_APART = "\udc00"  # a lone surrogate stands in no token, so it can stand between them
-_APART_BYTES = _APART.encode(errors="surrogatepass")
+_TURN_ENDS = (rb"<turn\|>", b"<end_of_turn>")
 _EDGE = 8  # bytes of a token's beginning and end that are kept as one number
 _REMEMBERED = 128  # masks of 4W bytes each: 4 MB at 262,144 words
 
@@ -132,12 +126,11 @@ class _Kept:
     def __init__(self, tokenizer: Any, size: int, eos: tuple[int, ...]) -> None:
         self.size, self.eos = size, eos
         self._controls = ControlTokens(tokenizer)
-        names = _names(tokenizer, size)
-        self.end = next((token for token in _turn_ends(tokenizer, names) if token in eos), eos[0])
-        # All names at once, which takes a fifth of the time of one after another.
-        joined = _APART.join(["", *names, ""]).encode(errors="surrogatepass")
-        self.pieces = _spell(tokenizer, names, joined)
-        for token in self._silent(tokenizer, joined):
+        names = Names(tokenizer, size)
+        turns = [token for name in _TURN_ENDS for token in names.matching(name)]
+        self.end = next((token for token in turns if token in eos), eos[0])
+        self.pieces = spell(tokenizer, names)
+        for token in self._silent(tokenizer, names):
             self.pieces[token] = b""
         self.lengths = np.fromiter(map(len, self.pieces), np.int32, size)
         self.mask = lru_cache(_REMEMBERED // 4)(self._mask)
@@ -183,11 +176,11 @@ class _Kept:
         wrapper = TokenizerWrapper(_ForGrammars(pieces, (256,), lambda text: list(text.encode())))
         return LLTokenizer(wrapper, n_vocab=257, eos_token=[256], slices=[])
 
-    def _silent(self, tokenizer: Any, joined: bytes) -> Iterable[int]:
+    def _silent(self, tokenizer: Any, names: Names) -> Iterable[int]:
         """The tokens that stand for no text."""
         silent = {*tokenizer.all_special_ids, *self.eos, *self._controls.ids}
         silent |= {i for i, entry in tokenizer.added_tokens_decoder.items() if entry.special}
-        silent |= _named(tokenizer, joined, _RESERVED).keys()
+        silent |= set(names.matching(_RESERVED))
         return (token for token in silent if 0 <= token < self.size)
 
     def _mask(self, holds: Callable[[bytes], bool]) -> np.ndarray:
@@ -307,93 +300,6 @@ def _kept_for(tokenizer: Any, size: int, eos: tuple[int, ...]) -> _Kept:
         if key not in kept:
             kept[key] = _Kept(weakref.proxy(tokenizer), size, eos)
         return kept[key]
-
-
-def _names(tokenizer: Any, size: int) -> list[str]:
-    """[V] how the vocabulary writes each token; empty where an id has none."""
-    if tokenizer.is_fast:
-        # A third of the time of `get_vocab`, which builds a table in Rust and one here.
-        names = list(map(tokenizer.backend_tokenizer.id_to_token, range(size)))
-        return [name or "" for name in names] if None in names else names
-    names = [""] * size
-    for name, token in tokenizer.get_vocab().items():
-        if 0 <= token < size:
-            names[token] = name
-    return names
-
-
-def _turn_ends(tokenizer: Any, names: Sequence[str]) -> list[int]:
-    found = [(name, tokenizer.convert_tokens_to_ids(name)) for name in _TURN_ENDS]
-    # A name that is unknown has the id of the unknown token, or none.
-    return [i for name, i in found if i is not None and 0 <= i < len(names) and names[i] == name]
-
-
-def _decoding(tokenizer: Any) -> list[dict[str, Any]]:
-    """The steps by which the tokenizer turns the names of tokens into text, as `tokenizer.json`
-    describes them."""
-    if not tokenizer.is_fast:
-        spaces = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
-        return [spaces, {"type": "ByteFallback"}]
-    decoder = tokenizer.backend_tokenizer.decoder
-    layout = {} if decoder is None else json.loads(decoder.__getstate__())
-    steps: list[dict[str, Any]] = layout.get("decoders") or [layout]
-    return steps
-
-
-def _spell(tokenizer: Any, names: list[str], joined: bytes) -> list[bytes]:
-    """The bytes [V] that the tokenizer's decoder writes for each token in the middle of a text.
-    Added tokens go the same way as all others: a run of spaces that is written as U+2581 too."""
-    steps = _decoding(tokenizer)
-    kinds = {step.get("type") for step in steps}
-    if "ByteLevel" in kinds:
-        return _spell_byte_level(names)
-    spelled = joined
-    for step in steps:
-        if step.get("type") == "Metaspace":
-            spelled = spelled.replace(step.get("replacement", _SPACE).encode(), b" ")
-        if step.get("type") == "Replace" and "String" in step["pattern"]:
-            spelled = spelled.replace(step["pattern"]["String"].encode(), step["content"].encode())
-    pieces = spelled.split(_APART_BYTES)[1:-1]
-    if "ByteFallback" in kinds:
-        for token, name in _named(tokenizer, joined, _BYTE).items():
-            pieces[token] = bytes.fromhex(name[3:5])
-    return pieces
-
-
-def _named(tokenizer: Any, joined: bytes, pattern: bytes) -> dict[int, str]:
-    """The tokens whose whole name matches `pattern`, with their names; `joined` are all names with
-    `_APART_BYTES` around each."""
-    found = re.findall(b"%b(%b)(?=%b)" % (_APART_BYTES, pattern, _APART_BYTES), joined)
-    names = [name.decode() for name in found]
-    tokens = map(tokenizer.convert_tokens_to_ids, names)
-    return {i: name for i, name in zip(tokens, names, strict=True) if i is not None}
-
-
-def _spell_byte_level(names: list[str]) -> list[bytes]:
-    """The bytes [V] of tokens whose names hold a character for every byte, as byte-level BPE writes
-    them; a name with any other character, as an added token may have, stands for itself."""
-    table = _byte_level_table()
-    codes = np.frombuffer("".join(names).encode("utf-32-le"), np.uint32)
-    values = np.full(max(map(ord, table)) + 2, 256, np.uint16)
-    for character, byte in table.items():
-        values[ord(character)] = byte
-    found = values[np.minimum(codes, len(values) - 1)]
-    spelled = found.astype(np.uint8).tobytes()
-    edges = list(accumulate(map(len, names), initial=0))
-    pieces = [spelled[start:stop] for start, stop in pairwise(edges)]
-    others = np.flatnonzero(found == 256)
-    for token in np.unique(np.searchsorted(edges, others, side="right") - 1).tolist():
-        pieces[token] = names[token].encode()
-    return pieces
-
-
-def _byte_level_table() -> dict[str, int]:
-    """The characters that byte-level BPE writes for the 256 bytes: printable ones for themselves,
-    the others from U+0100 on in order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(0x100 + place): byte for place, byte in enumerate(others)}
 
 
 def _packed(chosen: Sequence[bool] | np.ndarray) -> np.ndarray:

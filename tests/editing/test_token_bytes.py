@@ -127,6 +127,29 @@ def test_masks_are_those_of_every_piece(load):
         vocabulary.token_of(b"no such piece")
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"a": 0, "b": 1, "c": 2},
+        {"a": 0, "b": 1, "c": 4},  # ids without a name
+        {"a": 0, "b c": 1, "d": 2},  # a name with a space
+        {"a": 0, "b c": 1, "d": 3, "e": 4, "f": 6},  # as many spaces as ids without a name
+        {"a": 0, "b\uffffc": 1, "": 2, "d": 3},  # a noncharacter, an empty name
+    ],
+)
+def test_names_are_told_apart(names):
+    backend = Tokenizer(models.WordLevel(names, unk_token="a"))
+    backend.add_tokens([AddedToken("two words", normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="a")
+    found = tokenizer.get_vocab()
+    for size in (2, 5, 9):
+        expected = [b""] * size
+        for name, token in found.items():
+            if 0 < token < size:
+                expected[token] = name.encode()
+        assert Vocabulary(tokenizer, size, [0]).pieces == expected
+
+
 def test_what_is_known_of_a_tokenizer_is_read_once():
     tokenizer = build()
     first, second = vocabulary_of(tokenizer), vocabulary_of(tokenizer)
