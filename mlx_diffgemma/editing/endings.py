@@ -3,10 +3,12 @@
 A way out is looked for in bytes, with a matcher of its own whose tokens are single bytes: that
 takes a few microseconds a step where a mask over a whole vocabulary takes milliseconds. What was
 found before is tried again first, with or without its beginning. Then a walk takes the most fitting
-byte at each step. Last comes a search whose steps are a short example of each pattern and the words
-that the grammar itself names, since no list of characters finds `000-0000` in `\\d{3}-\\d{4}` or
-`hello` in `.*hello.*`. Every ending that is found was matched to its end, and the steps of the
-walks and the search are bounded.
+byte at each step and closes each string that it opens with an example of a pattern where it can.
+The example tried first is that of the pattern which came next before or, failing that, of the next
+pattern in the schema, so most strings take one trial each. Last comes a search whose steps are the
+examples and the words that the grammar itself names, since no list of characters finds `000-0000`
+in `\\d{3}-\\d{4}` or `hello` in `.*hello.*`. Every ending that is found was matched to its end, and
+the steps of the walks and the search are bounded.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from heapq import heappop, heappush
 from itertools import count, islice
 from typing import Any
@@ -27,9 +28,11 @@ _TYPED = b"0,:1{[-.aA" + bytes(range(0x20, 0x7F)) + b"\n\t\r"
 _IN_STRUCTURE = bytes(dict.fromkeys(b'}]"' + _TYPED + bytes(range(256))))
 _IN_TEXT = bytes(dict.fromkeys(b'" }]' + _TYPED + bytes(range(256))))
 _QUOTE = ord('"')
+_BETWEEN = sum(1 << byte for byte in b",:{}[] ")  # the mask of what stands around strings
 _TRIED = b'"}]0a ,A1@.:-/_\nDTZ'  # bytes that a search tries after the words of the grammar
 _NAMED = 32  # words of a grammar that are tried
-_EXAMPLES = 256  # patterns of which an example is tried
+_NEAR = 64  # patterns of which an example is tried: the next ones in the grammar
+_AT_ONCE = 16  # words that are validated in the time of one step
 _ALIKE = 4  # most states that allow the same and are searched
 _WORK = 2500  # steps of a search that is not thorough, some 5 to 10 µs each
 _CLOSING = 600  # steps of a search for the end of a string
@@ -40,6 +43,7 @@ _LONGEST = 4096  # steps of the walk that comes before any search
 _REMEMBERED = 16  # endings that are remembered
 _IDLE = 128  # steps after which a walk is given up where nothing else than before may follow
 _STAGES = 256  # strings that need a search of their own, in one ending
+_STAGE = 1500  # steps that each of them adds to a thorough search
 _CUT = 64  # most bytes of its beginning that a remembered ending may have lost
 _CANDIDATES = 96  # endings whose length is counted
 _TOO_LONG = 12  # endings that are too long, after which a search that is not thorough gives up
@@ -54,9 +58,10 @@ class Endings:
     """Finds endings in one grammar and remembers them.
 
     Args:
-        patterns: the regular expressions that the grammar was made from, if any.
+        patterns: the regular expressions that the grammar was made from, if any, in the order in
+            which an answer meets them.
         example: makes a short text that such an expression matches, as it is written in the
-            grammar, or gives None; it is asked when nothing simpler leads out.
+            grammar, or gives None; it is asked once for each pattern that is tried.
         quoted: whether these are for what stands in quotes, as in JSON.
     """
 
@@ -64,15 +69,14 @@ class Endings:
         self, patterns: Iterable[str], example: Callable[[str], bytes | None], *, quoted: bool
     ) -> None:
         self._quoted, self._example = quoted, example
-        self._patterns = list(patterns)
+        self._patterns = list(dict.fromkeys(patterns))
+        self._examples: dict[str, bytes | None] = {}
         self._found: OrderedDict[bytes, None] = OrderedDict()
         self._work = 0  # steps that are left to a search
-
-    @cached_property
-    def _named(self) -> dict[bytes, None]:
-        several = islice(dict.fromkeys(self._patterns), _EXAMPLES)
-        examples = filter(None, map(self._example, several))
-        return dict.fromkeys([*examples, *islice(_words(self._patterns), _NAMED)])
+        self._place = -1  # number of the pattern whose example closed a string last
+        self._start = -1  # the place before the first string that the latest ending closed
+        # What closed the string behind each place, and the place after it.
+        self._next: dict[int, tuple[bytes, int]] = {}
 
     def find(
         self,
@@ -92,7 +96,7 @@ class Endings:
         """
         self._work = _THOROUGH if thorough else _WORK
         too_long: list[tuple[int, bytes]] = []
-        for ending in islice(self._candidates(matcher), _CANDIDATES):
+        for ending in islice(self._candidates(matcher, thorough), _CANDIDATES):
             length = length_of(ending)
             if length is None:
                 continue
@@ -112,37 +116,87 @@ class Endings:
         if len(self._found) > _REMEMBERED:
             self._found.popitem(last=False)
 
-    def _candidates(self, matcher: Any) -> Iterator[bytes]:
+    def _candidates(self, matcher: Any, thorough: bool) -> Iterator[bytes]:
         yield from islice(self._remembered(matcher), _CANDIDATES // 2)
-        walk = self._straight(matcher, _LONGEST)
-        if walk.complete:
+        if self._quoted:
+            yield from self._in_stages(matcher, _STAGE if thorough else 0)
+        elif (walk := self._straight(matcher, _LONGEST)).complete:
             yield walk.written
-        elif self._quoted:
-            yield from self._in_stages(walk)
+        self._place = self._start
         for most in _STRAIGHT:
             share = self._work // 2 if most == _STRAIGHT[0] else self._work
             yield from self._search(matcher, most, share)
 
-    def _in_stages(self, walk: _Walk) -> Iterator[bytes]:
-        """Go straight on until that leads nowhere, search there for the end of the string alone,
-        and go on from it: this leads out of many strings with a pattern each."""
-        written = b""
-        for _ in range(_STAGES):
+    def _in_stages(self, matcher: Any, more: int) -> Iterator[bytes]:
+        """Go straight on from one string to the next and close each with an example where it does
+        not close at once. Where that leads nowhere, search for the end of the string alone, which
+        adds `more` steps, and go on from it: this leads out of many strings with a pattern each."""
+        state, written, searched = matcher.deep_copy(), b"", 0
+        self._place, idle = self._start, _IDLE if self._patterns else _LONGEST
+        while self._work > 0:
+            closed = self._closing(state, _NEAR, first=not written)
+            if closed is None:
+                walk = self._straight(state, _LONGEST, idle=idle, opening=bool(self._patterns))
+                if walk.complete:
+                    yield written + walk.written
+                    return
+                written += walk.written[: walk.progress]
+                state = walk.state()
+                if walk.opened:
+                    continue
+                closed = self._closing(state, len(self._patterns), first=not written)
+            if closed is None and searched < _STAGES:
+                searched += 1
+                self._work += more
+                closed = next(self._search(state, _FILLED, _CLOSING, until=_QUOTE), None)
+                if closed is not None:
+                    self._next[self._place] = closed, self._place
+                    closed += bytes([_QUOTE])
+            if closed is not None:
+                written += closed
+                state.consume_tokens(list(closed))
+                continue
+            walk = self._straight(state, _LONGEST)
             if walk.complete:
                 yield written + walk.written
+            if walk.complete or not walk.progress:
                 return
             written += walk.written[: walk.progress]
             state = walk.state()
-            closed = next(self._search(state, _FILLED, _CLOSING, until=_QUOTE), None)
-            if closed is None:
-                walk = self._straight(state, _STRAIGHT[-1])
-                if not walk.complete and not walk.progress:
-                    return
-                continue
-            closed += bytes([_QUOTE])
-            written += closed
-            state.consume_tokens(list(closed))
-            walk = self._straight(state, _STRAIGHT[-1], idle=_IDLE)
+
+    def _closing(self, state: Any, most: int, *, first: bool) -> bytes | None:
+        """What closes the string that `state` stands in: the example of one of the `most` patterns
+        that come next, and a quote. None where no such example fits or the string closes at once.
+        `first` says that it is the first string of an ending."""
+        if not _holds(state.compute_bitmask()):
+            return None
+        known = [self._next[self._place]] if self._place in self._next else []
+        for text, place in (*known, *self._nearby(most)):
+            closed = text + bytes([_QUOTE])
+            self._work -= 1
+            if state.validate_tokens(list(closed)) == len(closed):
+                self._next[self._place] = text, place
+                self._start = place - 1 if first else self._start
+                self._place = place
+                return closed
+        return None
+
+    def _nearby(self, most: int) -> Iterator[tuple[bytes, int]]:
+        """Examples of the `most` patterns that come next, each with the pattern's number."""
+        for step in range(1, min(most, len(self._patterns)) + 1):
+            place = (self._place + step) % len(self._patterns)
+            pattern = self._patterns[place]
+            if pattern not in self._examples:
+                self._examples[pattern] = self._example(pattern)
+            if text := self._examples[pattern]:
+                yield text, place
+
+    def _named(self) -> dict[bytes, None]:
+        """Examples and words of the patterns that come next."""
+        after = self._place + 1
+        near = (self._patterns[after:] + self._patterns[:after])[:_NEAR]
+        examples = (text for text, _ in self._nearby(_NEAR))
+        return dict.fromkeys([*examples, *islice(_words(near), _NAMED)])
 
     def _remembered(self, matcher: Any) -> Iterator[bytes]:
         """The rests of remembered endings that complete the text: those of the latest ending come
@@ -163,13 +217,13 @@ class Endings:
         few states of each kind are searched, and from the first of a kind a walk goes at most
         `most` steps straight on.
         """
-        order = count()
+        order, named = count(), self._named()
         queue: list[tuple[int, int, Any, tuple[bytes, ...]]] = [(0, next(order), matcher, ())]
         kinds: Counter[tuple[int, bytes, bytes]] = Counter()
         left = max(0, self._work - work)
         while queue and self._work > left:
             _, _, state, steps = heappop(queue)
-            for step in self._steps(state):
+            for step in self._steps(state, named):
                 after = state.deep_copy()
                 self._work -= 1
                 if not after.consume_tokens(list(step)):
@@ -178,7 +232,7 @@ class Endings:
                 if _done(after, until):
                     yield b"".join(path)
                     continue
-                cost = len(path) - 2 * len(self._named.keys() & set(path))
+                cost = len(path) - 2 * len(named.keys() & set(path))
                 kind = cost, after.compute_bitmask(), after.compute_ff_bytes()
                 kinds[kind] += 1
                 if kinds[kind] == 1:
@@ -189,17 +243,22 @@ class Endings:
                     heappush(queue, (cost, next(order), after, path))
 
     def _straight(
-        self, matcher: Any, most: int, until: int | None = None, idle: int = _LONGEST
+        self,
+        matcher: Any,
+        most: int,
+        until: int | None = None,
+        idle: int = _LONGEST,
+        opening: bool = False,
     ) -> _Walk:
         # Half of what is left at most: what leads nowhere must leave some to the search.
-        walk = _straight(matcher, min(most, self._work // 2), until, idle)
+        walk = _straight(matcher, min(most, self._work // 2), until, idle, opening)
         self._work -= walk.steps
         return walk
 
-    def _steps(self, state: Any) -> list[bytes]:
+    def _steps(self, state: Any, words: Iterable[bytes]) -> list[bytes]:
         if forced := state.compute_ff_bytes():
             return [forced]
-        named = [word for word in self._named if state.validate_tokens(list(word)) == len(word)]
+        named = [word for word in words if state.validate_tokens(list(word)) == len(word)]
         mask = state.compute_bitmask()
         single = [bytes([byte]) for byte in _TRIED if _allows(mask, byte)]
         others = (bytes([byte]) for byte in _IN_TEXT if _allows(mask, byte))
@@ -217,6 +276,8 @@ class _Walk:
         progress: how many bytes were taken when something else than before could follow for the
             last time.
         start: the matcher before the first byte.
+        end: the matcher after the last byte.
+        opened: whether the walk stopped where a string opened that cannot close at once.
     """
 
     written: bytes
@@ -224,24 +285,36 @@ class _Walk:
     steps: int
     progress: int
     start: Any
+    end: Any
+    opened: bool = False
 
     def state(self) -> Any:
         """The matcher after the first `progress` bytes."""
+        if self.progress == len(self.written) and not self.end.is_error():
+            return self.end
         # It is made when it is asked for: to copy a matcher takes as long as what it has read.
         state = self.start.deep_copy()
         state.consume_tokens(list(self.written[: self.progress]))
         return state
 
 
-def _straight(matcher: Any, most: int, until: int | None = None, idle: int = _LONGEST) -> _Walk:
+def _straight(
+    matcher: Any,
+    most: int,
+    until: int | None = None,
+    idle: int = _LONGEST,
+    opening: bool = False,
+) -> _Walk:
     """Take the most fitting byte, or what the grammar forces, at most `most` times, and at most
     `idle` times while nothing else than before may follow, until the text is complete or, with
-    `until`, that byte may follow."""
+    `until`, that byte may follow, or, with `opening`, a string opens that cannot close at once."""
     state, written, steps = matcher.deep_copy(), b"", 0
     progress, before = 0, b""
     while not _done(state, until):
         step = state.compute_ff_bytes()
         mask = state.compute_bitmask()
+        if opening and written.endswith(b'"') and _holds(mask):
+            return _Walk(written, False, steps, len(written), matcher, state, opened=True)
         if step or mask != before:
             progress, before = len(written), mask
         if not step:
@@ -251,10 +324,15 @@ def _straight(matcher: Any, most: int, until: int | None = None, idle: int = _LO
             step = bytes(islice(allowed, 1))
         stuck = steps >= most or len(written) - progress > idle
         if stuck or not step or not state.consume_tokens(list(step)):
-            return _Walk(written, False, steps, progress, matcher)
+            return _Walk(written, False, steps, progress, matcher, state)
         steps += 1
         written += step
-    return _Walk(written, True, steps, progress, matcher)
+    return _Walk(written, True, steps, progress, matcher, state)
+
+
+def _holds(mask: bytes) -> bool:
+    """Whether a state with this mask may stand in a string that cannot close at once."""
+    return not _allows(mask, _QUOTE) and bool(int.from_bytes(mask, "little") & ~_BETWEEN)
 
 
 def _done(state: Any, until: int | None) -> bool:
