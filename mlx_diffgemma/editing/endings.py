@@ -134,7 +134,7 @@ class Endings:
         state, written, searched = matcher.deep_copy(), b"", 0
         self._place, idle = self._start, _IDLE if self._patterns else _LONGEST
         while self._work > 0:
-            closed = self._closing(state, _NEAR, first=not written)
+            closed = self._closing(state, first=not written)
             if closed is None:
                 walk = self._straight(state, _LONGEST, idle=idle, opening=bool(self._patterns))
                 if walk.complete:
@@ -144,14 +144,11 @@ class Endings:
                 state = walk.state()
                 if walk.opened:
                     continue
-                closed = self._closing(state, len(self._patterns), first=not written)
+                closed = self._closing(state, first=not written) if walk.progress else None
             if closed is None and searched < _STAGES:
                 searched += 1
                 self._work += more
-                closed = next(self._search(state, _FILLED, _CLOSING, until=_QUOTE), None)
-                if closed is not None:
-                    self._next[self._place] = closed, self._place
-                    closed += bytes([_QUOTE])
+                closed = self._searched(state)
             if closed is not None:
                 written += closed
                 state.consume_tokens(list(closed))
@@ -164,22 +161,35 @@ class Endings:
             written += walk.written[: walk.progress]
             state = walk.state()
 
-    def _closing(self, state: Any, most: int, *, first: bool) -> bytes | None:
-        """What closes the string that `state` stands in: the example of one of the `most` patterns
-        that come next, and a quote. None where no such example fits or the string closes at once.
-        `first` says that it is the first string of an ending."""
+    def _closing(self, state: Any, *, first: bool) -> bytes | None:
+        """The example of a pattern that closes the string in which `state` stands, and a quote;
+        None where there is no such example or the string closes at once. `first` says that it is
+        the first string of an ending."""
         if not _holds(state.compute_bitmask()):
             return None
         known = [self._next[self._place]] if self._place in self._next else []
-        for text, place in (*known, *self._nearby(most)):
+        for tried, (text, place) in enumerate((*known, *self._nearby(len(self._patterns)))):
             closed = text + bytes([_QUOTE])
-            self._work -= 1
+            self._work -= tried % _AT_ONCE == 0
             if state.validate_tokens(list(closed)) == len(closed):
                 self._next[self._place] = text, place
                 self._start = place - 1 if first else self._start
                 self._place = place
                 return closed
         return None
+
+    def _searched(self, state: Any) -> bytes | None:
+        """What a search finds to close the string in which `state` stands, and a quote."""
+        found = next(self._search(state, _FILLED, _CLOSING, until=_QUOTE), None)
+        if found is None:
+            return None
+        before = self._place
+        for text, place in list(self._nearby(_NEAR)):
+            if text not in found:
+                break
+            self._place = place
+        self._next[before] = found, self._place
+        return found + bytes([_QUOTE])
 
     def _nearby(self, most: int) -> Iterator[tuple[bytes, int]]:
         """Examples of the `most` patterns that come next, each with the pattern's number."""
