@@ -16,22 +16,27 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
 from heapq import heappop, heappush
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any
+
+from mlx_diffgemma.editing.walks import (
+    IN_TEXT,
+    LONGEST,
+    QUOTE,
+    Walk,
+    allows,
+    done,
+    in_open_text,
+    straight,
+)
 
 END = 256  # the token of the byte matcher that ends a text; the others are the bytes
 
-_TYPED = b"0,:1{[-.aA" + bytes(range(0x20, 0x7F)) + b"\n\t\r"
-_IN_STRUCTURE = bytes(dict.fromkeys(b'}]"' + _TYPED + bytes(range(256))))
-_IN_TEXT = bytes(dict.fromkeys(b'" }]' + _TYPED + bytes(range(256))))
-_QUOTE = ord('"')
-_BETWEEN = sum(1 << byte for byte in b",:{}[] ")  # the mask of what stands around strings
 _TRIED = b'"}]0a ,A1@.:-/_\nDTZ'  # bytes that a search tries after the words of the grammar
 _NAMED = 32  # words of a grammar that are tried
-_NEAR = 64  # patterns of which an example is tried: the next ones in the grammar
+_NEAR = 64  # patterns whose examples and words a search tries: the next ones in the grammar
 _AT_ONCE = 16  # words that are validated in the time of one step
 _ALIKE = 4  # most states that allow the same and are searched
 _WORK = 2500  # steps of a search that is not thorough, some 5 to 10 µs each
@@ -39,7 +44,6 @@ _CLOSING = 600  # steps of a search for the end of a string
 _FILLED = 64  # steps straight on from each state of a search for the end of a string
 _THOROUGH = 40_000  # steps of a thorough search
 _STRAIGHT = (32, 1024)  # steps straight on from a state of a search, first and where that failed
-_LONGEST = 4096  # steps of the walk that comes before any search
 _REMEMBERED = 16  # endings that are remembered
 _IDLE = 128  # steps after which a walk is given up where nothing else than before may follow
 _STAGES = 256  # strings that need a search of their own, in one ending
@@ -74,7 +78,7 @@ class Endings:
         self._found: OrderedDict[bytes, None] = OrderedDict()
         self._work = 0  # steps that are left to a search
         self._place = -1  # number of the pattern whose example closed a string last
-        self._start = -1  # the place before the first string that the latest ending closed
+        self._start = -1  # the place before the first example in the latest ending
         # What closed the string behind each place, and the place after it.
         self._next: dict[int, tuple[bytes, int]] = {}
 
@@ -120,7 +124,7 @@ class Endings:
         yield from islice(self._remembered(matcher), _CANDIDATES // 2)
         if self._quoted:
             yield from self._in_stages(matcher, _STAGE if thorough else 0)
-        elif (walk := self._straight(matcher, _LONGEST)).complete:
+        elif (walk := self._straight(matcher, LONGEST)).complete:
             yield walk.written
         self._place = self._start
         for most in _STRAIGHT:
@@ -132,11 +136,11 @@ class Endings:
         not close at once. Where that leads nowhere, search for the end of the string alone, which
         adds `more` steps, and go on from it: this leads out of many strings with a pattern each."""
         state, written, searched = matcher.deep_copy(), b"", 0
-        self._place, idle = self._start, _IDLE if self._patterns else _LONGEST
+        self._place, idle = self._start, _IDLE if self._patterns else LONGEST
         while self._work > 0:
-            closed = self._closing(state, first=not written)
+            closed = self._closing(state)
             if closed is None:
-                walk = self._straight(state, _LONGEST, idle=idle, opening=bool(self._patterns))
+                walk = self._straight(state, LONGEST, idle=idle, opening=bool(self._patterns))
                 if walk.complete:
                     yield written + walk.written
                     return
@@ -144,7 +148,7 @@ class Endings:
                 state = walk.state()
                 if walk.opened:
                     continue
-                closed = self._closing(state, first=not written) if walk.progress else None
+                closed = self._closing(state) if walk.progress else None
             if closed is None and searched < _STAGES:
                 searched += 1
                 self._work += more
@@ -153,7 +157,7 @@ class Endings:
                 written += closed
                 state.consume_tokens(list(closed))
                 continue
-            walk = self._straight(state, _LONGEST)
+            walk = self._straight(state, LONGEST)
             if walk.complete:
                 yield written + walk.written
             if walk.complete or not walk.progress:
@@ -161,26 +165,27 @@ class Endings:
             written += walk.written[: walk.progress]
             state = walk.state()
 
-    def _closing(self, state: Any, *, first: bool) -> bytes | None:
+    def _closing(self, state: Any) -> bytes | None:
         """The example of a pattern that closes the string in which `state` stands, and a quote;
-        None where there is no such example or the string closes at once. `first` says that it is
-        the first string of an ending."""
-        if not _holds(state.compute_bitmask()):
+        None where there is no such example or the string closes at once."""
+        if not in_open_text(state.compute_bitmask()):
             return None
         known = [self._next[self._place]] if self._place in self._next else []
-        for tried, (text, place) in enumerate((*known, *self._nearby(len(self._patterns)))):
-            closed = text + bytes([_QUOTE])
+        for tried, (text, place) in enumerate(chain(known, self._nearby(len(self._patterns)))):
+            closed = text + bytes([QUOTE])
             self._work -= tried % _AT_ONCE == 0
             if state.validate_tokens(list(closed)) == len(closed):
                 self._next[self._place] = text, place
-                self._start = place - 1 if first else self._start
+                if self._place == self._start:
+                    self._start = place - 1  # the next ending begins here or a little further on
                 self._place = place
                 return closed
         return None
 
     def _searched(self, state: Any) -> bytes | None:
-        """What a search finds to close the string in which `state` stands, and a quote."""
-        found = next(self._search(state, _FILLED, _CLOSING, until=_QUOTE), None)
+        """What a search finds to close the string in which `state` stands, and a quote. The place
+        moves on over the next patterns whose examples it holds."""
+        found = next(self._search(state, _FILLED, _CLOSING, until=QUOTE), None)
         if found is None:
             return None
         before = self._place
@@ -189,7 +194,7 @@ class Endings:
                 break
             self._place = place
         self._next[before] = found, self._place
-        return found + bytes([_QUOTE])
+        return found + bytes([QUOTE])
 
     def _nearby(self, most: int) -> Iterator[tuple[bytes, int]]:
         """Examples of the `most` patterns that come next, each with the pattern's number."""
@@ -239,7 +244,7 @@ class Endings:
                 if not after.consume_tokens(list(step)):
                     continue
                 path = (*steps, step)
-                if _done(after, until):
+                if done(after, until):
                     yield b"".join(path)
                     continue
                 cost = len(path) - 2 * len(named.keys() & set(path))
@@ -257,102 +262,23 @@ class Endings:
         matcher: Any,
         most: int,
         until: int | None = None,
-        idle: int = _LONGEST,
+        idle: int = LONGEST,
         opening: bool = False,
-    ) -> _Walk:
+    ) -> Walk:
         # Half of what is left at most: what leads nowhere must leave some to the search.
-        walk = _straight(matcher, min(most, self._work // 2), until, idle, opening)
+        walk = straight(matcher, min(most, self._work // 2), until, idle, opening)
         self._work -= walk.steps
         return walk
 
-    def _steps(self, state: Any, words: Iterable[bytes]) -> list[bytes]:
+    def _steps(self, state: Any, words: Collection[bytes]) -> list[bytes]:
         if forced := state.compute_ff_bytes():
             return [forced]
+        self._work -= len(words) // _AT_ONCE
         named = [word for word in words if state.validate_tokens(list(word)) == len(word)]
         mask = state.compute_bitmask()
-        single = [bytes([byte]) for byte in _TRIED if _allows(mask, byte)]
-        others = (bytes([byte]) for byte in _IN_TEXT if _allows(mask, byte))
+        single = [bytes([byte]) for byte in _TRIED if allows(mask, byte)]
+        others = (bytes([byte]) for byte in IN_TEXT if allows(mask, byte))
         return list(dict.fromkeys([*named, *single, *islice(others, _ALIKE)]))
-
-
-@dataclass(frozen=True)
-class _Walk:
-    """A walk that took the most fitting byte at each step.
-
-    Attributes:
-        written: all bytes that were taken.
-        complete: whether they complete the text, or lead to the byte that was asked for.
-        steps: how many steps were taken.
-        progress: how many bytes were taken when something else than before could follow for the
-            last time.
-        start: the matcher before the first byte.
-        end: the matcher after the last byte.
-        opened: whether the walk stopped where a string opened that cannot close at once.
-    """
-
-    written: bytes
-    complete: bool
-    steps: int
-    progress: int
-    start: Any
-    end: Any
-    opened: bool = False
-
-    def state(self) -> Any:
-        """The matcher after the first `progress` bytes."""
-        if self.progress == len(self.written) and not self.end.is_error():
-            return self.end
-        # It is made when it is asked for: to copy a matcher takes as long as what it has read.
-        state = self.start.deep_copy()
-        state.consume_tokens(list(self.written[: self.progress]))
-        return state
-
-
-def _straight(
-    matcher: Any,
-    most: int,
-    until: int | None = None,
-    idle: int = _LONGEST,
-    opening: bool = False,
-) -> _Walk:
-    """Take the most fitting byte, or what the grammar forces, at most `most` times, and at most
-    `idle` times while nothing else than before may follow, until the text is complete or, with
-    `until`, that byte may follow, or, with `opening`, a string opens that cannot close at once."""
-    state, written, steps = matcher.deep_copy(), b"", 0
-    progress, before = 0, b""
-    while not _done(state, until):
-        step = state.compute_ff_bytes()
-        mask = state.compute_bitmask()
-        if opening and written.endswith(b'"') and _holds(mask):
-            return _Walk(written, False, steps, len(written), matcher, state, opened=True)
-        if step or mask != before:
-            progress, before = len(written), mask
-        if not step:
-            # No letter may stand between what makes up JSON, but for those of null and the like.
-            in_text = _allows(mask, ord(" ")) or _allows(mask, ord("a"))
-            allowed = (b for b in (_IN_TEXT if in_text else _IN_STRUCTURE) if _allows(mask, b))
-            step = bytes(islice(allowed, 1))
-        stuck = steps >= most or len(written) - progress > idle
-        if stuck or not step or not state.consume_tokens(list(step)):
-            return _Walk(written, False, steps, progress, matcher, state)
-        steps += 1
-        written += step
-    return _Walk(written, True, steps, progress, matcher, state)
-
-
-def _holds(mask: bytes) -> bool:
-    """Whether a state with this mask may stand in a string that cannot close at once."""
-    return not _allows(mask, _QUOTE) and bool(int.from_bytes(mask, "little") & ~_BETWEEN)
-
-
-def _done(state: Any, until: int | None) -> bool:
-    if until is None:
-        return bool(state.is_accepting())
-    return _allows(state.compute_bitmask(), until)
-
-
-def _allows(mask: bytes, byte: int) -> bool:
-    return bool(mask[byte >> 3] >> (byte & 7) & 1)
 
 
 def _words(patterns: Iterable[str]) -> Iterator[bytes]:

@@ -149,7 +149,7 @@ def test_work_is_bounded_and_what_was_found_is_remembered(pattern, monkeypatch):
     def forbidden(*_: Any) -> None:
         raise AssertionError("an ending is known")
 
-    monkeypatch.setattr(module, "_straight", forbidden)
+    monkeypatch.setattr(module, "straight", forbidden)
     monkeypatch.setattr(module.Endings, "_search", forbidden)
     assert matcher.way_out(4096) == first
     after = matcher.copy()
@@ -159,7 +159,7 @@ def test_work_is_bounded_and_what_was_found_is_remembered(pattern, monkeypatch):
 
 def test_what_has_no_way_out_says_so_soon(monkeypatch):
     steps = 0
-    inner = module._straight
+    inner = module.straight
 
     def counted(*arguments: Any) -> Any:
         nonlocal steps
@@ -167,7 +167,7 @@ def test_what_has_no_way_out_says_so_soon(monkeypatch):
         steps += walk.steps
         return walk
 
-    monkeypatch.setattr(module, "_straight", counted)
+    monkeypatch.setattr(module, "straight", counted)
     matcher = regex_matcher(small(), "(.*[a-f]{3000}.*)+")
     assert matcher.way_out(20) is None
     assert steps <= 2500
