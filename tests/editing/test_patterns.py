@@ -119,7 +119,7 @@ def test_the_shortest_that_is_too_long_is_found_once(monkeypatch):
     def forbidden(*_: Any) -> None:
         raise AssertionError("an ending is known")
 
-    monkeypatch.setattr(module, "_straight", forbidden)
+    monkeypatch.setattr(module, "straight", forbidden)
     assert len(matcher.way_out(4096, thorough=True)) > 99
 
 
