@@ -29,7 +29,7 @@ _IN_TEXT = bytes(dict.fromkeys(b'" }]' + _TYPED + bytes(range(256))))
 _QUOTE = ord('"')
 _TRIED = b'"}]0a ,A1@.:-/_\nDTZ'  # bytes that a search tries after the words of the grammar
 _NAMED = 32  # words of a grammar that are tried
-_EXAMPLES = 256  # patterns of which an example is tried
+_EXAMPLES = 1024  # patterns of which an example is tried
 _ALIKE = 4  # most states that allow the same and are searched
 _WORK = 2500  # steps of a search that is not thorough, some 5 to 10 µs each
 _CLOSING = 600  # steps of a search for the end of a string
@@ -38,8 +38,8 @@ _THOROUGH = 40_000  # steps of a thorough search
 _STRAIGHT = (32, 1024)  # steps straight on from a state of a search, first and where that failed
 _LONGEST = 4096  # steps of the walk that comes before any search
 _REMEMBERED = 16  # endings that are remembered
-_IDLE = 128  # steps after which a walk is given up where nothing else than before may follow
-_STAGES = 256  # strings that need a search of their own, in one ending
+_IDLE = 4  # steps after which a walk is given up where nothing else than before may follow
+_STAGES = 1024  # strings that need a search of their own, in one ending
 _CUT = 64  # most bytes of its beginning that a remembered ending may have lost
 _CANDIDATES = 96  # endings whose length is counted
 _TOO_LONG = 12  # endings that are too long, after which a search that is not thorough gives up
@@ -67,11 +67,19 @@ class Endings:
         self._patterns = list(patterns)
         self._found: OrderedDict[bytes, None] = OrderedDict()
         self._work = 0  # steps that are left to a search
+        self._next = 0  # place among the examples of the one that is tried first
+
+    @cached_property
+    def _examples(self) -> list[bytes]:
+        """An example of each pattern, in the order of the grammar, where there is one."""
+        found = {
+            each: self._example(each) for each in islice(dict.fromkeys(self._patterns), _EXAMPLES)
+        }
+        return [each for pattern in self._patterns if (each := found.get(pattern)) is not None]
 
     @cached_property
     def _named(self) -> dict[bytes, None]:
-        several = islice(dict.fromkeys(self._patterns), _EXAMPLES)
-        examples = filter(None, map(self._example, several))
+        examples = filter(None, self._examples)
         return dict.fromkeys([*examples, *islice(_words(self._patterns), _NAMED)])
 
     def find(
@@ -114,7 +122,7 @@ class Endings:
 
     def _candidates(self, matcher: Any) -> Iterator[bytes]:
         yield from islice(self._remembered(matcher), _CANDIDATES // 2)
-        walk = self._straight(matcher, _LONGEST)
+        walk = self._straight(matcher, _LONGEST, idle=_IDLE if self._quoted else _LONGEST)
         if walk.complete:
             yield walk.written
         elif self._quoted:
@@ -124,8 +132,8 @@ class Endings:
             yield from self._search(matcher, most, share)
 
     def _in_stages(self, walk: _Walk) -> Iterator[bytes]:
-        """Go straight on until that leads nowhere, search there for the end of the string alone,
-        and go on from it: this leads out of many strings with a pattern each."""
+        """Go straight on until that leads nowhere, close the string there, and go on from it: this
+        leads out of many strings with a pattern each."""
         written = b""
         for _ in range(_STAGES):
             if walk.complete:
@@ -133,16 +141,29 @@ class Endings:
                 return
             written += walk.written[: walk.progress]
             state = walk.state()
-            closed = next(self._search(state, _FILLED, _CLOSING, until=_QUOTE), None)
+            closed = self._closing(state)
             if closed is None:
-                walk = self._straight(state, _STRAIGHT[-1])
+                walk = self._straight(state, _LONGEST)
                 if not walk.complete and not walk.progress:
                     return
                 continue
-            closed += bytes([_QUOTE])
             written += closed
             state.consume_tokens(list(closed))
             walk = self._straight(state, _STRAIGHT[-1], idle=_IDLE)
+
+    def _closing(self, state: Any) -> bytes | None:
+        """What closes the string that `state` is in, with the quote: the example of a pattern, or
+        else what a search finds. The examples go round, since a grammar mostly asks for its
+        patterns in their order."""
+        count = len(self._examples)
+        for place in range(self._next, self._next + count):
+            closed = self._examples[place % count] + bytes([_QUOTE])
+            self._work -= 1
+            if state.validate_tokens(list(closed)) == len(closed):
+                self._next = (place + 1) % count
+                return closed
+        found = next(self._search(state, _FILLED, _CLOSING, until=_QUOTE), None)
+        return None if found is None else found + bytes([_QUOTE])
 
     def _remembered(self, matcher: Any) -> Iterator[bytes]:
         """The rests of remembered endings that complete the text: those of the latest ending come

@@ -264,7 +264,7 @@ def closer(vocabulary: Vocabulary) -> Closer:
 
 
 def _patterns(schema: Any) -> list[str]:
-    """The regular expressions in a schema."""
+    """The regular expressions in a schema, in the order in which it names them."""
     patterns: list[str] = []
     waiting = [schema]
     while waiting:
@@ -273,9 +273,9 @@ def _patterns(schema: Any) -> list[str]:
             patterns += [item["pattern"]] if isinstance(item.get("pattern"), str) else []
             named = item.get("patternProperties")
             patterns += named if isinstance(named, Mapping) else []
-            waiting += item.values()
+            waiting += reversed([*item.values()])
         elif isinstance(item, (list, tuple)):
-            waiting += item
+            waiting += reversed(item)
     return [pattern for pattern in patterns if isinstance(pattern, str)]
 
 
