@@ -52,7 +52,8 @@ def configured(
     the tokenizer has now (`tokenizer.add_eos_token` adds some), unless `eos_token_ids` are given.
 
     Raises:
-        ConfigError, UsageError: as for `diffusion_config`.
+        ConfigError: as for `diffusion_config`.
+        UsageError: as for `diffusion_config`, or a canvas is as long as the context or longer.
     """
     check_tokenizer(tokenizer)
     if config is None:
@@ -61,10 +62,26 @@ def configured(
         raise UsageError(f"config must be a DiffusionConfig, not {shown(config)}.")
     else:
         config = config.override(**overrides)
+    canvas_length(model, config)
     if overrides.get("eos_token_ids") is not None:
         return config
     more = sorted(end_token_ids(tokenizer) - set(config.eos_token_ids))
     return replace(config, eos_token_ids=(*config.eos_token_ids, *more))
+
+
+def canvas_length(model: DiffusionGemma, config: DiffusionConfig, of_which: str = "") -> int:
+    """Tokens of a canvas, by these settings of `of_which`, or the model's own number.
+
+    Raises:
+        UsageError: they are as many as the context has positions, or more.
+    """
+    length = config.canvas_length or model.config.canvas_length
+    context = model.config.text.max_position_embeddings
+    if length >= context:
+        raise UsageError(
+            f"{of_which}canvas_length is {length}, and the model's context is {context}; lower it."
+        )
+    return length
 
 
 def cache_of(model: DiffusionGemma, given: Any) -> PrefixCache:
@@ -121,12 +138,7 @@ def fit_to_context(
     for row, (ids, settings) in enumerate(zip(prompts, configs, strict=True)):
         name = "the prompt" if len(prompts) == 1 else f"prompt {row + 1}"
         of_which = "" if shared else f"{name}: "
-        length = settings.canvas_length or own_length
-        if length >= context:
-            raise UsageError(
-                f"{of_which}canvas_length is {length}, and the model's context is {context}; "
-                "lower it."
-            )
+        length = canvas_length(model, settings, of_which)
         pads = (settings.pad_token_id,)
         for setting, given in (("eos_token_ids", settings.eos_token_ids), ("pad_token_id", pads)):
             if max(given, default=0) > last:

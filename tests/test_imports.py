@@ -6,6 +6,8 @@ The contracts of `pyproject.toml` say which rooms may know which; this is about 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -113,3 +115,11 @@ def test_a_circle_is_found(indent):
         "b.c": imports(ast.parse("import a"), known),
     }
     assert set(circle(graph)) == known
+
+
+@pytest.mark.parametrize("module", ["mlx_diffgemma_convert.converting", "mlx_diffgemma.cli.main"])
+def test_what_needs_no_model_starts_without_its_libraries(module):
+    """They take seconds to read: transformers reads torch where that is there."""
+    told = f"import sys, {module}; print({{'mlx_lm', 'transformers', 'torch'}} & {{*sys.modules}})"
+    ran = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "set()"

@@ -3,10 +3,17 @@ differentiates. A model that is loaded for a CPU gets them from `use`; no model,
 whether it runs on one."""
 
 import mlx.core as mx
-
-from mlx_diffgemma.cpu.forms import use
+import mlx.nn as nn
 
 __all__ = ["is_device", "use"]
+
+
+def use(model: nn.Module) -> None:
+    """Give `model` and all that is in it the forms for a CPU, weights unchanged."""
+    # What asks for the device alone, as a conversion does, need not read all layers of mlx-lm.
+    from mlx_diffgemma.cpu.forms import use_forms
+
+    use_forms(model)
 
 
 def is_device() -> bool:

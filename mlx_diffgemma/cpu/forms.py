@@ -35,7 +35,7 @@ from mlx_diffgemma.model.vision import VisionMLP
 _PREFILL_STEP_SIZE = 512  # more tokens at a time gain nothing where products are slow
 
 
-def use(model: nn.Module) -> None:
+def use_forms(model: nn.Module) -> None:
     """Give `model` and all that is in it the forms for a CPU, weights unchanged."""
     for module in model.modules():
         if type(module) in _FORMS:

@@ -31,7 +31,13 @@ from mlx_diffgemma.editing.questions import (
 )
 from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import PromptError, UsageError
-from mlx_diffgemma.fitting import cache_of, denoiser_of, diffusion_config, fit_to_context
+from mlx_diffgemma.fitting import (
+    cache_of,
+    canvas_length,
+    denoiser_of,
+    diffusion_config,
+    fit_to_context,
+)
 from mlx_diffgemma.model.cache import Prefix, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.pictured import in_common
@@ -108,7 +114,7 @@ def decide(
     if calibration is not None:
         calibration.require_model(model)
     vocabulary = Vocabulary(tokenizer, model.config.text.vocab_size, config.eos_token_ids)
-    longest = how.canvas_length or model.config.canvas_length
+    longest = canvas_length(model, config.override(canvas_length=how.canvas_length))
     labels, frames = _frames(tokenizer, vocabulary, asked, frame, how, longest)
     lengths = [how.canvas_length or length_of(each, longest) for each in frames]
     shifts = max(len(question.options) for question in asked) if how.rotate else 1

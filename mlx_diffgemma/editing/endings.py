@@ -45,7 +45,7 @@ _FILLED = 64  # steps straight on from each state of a search for the end of a s
 _THOROUGH = 40_000  # steps of a thorough search
 _STRAIGHT = (32, 1024)  # steps straight on from a state of a search, first and where that failed
 _REMEMBERED = 16  # endings that are remembered
-_IDLE = 128  # steps after which a walk is given up where nothing else than before may follow
+_IDLE = 4  # steps after which a walk is given up where nothing else than before may follow
 _STAGES = 256  # strings that need a search of their own, in one ending
 _STAGE = 1500  # steps that each of them adds to a thorough search
 _CUT = 64  # most bytes of its beginning that a remembered ending may have lost
@@ -136,11 +136,11 @@ class Endings:
         not close at once. Where that leads nowhere, search for the end of the string alone, which
         adds `more` steps, and go on from it: this leads out of many strings with a pattern each."""
         state, written, searched = matcher.deep_copy(), b"", 0
-        self._place, idle = self._start, _IDLE if self._patterns else LONGEST
+        self._place = self._start
         while self._work > 0:
             closed = self._closing(state)
             if closed is None:
-                walk = self._straight(state, LONGEST, idle=idle, opening=bool(self._patterns))
+                walk = self._straight(state, LONGEST, idle=_IDLE, opening=bool(self._patterns))
                 if walk.complete:
                     yield written + walk.written
                     return

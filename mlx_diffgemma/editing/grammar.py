@@ -273,7 +273,7 @@ def _patterns(schema: Any) -> list[str]:
             patterns += [item["pattern"]] if isinstance(item.get("pattern"), str) else []
             named = item.get("patternProperties")
             patterns += named if isinstance(named, Mapping) else []
-            waiting += reversed(list(item.values()))
+            waiting += reversed([*item.values()])
         elif isinstance(item, (list, tuple)):
             waiting += reversed(item)
     return [pattern for pattern in patterns if isinstance(pattern, str)]

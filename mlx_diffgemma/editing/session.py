@@ -20,7 +20,13 @@ from mlx_diffgemma.diffusion.noise import SeededNoise, checked_seed
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.fitting import cache_of, configured, denoiser_of, fit_to_context
+from mlx_diffgemma.fitting import (
+    cache_of,
+    canvas_length,
+    configured,
+    denoiser_of,
+    fit_to_context,
+)
 from mlx_diffgemma.model.cache import Prefix, PrefixCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.pictured import followed_by
@@ -107,7 +113,7 @@ class Session:
         )
         self.prompt = self.encode(prompt)
         self._prefill_step_size = prefill_step_size
-        self.length = self.config.canvas_length or model.config.canvas_length
+        self.length = canvas_length(model, self.config)
         self.noise = SeededNoise(self.seed)
         self.denoiser = denoiser_of(model, denoiser)
         self.passes = 0

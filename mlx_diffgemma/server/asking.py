@@ -66,6 +66,7 @@ def _submit(engine: Engine, prepared: Prepared, work: Any) -> Ticket:
         work,
         prompt_tokens=len(prepared.encoded.ids),
         answer_tokens=reserved(engine.model, prepared.config),
+        canvas_length=prepared.config.canvas_length,
     )
 
 

@@ -18,7 +18,7 @@ from mlx_diffgemma.editing.fill import fill
 from mlx_diffgemma.editing.gaps import Filled
 from mlx_diffgemma.editing.infill import HOLE, LENGTHS, infill
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.fitting import configured
+from mlx_diffgemma.fitting import canvas_length, configured
 from mlx_diffgemma.server.canvases import CanvasAsked, Change, canvas_work
 from mlx_diffgemma.server.engine import Engine
 from mlx_diffgemma.server.fields import Fields, is_integer
@@ -217,7 +217,7 @@ async def _canvas(engine: Engine, fields: Fields, most: int) -> CanvasAsked:
         **knobs(fields),
     )
     prepared: Prepared = await asyncio.to_thread(prepare, engine, asked)
-    length = prepared.config.canvas_length or engine.model.config.canvas_length
+    length = canvas_length(engine.model, prepared.config)
     vocab = engine.model.config.text.vocab_size
     initial = _ids(fields, "diffusion_seed_canvas", vocab)
     if initial is not None and len(initial) != length:
@@ -308,6 +308,7 @@ def _submit(engine: Engine, asked: CanvasAsked) -> Any:
         lambda seat: canvas_work(seat, asked),
         prompt_tokens=len(asked.encoded.ids),
         answer_tokens=asked.length,
+        canvas_length=asked.length,
     )
 
 

@@ -120,19 +120,27 @@ class Engine:
 
     # What other threads call.
 
-    def submit(self, work: Work, *, prompt_tokens: int = 0, answer_tokens: int = 0) -> Ticket:
+    def submit(
+        self,
+        work: Work,
+        *,
+        prompt_tokens: int = 0,
+        answer_tokens: int = 0,
+        canvas_length: int | None = None,
+    ) -> Ticket:
         """Take a request in. It is called in an event loop, in which the ticket is read.
 
         Args:
             work: what the request does on the engine's thread.
             prompt_tokens, answer_tokens: tokens that memory is reserved for.
+            canvas_length: tokens of a canvas; the model's own number if None.
 
         Raises:
             QueueFullError: too many requests wait, or the engine is about to end.
             MemoryShortageError: the request needs more memory than this machine has offered since
                 the engine began. One that needs more than there is now waits its turn.
         """
-        reserved = self._bytes(prompt_tokens, answer_tokens)
+        reserved = self._bytes(prompt_tokens, answer_tokens, canvas_length)
         job = Job(self, work, reserved)
         with self._changed:
             if self._stopping or self.failure is not None:
@@ -180,13 +188,15 @@ class Engine:
         with self._changed:
             self._changed.notify()
 
-    def _bytes(self, prompt_tokens: int, answer_tokens: int) -> int:
+    def _bytes(
+        self, prompt_tokens: int, answer_tokens: int, canvas_length: int | None = None
+    ) -> int:
         if not prompt_tokens:
             return 0
         estimate = memory.estimate(
             self.model.config.text,
             0,
-            canvas_length=self.model.config.canvas_length,
+            canvas_length=canvas_length or self.model.config.canvas_length,
             sequences=[(prompt_tokens, answer_tokens)],
             activation_bytes=self.model.dtype.size,
             step_size=self.model.prefill_step_size,
@@ -202,7 +212,8 @@ class Engine:
                 raise MemoryShortageError(
                     f"a prompt of {prompt_tokens} tokens needs about "
                     f"{memory.size_text(estimate.total)} and this machine offers "
-                    f"{memory.size_text(self._offered)}; shorten it or lower max_tokens."
+                    f"{memory.size_text(self._offered)}; shorten it, or lower max_tokens or the "
+                    "length of a canvas."
                 )
         return estimate.total
 

@@ -24,7 +24,7 @@ from mlx_diffgemma.diffusion.noise import checked_seed
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.editing.vocabulary import Vocabulary
 from mlx_diffgemma.errors import UsageError
-from mlx_diffgemma.fitting import configured, fit_to_context
+from mlx_diffgemma.fitting import canvas_length, configured, fit_to_context
 from mlx_diffgemma.server import writing
 from mlx_diffgemma.server.fields import Fields, is_integer
 from mlx_diffgemma.server.live import MOST_STEPS, Live, LiveCanvases
@@ -200,7 +200,7 @@ def _live(engine: Engine, fields: Fields) -> Live:
             prompt = f"{sudoku.BARE_PROMPT}\n{given}"
         ids = encode_prompt(tokenizer, prompt)
         (config,) = fit_to_context(model, [ids], config, check_memory=False)
-        length = config.canvas_length or model.config.canvas_length
+        length = canvas_length(model, config)
         pins: dict[int, int] = {}
         allowed = dict(not_at_first(config.eos_token_ids, length, vocabulary.size).allowed)
         if given is not None:

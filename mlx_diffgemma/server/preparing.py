@@ -14,7 +14,7 @@ from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
 from mlx_diffgemma.editing.edit import candidate_lengths
 from mlx_diffgemma.editing.infill import LENGTHS
 from mlx_diffgemma.errors import CheckpointError, UsageError
-from mlx_diffgemma.fitting import configured, fit_to_context
+from mlx_diffgemma.fitting import canvas_length, configured, fit_to_context
 from mlx_diffgemma.server.engine import Engine
 from mlx_diffgemma.server.pieces import Asked
 from mlx_diffgemma.server.refusals import RefusedError
@@ -237,7 +237,7 @@ def _call_marker(tokenizer: Any) -> tuple[int, ...]:
 
 def _lengths(engine: Engine, config: DiffusionConfig, asked: Asked) -> tuple[int, ...]:
     """The numbers of tokens that a gap may take."""
-    canvas = config.canvas_length or engine.model.config.canvas_length
+    canvas = canvas_length(engine.model, config)
     if asked.present is not None:
         room = canvas - 2
         with engine.tokenizing:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 from small_models import demo, tiny
 
+from mlx_diffgemma import generate, generate_structured
 from mlx_diffgemma.demo import sudoku
+from mlx_diffgemma.editing.decide import decide
 from mlx_diffgemma.editing.edit import edit
 from mlx_diffgemma.editing.fill import fill
 from mlx_diffgemma.editing.infill import infill
@@ -214,3 +217,21 @@ def test_a_pattern_that_cannot_fit():
     assert str(error.value).startswith("the pattern of slot 'a' cannot be used: ")
     found = fill(model, tokenizer, "{a:/[0-9]{9}/}", lengths=[2, 3], prompt="x", raw=True)
     assert len(found.filled["a"].tokens) == 9  # what the pattern needs, whatever lengths says
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        partial(infill, text="a [[?]] b", prompt="x"),
+        partial(edit, text="a\nb", instruction="shorter", lines=(1, 1), prompt="x"),
+        partial(fill, template="a {name:word}", prompt="x"),
+        partial(generate_structured, prompt="x", regex="[a-z]+"),
+        partial(decide, state="x", questions={"wet": {"type": "noul", "instructions": "Wet."}}),
+        partial(generate, prompt="x"),
+    ],
+    ids=["infill", "edit", "fill", "structured", "decide", "generate"],
+)
+def test_a_canvas_longer_than_the_context_is_refused_before_it_is_laid_out(run):
+    # A list of as many tokens has no place in any memory.
+    with pytest.raises(UsageError, match="canvas_length"):
+        run(*tiny(), canvas_length=10**13)

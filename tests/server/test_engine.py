@@ -340,6 +340,22 @@ def test_requests_that_do_not_fit_together_take_turns(monkeypatch: pytest.Monkey
     run(test)
 
 
+def test_memory_is_reserved_for_the_canvases_that_a_request_asks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test() -> None:
+        async with running() as engine:
+            offered = engine._bytes(2, 2000) * 2  # enough for canvases of the model's own length
+            monkeypatch.setattr(memory, "available_memory", lambda: offered)
+            engine._offered = 0
+            asked = Asked(prompt="hi", seed=0, max_tokens=64, settings={"canvas_length": 2000})
+            with pytest.raises(MemoryShortageError, match="the length of a canvas"):
+                async for _ in answer(engine, asked):
+                    pass
+
+    run(test)
+
+
 def test_what_there_is_no_memory_for_now_may_be_sent_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
