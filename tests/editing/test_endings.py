@@ -157,48 +157,6 @@ def test_work_is_bounded_and_what_was_found_is_remembered(pattern, monkeypatch):
     assert len(after.way_out(4096)) <= len(first) - 2
 
 
-FAMILIES = {
-    "anchored": r"^[a-z]{3}%d-\d{3}$",
-    "anywhere": r"[a-z]cole%d",
-    "digits": r"x\d{3}-\d{4}y%d",
-    "either": r"(ab|cd)%d(e|f)",
-    "classes": r"[0-9]{2}[A-F]%d[^a-z]",
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_field_with_a_pattern_is_as_little_work_among_many_as_among_few(family, monkeypatch):
-    words, steps, walk = small(), 0, module.straight
-
-    def counted(*arguments: Any) -> Any:
-        nonlocal steps
-        found = walk(*arguments)
-        steps += found.steps
-        return found
-
-    def forbidden(*_: Any, **__: Any) -> None:
-        raise AssertionError("an example closes every string")
-
-    monkeypatch.setattr(module, "straight", counted)
-    monkeypatch.setattr(module.Endings, "_search", forbidden)
-    for count in (20, 200):
-        fields = {f"field{at}": text(pattern=FAMILIES[family] % at) for at in range(count)}
-        schema = {"type": "object", "properties": fields, "required": [*fields]}
-        matcher, steps = json_schema_matcher(words, schema), 0
-        ending = matcher.way_out(10_000, thorough=True)
-        assert ending is not None and steps <= 10 * count
-        first = json.loads(words.decode(ending))
-        jsonschema.validate(first, schema)
-        # Half of the fields are written, and otherwise than in the ending that is remembered.
-        half = [*first.items()][: count // 2]
-        other = {k: v.replace("a", "b") if family == "anchored" else v + "!" for k, v in half}
-        written = words.encode(json.dumps(other)[:-1])
-        matcher.advance(written)
-        steps, ending = 0, matcher.way_out(10_000)
-        assert ending is not None and steps <= 10 * count
-        jsonschema.validate(json.loads(words.decode([*written, *ending])), schema)
-
-
 def test_what_has_no_way_out_says_so_soon(monkeypatch):
     steps = 0
     inner = module.straight
