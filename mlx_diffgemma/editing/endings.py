@@ -37,6 +37,7 @@ END = 256  # the token of the byte matcher that ends a text; the others are the 
 _TRIED = b'"}]0a ,A1@.:-/_\nDTZ'  # bytes that a search tries after the words of the grammar
 _NAMED = 32  # words of a grammar that are tried
 _NEAR = 64  # patterns whose examples and words a search tries: the next ones in the grammar
+_TOGETHER = 4  # patterns whose examples are tried in a row, for a string that must match them all
 _AT_ONCE = 16  # words that are validated in the time of one step
 _ALIKE = 4  # most states that allow the same and are searched
 _WORK = 2500  # steps of a search that is not thorough, some 5 to 10 µs each
@@ -46,8 +47,6 @@ _THOROUGH = 40_000  # steps of a thorough search
 _STRAIGHT = (32, 1024)  # steps straight on from a state of a search, first and where that failed
 _REMEMBERED = 16  # endings that are remembered
 _IDLE = 4  # steps after which a walk is given up where nothing else than before may follow
-_STAGES = 256  # strings that need a search of their own, in one ending
-_STAGE = 1500  # steps that each of them adds to a thorough search
 _CUT = 64  # most bytes of its beginning that a remembered ending may have lost
 _CANDIDATES = 96  # endings whose length is counted
 _TOO_LONG = 12  # endings that are too long, after which a search that is not thorough gives up
@@ -100,7 +99,7 @@ class Endings:
         """
         self._work = _THOROUGH if thorough else _WORK
         too_long: list[tuple[int, bytes]] = []
-        for ending in islice(self._candidates(matcher, thorough), _CANDIDATES):
+        for ending in islice(self._candidates(matcher), _CANDIDATES):
             length = length_of(ending)
             if length is None:
                 continue
@@ -120,10 +119,10 @@ class Endings:
         if len(self._found) > _REMEMBERED:
             self._found.popitem(last=False)
 
-    def _candidates(self, matcher: Any, thorough: bool) -> Iterator[bytes]:
+    def _candidates(self, matcher: Any) -> Iterator[bytes]:
         yield from islice(self._remembered(matcher), _CANDIDATES // 2)
         if self._quoted:
-            yield from self._in_stages(matcher, _STAGE if thorough else 0)
+            yield from self._in_stages(matcher)
         elif (walk := self._straight(matcher, LONGEST)).complete:
             yield walk.written
         self._place = self._start
@@ -131,11 +130,11 @@ class Endings:
             share = self._work // 2 if most == _STRAIGHT[0] else self._work
             yield from self._search(matcher, most, share)
 
-    def _in_stages(self, matcher: Any, more: int) -> Iterator[bytes]:
+    def _in_stages(self, matcher: Any) -> Iterator[bytes]:
         """Go straight on from one string to the next and close each with an example where it does
-        not close at once. Where that leads nowhere, search for the end of the string alone, which
-        adds `more` steps, and go on from it: this leads out of many strings with a pattern each."""
-        state, written, searched = matcher.deep_copy(), b"", 0
+        not close at once. Where that leads nowhere, search for the end of the string alone and go
+        on from it: this leads out of many strings with a pattern each."""
+        state, written = matcher.deep_copy(), b""
         self._place = self._start
         while self._work > 0:
             closed = self._closing(state)
@@ -149,9 +148,7 @@ class Endings:
                 if walk.opened:
                     continue
                 closed = self._closing(state) if walk.progress else None
-            if closed is None and searched < _STAGES:
-                searched += 1
-                self._work += more
+            if closed is None:
                 closed = self._searched(state)
             if closed is not None:
                 written += closed
@@ -166,12 +163,14 @@ class Endings:
             state = walk.state()
 
     def _closing(self, state: Any) -> bytes | None:
-        """The example of a pattern that closes the string in which `state` stands, and a quote;
-        None where there is no such example or the string closes at once."""
+        """The example of a pattern, or the examples of the next few in a row, that closes the
+        string in which `state` stands, and a quote; None where there is no such example or the
+        string closes at once."""
         if not in_open_text(state.compute_bitmask()):
             return None
         known = [self._next[self._place]] if self._place in self._next else []
-        for tried, (text, place) in enumerate(chain(known, self._nearby(len(self._patterns)))):
+        near, every = list(self._nearby(_TOGETHER)), self._nearby(len(self._patterns))
+        for tried, (text, place) in enumerate(chain(known, near, _joined(near), every)):
             closed = text + bytes([QUOTE])
             self._work -= tried % _AT_ONCE == 0
             if state.validate_tokens(list(closed)) == len(closed):
@@ -279,6 +278,12 @@ class Endings:
         single = [bytes([byte]) for byte in _TRIED if allows(mask, byte)]
         others = (bytes([byte]) for byte in IN_TEXT if allows(mask, byte))
         return list(dict.fromkeys([*named, *single, *islice(others, _ALIKE)]))
+
+
+def _joined(examples: list[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
+    """The first two examples in a row, the first three and so on, each with its last place."""
+    for most in range(2, len(examples) + 1):
+        yield b"".join(text for text, _ in examples[:most]), examples[most - 1][1]
 
 
 def _words(patterns: Iterable[str]) -> Iterator[bytes]:

@@ -111,10 +111,10 @@ def test_the_order_of_the_patterns_may_be_another():
     assert work(calls) <= 200 * 20 and first <= 200 * 35
 
 
-def test_strings_of_several_patterns_take_a_search_each():
+def test_several_patterns_or_a_length_for_each_field_grow_no_work():
     several = [{"allOf": [{"pattern": f"[A-Z]{n}"}, {"pattern": f"[!@]{n}x"}]} for n in range(64)]
     few, many = (closed(form(several[:count])) for count in (32, 64))
-    assert many / 64 <= few / 32 * 1.05
+    assert few <= 32 * 25 and many / 64 <= few / 32 * 1.05
     longer = [{**kind, "minLength": 40} for kind in patterns(80)]
     few, many = (closed(form(longer[:count])) for count in (40, 80))
     assert many / 80 <= few / 40 * 1.05
