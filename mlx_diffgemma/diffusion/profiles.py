@@ -25,7 +25,7 @@ BALANCED: dict[str, object] = {
 SWIFT: dict[str, object] = {
     **BALANCED,
     "certain_below": 0.3,
-    "stable_after": 3,
+    "stable_after": 4,
     "settled_bound": 1.0,
     "cooling_from": 8,
     "cooling_steps": 24,

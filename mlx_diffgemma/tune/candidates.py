@@ -9,7 +9,7 @@ Settings = dict[str, object]
 REFERENCE = "exact"
 """The candidate that all others are compared with."""
 
-_STOPS: Settings = {**BALANCED, "certain_below": 0.3, "stable_after": 3}
+_STOPS: Settings = {**BALANCED, "certain_below": 0.3, "stable_after": 4}
 
 CANDIDATES: dict[str, Settings] = {
     **{name: PROFILES[name] for name in ("exact", "balanced", "swift", "fast")},
