@@ -22,7 +22,14 @@ BALANCED: dict[str, object] = {
     "soft_cutoff": 10.0,
     "forbid_empty": True,
 }
-SWIFT: dict[str, object] = {**BALANCED, "certain_below": 0.2, "stable_after": 3}
+SWIFT: dict[str, object] = {
+    **BALANCED,
+    "certain_below": 0.3,
+    "stable_after": 4,
+    "settled_bound": 1.0,
+    "cooling_from": 8,
+    "cooling_steps": 24,
+}
 FAST: dict[str, object] = {**BALANCED, "max_denoising_steps": 24, "confident_after": 12}
 TURBO: dict[str, object] = {**FAST, "settled_after": 3}  # an experiment
 

@@ -39,16 +39,18 @@ def unsure(canvas: Canvas) -> float:
 def has_converged(canvas: Canvas) -> bool:
     """Whether the draft equals that of the previous `stability_threshold` passes and its mean
     entropy is below `confidence_threshold` (the reference's `StableAndConfidentStoppingCriteria`).
-    One of them is enough in three cases: entropy that sums to less than `certain_below`, a draft
-    that equals that of the previous `stable_after` passes, and a mean entropy below the threshold
-    from pass `confident_after` on."""
+    One of them is enough in three cases: entropy that sums to less than `certain_below` times what
+    was left of the schedule (entropy falls with the temperature too), a draft that equals that of
+    the previous `stable_after` passes, and a mean entropy below the threshold from pass
+    `confident_after` on."""
     settings, counted, total = canvas.settings, canvas.counts(), unsure(canvas)
 
     def same_for(threshold: int) -> bool:
         stable = canvas.unchanged >= threshold
         return canvas.passes > threshold and bool((stable | ~counted).all())
 
-    if settings.certain_below is not None and total < settings.certain_below:
+    certain = settings.certain_below or 0.0
+    if total < certain * settings.warmth(canvas.step - 1):
         return True
     if settings.stable_after is not None and same_for(settings.stable_after):
         return True

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from mlx_diffgemma.diffusion.profiles import PROFILES, SWIFT
+from mlx_diffgemma.diffusion.profiles import BALANCED, PROFILES, SWIFT
 
 Settings = dict[str, object]
 
 REFERENCE = "exact"
 """The candidate that all others are compared with."""
 
+_STOPS: Settings = {**BALANCED, "certain_below": 0.3, "stable_after": 4}
+
 CANDIDATES: dict[str, Settings] = {
     **{name: PROFILES[name] for name in ("exact", "balanced", "swift", "fast")},
-    "stop early": {**SWIFT, "certain_below": 0.5, "stable_after": 2},
-    "encoder": {**SWIFT, "encoder_check": 0.05},
-    "bound": {**SWIFT, "entropy_bound": 0.3},
-    "wide bound": {**SWIFT, "entropy_bound": 1.0},
-    "settled": {**SWIFT, "settled_bound": 1.0},
-    "runs": {**SWIFT, "run_entropy": 0.1},
-    "cool 32": {**SWIFT, "cooling_steps": 32},
-    "cool 24": {**SWIFT, "cooling_steps": 24},
-    "cool 16": {**SWIFT, "cooling_steps": 16},
-    "cool 8": {**SWIFT, "cooling_steps": 8},
-    "bound, cool 32": {**SWIFT, "entropy_bound": 0.3, "cooling_steps": 32},
-    "bound, cool 16": {**SWIFT, "entropy_bound": 0.3, "cooling_steps": 16},
-    "settled, cool 16": {**SWIFT, "settled_bound": 1.0, "cooling_steps": 16},
+    "stops alone": _STOPS,
+    "stop early": {**_STOPS, "certain_below": 0.5, "stable_after": 2},
+    "encoder": {**_STOPS, "encoder_check": 0.05},
+    "bound": {**_STOPS, "entropy_bound": 0.3},
+    "wide bound": {**_STOPS, "entropy_bound": 1.0},
+    "settled": {**_STOPS, "settled_bound": 1.0},
+    "runs": {**_STOPS, "run_entropy": 0.1},
+    "cool 32": {**_STOPS, "cooling_steps": 32},
+    "cool 24": {**_STOPS, "cooling_steps": 24},
+    "cool 16": {**_STOPS, "cooling_steps": 16},
+    "cool 8": {**_STOPS, "cooling_steps": 8},
+    "bound, cool 32": {**_STOPS, "entropy_bound": 0.3, "cooling_steps": 32},
+    "bound, cool 16": {**_STOPS, "entropy_bound": 0.3, "cooling_steps": 16},
+    "settled, cool 16": {**_STOPS, "settled_bound": 1.0, "cooling_steps": 16},
+    "later, cool 32": {**SWIFT, "cooling_steps": 32},
+    "later, cool 16": {**SWIFT, "cooling_steps": 16},
 }
 """The candidates by name. docs/tried-and-left.md has what was measured of such rules on the
 demo model."""
