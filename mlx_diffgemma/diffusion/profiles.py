@@ -28,7 +28,6 @@ SWIFT: dict[str, object] = {
     "stable_after": 4,
     "settled_bound": 1.0,
     "cooling_from": 8,
-    "cooling_steps": 24,
 }
 FAST: dict[str, object] = {**BALANCED, "max_denoising_steps": 24, "confident_after": 12}
 TURBO: dict[str, object] = {**FAST, "settled_after": 3}  # an experiment

@@ -28,7 +28,7 @@ CANDIDATES: dict[str, Settings] = {
     "bound, cool 16": {**_STOPS, "entropy_bound": 0.3, "cooling_steps": 16},
     "settled, cool 16": {**_STOPS, "settled_bound": 1.0, "cooling_steps": 16},
     "later, cool 32": {**SWIFT, "cooling_steps": 32},
-    "later, cool 16": {**SWIFT, "cooling_steps": 16},
+    "later, cool 24": {**SWIFT, "cooling_steps": 24},
 }
 """The candidates by name. docs/tried-and-left.md has what was measured of such rules on the
 demo model."""
