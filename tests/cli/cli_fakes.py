@@ -207,6 +207,15 @@ class Terminal:
         """Press keys."""
         os.write(self._ours, text.encode())
 
+    def type_ahead(self, line: str) -> None:
+        """Press keys that nobody reads, a line of them, and wait until they have arrived: the
+        kernel hands them over later than it takes them, and echoes them only then."""
+        self.type(line)
+        end = time.monotonic() + self.patience
+        while _waiting(self._theirs) < len(line.encode()):
+            assert time.monotonic() < end, f"never arrived: {line!r}"
+            time.sleep(0.01)
+
     def interrupt(self) -> None:
         """What Ctrl-C does to the process in the foreground."""
         self.process.send_signal(signal.SIGINT)
@@ -252,6 +261,11 @@ class Terminal:
 
 def _set_size(descriptor: int, rows: int, columns: int) -> None:
     fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
+def _waiting(descriptor: int) -> int:
+    """Bytes of whole lines that can be read."""
+    return int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def rendered(written: str) -> list[str]:

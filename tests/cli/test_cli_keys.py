@@ -22,7 +22,7 @@ def test_a_conversation_typed_pasted_and_interrupted():
     terminal.type("\x1b[200~one\n/two\n\x1b[201~\r")
     terminal.until("step 1")
     assert not terminal.modes[3] & termios.ECHO
-    terminal.type("unseen\r")
+    terminal.type_ahead("unseen\r")
     terminal.until('"one\\n/two"\r\n')
     terminal.until("> ")
     terminal.type("half a line")
@@ -55,7 +55,7 @@ def test_a_drawing_is_stopped_goes_on_and_is_ended():
     terminal = Terminal(*command(script, "generate", "-p", "hi", "--model", "m"))
     modes = terminal.modes
     terminal.until("step 2")
-    terminal.type("unseen")
+    terminal.type_ahead("unseen\r")
     assert not terminal.modes[3] & termios.ECHO
     terminal.stop()
     assert terminal.modes == modes
