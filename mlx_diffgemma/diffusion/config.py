@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Annotated, Any
 
 from mlx_diffgemma.checks import (
@@ -114,8 +115,8 @@ class DiffusionConfig:
         float | None,
         Setting(
             "Nats of entropy summed over a canvas below which it is done at once, whatever changed "
-            "in its last step, at the first temperature; they fall with the temperature to 0 at "
-            "the last one. Never if left out.",
+            "in its last step, at the first step; they fall with the share of the schedule that is "
+            "left. Never if left out.",
             panel=_SPEED,
         ),
     ] = None
@@ -135,14 +136,6 @@ class DiffusionConfig:
             panel=_SPEED,
         ),
     ] = None
-    cooling_from: Annotated[
-        int | None,
-        Setting(
-            "Step up to which the temperature falls as over all of --steps, before it falls to the "
-            "last one at --cooling-steps; it falls alike over all of these if left out.",
-            panel=_SPEED,
-        ),
-    ] = None
     late_bound: Annotated[
         float | None,
         Setting(
@@ -155,8 +148,14 @@ class DiffusionConfig:
         float | None,
         Setting(
             "Entropy bound in nats where the step before accepted the whole canvas; it goes there "
-            "from --entropy-bound with the share accepted, from step --cooling-from on where that "
-            "is given. It stays the same if left out.",
+            "from --entropy-bound with the share accepted, and stays the same if left out.",
+            panel=_SPEED,
+        ),
+    ] = None
+    settled_from: Annotated[
+        int | None,
+        Setting(
+            "Step from which --settled-bound counts; from the first one if left out.",
             panel=_SPEED,
         ),
     ] = None
@@ -229,7 +228,7 @@ class DiffusionConfig:
         if self.canvas_length is not None:
             check_integer("canvas_length", self.canvas_length, 1)
         for name in (
-            "confident_after", "settled_after", "stable_after", "cooling_steps", "cooling_from",
+            "confident_after", "settled_after", "stable_after", "cooling_steps", "settled_from",
         ):  # fmt: skip
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
@@ -279,16 +278,14 @@ class DiffusionConfig:
     def warmth(self, step: int) -> float:
         """The share of the schedule that is left at step `step`, counted from 1: it is 1 at the
         first step, and above 0 at the last step and beyond."""
-        start, steps = self.cooling_from or 1, self.cooling_steps or self.max_denoising_steps
-        slow = _left(min(step, start), self.max_denoising_steps)
-        return slow * _left(max(step, start) - start + 1, max(1, steps - start + 1))
+        steps = self.cooling_steps or self.max_denoising_steps
+        return max(1, steps - step + 1) / steps
 
     def step_at(self, noise: float) -> int:
         """The step of the schedule, counted from 1, at which a canvas enters it if the share
-        `noise` of its tokens is noise: the first step at which no more of the schedule is left, or
-        the last one."""
-        last = min(self.cooling_steps or self.max_denoising_steps, self.max_denoising_steps)
-        return next((step for step in range(1, last) if self.warmth(step) <= noise), last)
+        `noise` of its tokens is noise: the step at which that share of the schedule is left."""
+        steps = self.cooling_steps or self.max_denoising_steps
+        return min(steps - ceil(noise * steps) + 1, steps, self.max_denoising_steps)
 
     def override(self, **settings: Any) -> DiffusionConfig:
         """A copy with the settings that are not None replaced.
@@ -328,8 +325,3 @@ class DiffusionConfig:
             return cls().override(**settings, **{key: data.get(key) for key in same_name})
         except UsageError as error:
             raise ConfigError(f"generation_config.json: {error}") from None
-
-
-def _left(step: int, steps: int) -> float:
-    """The share of `steps` that is left before step `step`, from 1; at least that of one step."""
-    return max(1, steps - step + 1) / steps

@@ -27,7 +27,7 @@ SWIFT: dict[str, object] = {
     "certain_below": 0.3,
     "stable_after": 4,
     "settled_bound": 1.0,
-    "cooling_from": 8,
+    "settled_from": 9,
 }
 FAST: dict[str, object] = {**BALANCED, "max_denoising_steps": 24, "confident_after": 12}
 TURBO: dict[str, object] = {**FAST, "settled_after": 3}  # an experiment

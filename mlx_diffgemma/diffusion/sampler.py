@@ -80,13 +80,13 @@ def entropy_bound(prediction: Prediction, canvas: Canvas) -> Proposal:
 
 def bound_of(canvas: Canvas) -> float:
     """Nats of entropy that the next pass may accept: `entropy_bound`, moved towards `late_bound` by
-    the share of the schedule that has passed, and then, from step `cooling_from` on, towards
+    the share of the schedule that has passed, and then, from step `settled_from` on, towards
     `settled_bound` by the share of the canvas that the last pass accepted."""
     settings = canvas.settings
     bound = settings.entropy_bound
     if settings.late_bound is not None:
         bound += (settings.late_bound - bound) * (1.0 - settings.warmth(canvas.step))
-    if settings.settled_bound is not None and canvas.step > (settings.cooling_from or 0):
+    if settings.settled_bound is not None and canvas.step >= (settings.settled_from or 1):
         bound += (settings.settled_bound - bound) * float(canvas.accepted.mean())
     return bound
 

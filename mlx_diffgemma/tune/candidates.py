@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from mlx_diffgemma.diffusion.profiles import BALANCED, PROFILES, SWIFT
+from mlx_diffgemma.diffusion.profiles import PROFILES, SWIFT
 
 Settings = dict[str, object]
 
 REFERENCE = "exact"
 """The candidate that all others are compared with."""
 
-_STOPS: Settings = {**BALANCED, "certain_below": 0.3, "stable_after": 4}
+_STOPS: Settings = {k: v for k, v in SWIFT.items() if not k.startswith("settled")}
 
 CANDIDATES: dict[str, Settings] = {
     **{name: PROFILES[name] for name in ("exact", "balanced", "swift", "fast")},
@@ -27,8 +27,6 @@ CANDIDATES: dict[str, Settings] = {
     "bound, cool 32": {**_STOPS, "entropy_bound": 0.3, "cooling_steps": 32},
     "bound, cool 16": {**_STOPS, "entropy_bound": 0.3, "cooling_steps": 16},
     "settled, cool 16": {**_STOPS, "settled_bound": 1.0, "cooling_steps": 16},
-    "later, cool 32": {**SWIFT, "cooling_steps": 32},
-    "later, cool 24": {**SWIFT, "cooling_steps": 24},
 }
 """The candidates by name. docs/tried-and-left.md has what was measured of such rules on the
 demo model."""

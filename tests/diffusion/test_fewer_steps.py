@@ -79,24 +79,8 @@ def test_the_temperature_falls_over_the_cooling_steps_and_stays():
     assert [quick.temperature(n) for n in range(4, 12)] == pytest.approx([0.5] * 8)
 
 
-def test_the_temperature_falls_as_ever_up_to_a_step_and_faster_then():
-    later = DiffusionConfig(
-        max_denoising_steps=20, cooling_from=5, cooling_steps=9, t_min=0.4, t_max=0.8
-    )
-    whole = DiffusionConfig(max_denoising_steps=20, t_min=0.4, t_max=0.8)
-    assert [later.warmth(n) for n in range(1, 6)] == [whole.warmth(n) for n in range(1, 6)]
-    # 16 of 20 steps are left at step 5, and go in the five steps up to the ninth.
-    np.testing.assert_allclose(
-        [later.warmth(n) for n in range(5, 13)], [0.8, 0.64, 0.48, 0.32, *[0.16] * 4]
-    )
-    assert [later.step_at(noise) for noise in (1.0, 0.8, 0.5, 0.0)] == [1, 5, 7, 9]
-    for steps in (1, 3, 5):  # a schedule that ends before
-        short = DiffusionConfig(max_denoising_steps=20, cooling_from=5, cooling_steps=steps)
-        assert [short.warmth(n) for n in (5, 6, 99)] == [0.8] * 3
-
-
 def test_a_settled_canvas_accepts_more_from_a_step_on():
-    canvas = canvas_of(4, entropy_bound=0.1, settled_bound=0.5, cooling_from=3)
+    canvas = canvas_of(4, entropy_bound=0.1, settled_bound=0.5, settled_from=4)
     canvas = replace(canvas, accepted=np.array([True, False, True, False]))
     bounds = [bound_of(replace(canvas, passes=passes)) for passes in range(5)]
     np.testing.assert_allclose(bounds, [0.1, 0.1, 0.1, 0.3, 0.3])
@@ -108,7 +92,7 @@ def test_the_certainty_that_ends_a_canvas_falls_with_the_temperature():
     steps.append(steps[-1])
     unsure = [*steps[:-2], *[(steps[-1][0], np.full(LENGTH, 0.0001))] * 3]
     assert done_after(steps, certain_below=0.2) == 1  # 9 · 0.02 nats
-    cooled = {"certain_below": 0.2, "cooling_from": 1, "cooling_steps": 4}
+    cooled = {"certain_below": 0.2, "cooling_steps": 4}
     late = [(DRAFT + n, np.full(LENGTH, 0.5)) for n in range(3)] + unsure
     assert done_after(late, certain_below=0.2) == 4
     assert done_after(late, **cooled) > 9
