@@ -112,7 +112,8 @@ class Canvas:
         index: which canvas of the sequence it is, from 0.
         vocab: the number V of tokens in the vocabulary.
         tokens: [C] int32, what the next pass starts from: accepted draws and fresh noise.
-        first_step: the step of the schedule that its first pass took or will take, from 1.
+        first_step: the step of the schedule that its first pass took or will take, from 1, and
+            how many steps it leapt over since then.
         endless: whether the last step of the schedule is repeated until somebody else ends it.
         passes: forward passes run.
         layout: what it must hold; None for anything.

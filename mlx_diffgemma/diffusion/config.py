@@ -136,6 +136,14 @@ class DiffusionConfig:
             panel=_SPEED,
         ),
     ] = None
+    leap_until: Annotated[
+        int | None,
+        Setting(
+            "Step of the schedule up to which a canvas moves on by three steps where its entropy "
+            "fell by less than a fifth; it moves on by one if left out.",
+            panel=_SPEED,
+        ),
+    ] = None
     late_bound: Annotated[
         float | None,
         Setting(
@@ -228,7 +236,8 @@ class DiffusionConfig:
         if self.canvas_length is not None:
             check_integer("canvas_length", self.canvas_length, 1)
         for name in (
-            "confident_after", "settled_after", "stable_after", "cooling_steps", "settled_from",
+            "confident_after", "settled_after", "stable_after", "cooling_steps", "leap_until",
+            "settled_from",
         ):  # fmt: skip
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)

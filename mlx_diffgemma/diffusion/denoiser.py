@@ -20,7 +20,7 @@ from mlx_diffgemma.diffusion.active_set import settle
 from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.predict import Passed, Predict, Predictor
 from mlx_diffgemma.diffusion.sampler import probability, propose
-from mlx_diffgemma.diffusion.stopping import as_shown, has_converged
+from mlx_diffgemma.diffusion.stopping import as_shown, has_converged, steps_on
 from mlx_diffgemma.errors import NumericalError, not_finite
 from mlx_diffgemma.kernels.few_tokens import gathered
 from mlx_diffgemma.kernels.vocabulary import Row
@@ -331,6 +331,7 @@ def _after(canvas: Canvas, passed: Passed, wanted: np.ndarray) -> Canvas:
         settled=settled,
     )
     converged = passed.whole and has_converged(after)
+    after = replace(after, first_step=after.first_step + steps_on(canvas, after) - 1)
     used_up = after.step > canvas.settings.max_denoising_steps
     return replace(after, converged=converged, done=not canvas.endless and (converged or used_up))
 

@@ -24,8 +24,10 @@ BALANCED: dict[str, object] = {
 }
 SWIFT: dict[str, object] = {
     **BALANCED,
-    "certain_below": 0.3,
+    "draw_likeliest": True,
+    "certain_below": 0.4,
     "stable_after": 4,
+    "leap_until": 14,
     "settled_bound": 1.0,
     "settled_from": 9,
 }

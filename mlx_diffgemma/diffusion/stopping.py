@@ -1,4 +1,4 @@
-"""When a canvas is done: functions of the canvas after a pass. Letters: C canvas."""
+"""When a canvas is done, and how far it moves on: functions of it after a pass. Letters: C canvas."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import numpy as np
 
 from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.config import DiffusionConfig
+
+_STUCK = 0.8  # share of its entropy that a pass leaves a canvas which it hardly brought on
+_LEAP = 3  # steps of the schedule that such a canvas moves on
 
 
 def as_shown(
@@ -34,6 +37,20 @@ def unsure(canvas: Canvas) -> float:
     done."""
     _, entropy = as_shown(canvas.settings, canvas.draft, canvas.entropy)
     return float(np.where(canvas.counts(), entropy, 0.0).sum(dtype=entropy.dtype))
+
+
+def steps_on(before: Canvas, after: Canvas) -> int:
+    """Steps of the schedule that a pass took a canvas on: one, or more by the rule of `leap_until`.
+    A leap ends at the last step at the latest.
+
+    While nothing is decided, a step changes little but the temperature, and while much is, each
+    counts; so the schedule is crossed quickly where the canvas waits for a lower temperature."""
+    settings = before.settings
+    if settings.leap_until is None or before.step >= settings.leap_until or not before.passes:
+        return 1
+    if unsure(after) <= _STUCK * unsure(before):
+        return 1
+    return max(1, min(_LEAP, settings.max_denoising_steps - before.step))
 
 
 def has_converged(canvas: Canvas) -> bool:

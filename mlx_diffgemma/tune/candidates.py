@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from mlx_diffgemma.diffusion.profiles import PROFILES, SWIFT
+from mlx_diffgemma.diffusion.profiles import BALANCED, PROFILES, SWIFT
 
 Settings = dict[str, object]
 
 REFERENCE = "exact"
 """The candidate that all others are compared with."""
 
-_STOPS: Settings = {k: v for k, v in SWIFT.items() if not k.startswith("settled")}
+_STOPS: Settings = {**BALANCED, **{name: SWIFT[name] for name in ("certain_below", "stable_after")}}
 
 CANDIDATES: dict[str, Settings] = {
     **{name: PROFILES[name] for name in ("exact", "balanced", "swift", "fast")},
@@ -26,6 +26,8 @@ CANDIDATES: dict[str, Settings] = {
     "cool 8": {**_STOPS, "cooling_steps": 8},
     "bound, cool 32": {**_STOPS, "entropy_bound": 0.3, "cooling_steps": 32},
     "bound, cool 16": {**_STOPS, "entropy_bound": 0.3, "cooling_steps": 16},
+    "likeliest": {**_STOPS, "draw_likeliest": True},
+    "leaps": {**_STOPS, "leap_until": 14},
     "settled, cool 16": {**_STOPS, "settled_bound": 1.0, "cooling_steps": 16},
 }
 """The candidates by name. docs/tried-and-left.md has what was measured of such rules on the
