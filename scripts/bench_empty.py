@@ -23,7 +23,7 @@ from mlx_diffgemma.diffusion.canvas import Canvas, Passed
 from mlx_diffgemma.diffusion.constraints import FREE, Layout, token_mask
 from mlx_diffgemma.diffusion.denoiser import Denoiser
 from mlx_diffgemma.diffusion.events import Finished
-from mlx_diffgemma.diffusion.generate import canvas_length, generate_canvases
+from mlx_diffgemma.diffusion.generate import generate_canvases, next_length
 from mlx_diffgemma.diffusion.noise import seeded
 from mlx_diffgemma.diffusion.predict import Predictor
 from mlx_diffgemma.diffusion.profiles import DEFAULT as DEFAULT_PROFILE
@@ -112,7 +112,7 @@ class Bench:
             tokens.add(config.pad_token_id)
         if rival.masked == "special":
             tokens.update(hf_tokenizer(self.tokenizer).all_special_ids)
-        length = canvas_length(self.model, config, config.max_tokens)
+        length = next_length(self.model, config, config.max_tokens)
         mask = token_mask(set(range(vocab)) - tokens, vocab)
         return Layout((FREE,) * length, dict.fromkeys(range(rival.places), mask))
 

@@ -138,7 +138,7 @@ def generate_canvases(
         """The next canvas of a sequence, behind what its cache holds."""
         row, settings = sequence.row, sequence.config
         first = initial_canvas[row] if initial_canvas is not None and index == 0 else None
-        length, vocab = canvas_length(model, settings, sequence.room), model.config.text.vocab_size
+        length, vocab = next_length(model, settings, sequence.room), model.config.text.vocab_size
         layout = None if constrain is None else constrain(row, index)
         if settings.forbid_empty and constrain is None and index == 0:
             layout = not_at_first(settings.eos_token_ids, length, vocab)
@@ -223,7 +223,7 @@ def extend(model: DiffusionGemma, cache: PrefixCache, tokens: Sequence[int]) -> 
     mx.clear_cache()
 
 
-def canvas_length(model: DiffusionGemma, config: DiffusionConfig, room: int) -> int:
+def next_length(model: DiffusionGemma, config: DiffusionConfig, room: int) -> int:
     """Tokens of the next canvas of a sequence that may still grow by `room`."""
     length = config.canvas_length or model.config.canvas_length
     return min(length, room) if config.shrink_canvas else length

@@ -25,7 +25,7 @@ from mlx_diffgemma.diffusion.config import DiffusionConfig
 from mlx_diffgemma.diffusion.constraints import FREE, Layout, token_mask
 from mlx_diffgemma.diffusion.denoiser import Denoiser, InFlight, denoise
 from mlx_diffgemma.diffusion.events import CanvasCommitted, DenoisingStep
-from mlx_diffgemma.diffusion.generate import canvas_length, extend
+from mlx_diffgemma.diffusion.generate import extend, next_length
 from mlx_diffgemma.diffusion.lookahead import few_tokens_in, look_ahead
 from mlx_diffgemma.diffusion.noise import Noise
 from mlx_diffgemma.errors import DiffGemmaError
@@ -127,7 +127,7 @@ class _Match:
         canvas; None at the end of the sequence."""
         self.waits, self.unsure = self.config.max_denoising_steps // _STEPS_A_WAIT, np.inf
         self.hurried = False
-        length = canvas_length(self.model, self.config, self._room())
+        length = next_length(self.model, self.config, self._room())
         vocab = self.model.config.text.vocab_size
         canvas = Canvas.start(self.config, self.noise, index, length, vocab, endless=True)
         return self._held(canvas)

@@ -1,4 +1,5 @@
-"""When a canvas is done, and how far it moves on: functions of it after a pass. Letters: C canvas."""
+"""When a canvas is done, and how far it moves on if not: functions of it after a pass. Letters: C
+canvas."""
 
 from __future__ import annotations
 

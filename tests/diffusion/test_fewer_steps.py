@@ -79,6 +79,36 @@ def test_the_temperature_falls_over_the_cooling_steps_and_stays():
     assert [quick.temperature(n) for n in range(4, 12)] == pytest.approx([0.5] * 8)
 
 
+def steps_taken(entropies, **given) -> list[int]:
+    """The steps of the schedule at which the passes of a canvas are taken that changes at each."""
+    model = MockModel()
+    told = [(DRAFT + n % 2, np.full(LENGTH, entropy)) for n, entropy in enumerate(entropies)]
+    denoiser, canvas, steps = Denoiser(model, Told([told])), canvas_of(**given), []
+    while not canvas.done and len(steps) < len(entropies):
+        steps.append(canvas.step)
+        (canvas,) = denoiser.step([canvas], [model.make_cache().prefix])
+    return steps
+
+
+def test_a_canvas_leaps_over_steps_that_would_bring_it_no_further():
+    assert steps_taken([0.7] * 9) == [*range(1, 10)]
+    # The first pass has nothing to be compared with.
+    assert steps_taken([0.7] * 9, leap_until=12) == [1, 2, 5, 8, 11, 14, 15, 16, 17]
+    falling = [0.7 * 0.79**n for n in range(9)]
+    assert steps_taken(falling, leap_until=12) == [*range(1, 10)]
+    slowly = [0.7 * 0.81**n for n in range(5)]
+    assert steps_taken(slowly, leap_until=12) == [1, 2, 5, 8, 11]
+    halting = [0.7, 0.7, 0.3, 0.3, 0.1, 0.1]
+    assert steps_taken(halting, leap_until=12) == [1, 2, 5, 6, 9, 10]
+
+
+def test_no_leap_skips_the_last_step():
+    for steps in (1, 2, 3, 4, 6, 7, 8):
+        taken = steps_taken([0.7] * 9, leap_until=99, max_denoising_steps=steps)
+        assert taken[-1] == steps
+    assert taken == [1, 2, 5, 8]
+
+
 def test_a_settled_canvas_accepts_more_from_a_step_on():
     canvas = canvas_of(4, entropy_bound=0.1, settled_bound=0.5, settled_from=4)
     canvas = replace(canvas, accepted=np.array([True, False, True, False]))
