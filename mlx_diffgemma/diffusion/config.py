@@ -140,7 +140,7 @@ class DiffusionConfig:
         int | None,
         Setting(
             "Step of the schedule up to which a canvas moves on by three steps where its entropy "
-            "fell by less than a fifth; it moves on by one if left out.",
+            "fell by less than a tenth; it moves on by one if left out.",
             panel=_SPEED,
         ),
     ] = None

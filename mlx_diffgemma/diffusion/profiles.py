@@ -24,10 +24,9 @@ BALANCED: dict[str, object] = {
 }
 SWIFT: dict[str, object] = {
     **BALANCED,
-    "draw_likeliest": True,
-    "certain_below": 0.4,
+    "certain_below": 0.3,
     "stable_after": 4,
-    "leap_until": 14,
+    "leap_until": 12,
     "settled_bound": 1.0,
     "settled_from": 9,
 }

@@ -8,7 +8,7 @@ import numpy as np
 from mlx_diffgemma.diffusion.canvas import Canvas
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 
-_STUCK = 0.8  # share of its entropy that a pass leaves a canvas which it hardly brought on
+_STUCK = 0.9  # share of its entropy that a pass leaves a canvas which it hardly brought on
 _LEAP = 3  # steps of the schedule that such a canvas moves on
 
 

@@ -27,7 +27,7 @@ CANDIDATES: dict[str, Settings] = {
     "bound, cool 32": {**_STOPS, "entropy_bound": 0.3, "cooling_steps": 32},
     "bound, cool 16": {**_STOPS, "entropy_bound": 0.3, "cooling_steps": 16},
     "likeliest": {**_STOPS, "draw_likeliest": True},
-    "leaps": {**_STOPS, "leap_until": 14},
+    "leaps": {**_STOPS, "leap_until": 12},
     "settled, cool 16": {**_STOPS, "settled_bound": 1.0, "cooling_steps": 16},
 }
 """The candidates by name. docs/tried-and-left.md has what was measured of such rules on the

@@ -94,9 +94,9 @@ def test_a_canvas_leaps_over_steps_that_would_bring_it_no_further():
     assert steps_taken([0.7] * 9) == [*range(1, 10)]
     # The first pass has nothing to be compared with.
     assert steps_taken([0.7] * 9, leap_until=12) == [1, 2, 5, 8, 11, 14, 15, 16, 17]
-    falling = [0.7 * 0.79**n for n in range(9)]
+    falling = [0.7 * 0.89**n for n in range(9)]
     assert steps_taken(falling, leap_until=12) == [*range(1, 10)]
-    slowly = [0.7 * 0.81**n for n in range(5)]
+    slowly = [0.7 * 0.91**n for n in range(5)]
     assert steps_taken(slowly, leap_until=12) == [1, 2, 5, 8, 11]
     halting = [0.7, 0.7, 0.3, 0.3, 0.1, 0.1]
     assert steps_taken(halting, leap_until=12) == [1, 2, 5, 6, 9, 10]
