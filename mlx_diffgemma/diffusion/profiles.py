@@ -28,7 +28,7 @@ SWIFT: dict[str, object] = {
     "stable_after": 4,
     "leap_until": 12,
     "settled_bound": 1.0,
-    "settled_from": 12,
+    "settled_from": 9,
 }
 FAST: dict[str, object] = {**BALANCED, "max_denoising_steps": 24, "confident_after": 12}
 TURBO: dict[str, object] = {**FAST, "settled_after": 3}  # an experiment
