@@ -115,8 +115,8 @@ class DiffusionConfig:
         float | None,
         Setting(
             "Nats of entropy summed over a canvas below which it is done at once, whatever changed "
-            "in its last step, at the first step; they fall with the share of the schedule that is "
-            "left. Never if left out.",
+            "in its last step: so many at the first step, and fewer with every other. Never if "
+            "left out.",
             panel=_SPEED,
         ),
     ] = None
@@ -139,7 +139,7 @@ class DiffusionConfig:
     leap_until: Annotated[
         int | None,
         Setting(
-            "Step of the schedule up to which a canvas moves on by three steps where its entropy "
+            "Step of the schedule before which a canvas moves on by three steps where its entropy "
             "fell by less than a tenth; it moves on by one if left out.",
             panel=_SPEED,
         ),

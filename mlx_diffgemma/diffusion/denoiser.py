@@ -331,9 +331,14 @@ def _after(canvas: Canvas, passed: Passed, wanted: np.ndarray) -> Canvas:
         settled=settled,
     )
     converged = passed.whole and has_converged(after)
-    after = replace(after, first_step=after.first_step + steps_on(canvas, after) - 1)
-    used_up = after.step > canvas.settings.max_denoising_steps
-    return replace(after, converged=converged, done=not canvas.endless and (converged or used_up))
+    steps = steps_on(canvas, after)
+    used_up = canvas.step + steps > canvas.settings.max_denoising_steps
+    return replace(
+        after,
+        first_step=canvas.first_step + steps - 1,
+        converged=converged,
+        done=not canvas.endless and (converged or used_up),
+    )
 
 
 def _views(canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> list[CanvasView]:
