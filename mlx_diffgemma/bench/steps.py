@@ -138,6 +138,7 @@ class Stepper:
             confident_after=None,
             certain_below=None,
             stable_after=None,
+            restart_after=None,
         )
         prompts = random_prompts(model, prefix, batch, seed)
         self._batch = batch

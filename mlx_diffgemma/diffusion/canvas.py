@@ -103,6 +103,21 @@ class Settled:
 
 
 @dataclass(frozen=True)
+class Descent:
+    """How far the entropy of a canvas has come down since it was nothing but noise.
+
+    Attributes:
+        before: passes run before that; 0 unless the canvas was put back to noise.
+        lowest: the least entropy in nats that a pass left, less what counts as standing still.
+        idle: passes since then.
+    """
+
+    before: int = 0
+    lowest: float = np.inf
+    idle: int = 0
+
+
+@dataclass(frozen=True)
 class Canvas:
     """One sequence's canvas after `passes` forward passes over it.
 
@@ -113,7 +128,8 @@ class Canvas:
         vocab: the number V of tokens in the vocabulary.
         tokens: [C] int32, what the next pass starts from: accepted draws and fresh noise.
         first_step: the step of the schedule that its first pass took or will take, from 1, and
-            how many steps it leapt over since then.
+            how many steps it leapt over since then, less those that it took before it was put back
+            to noise.
         endless: whether the last step of the schedule is repeated until somebody else ends it.
         passes: forward passes run.
         layout: what it must hold; None for anything.
@@ -131,6 +147,8 @@ class Canvas:
         unchanged: [C] for how many passes each position of `shown` has stayed the same.
         done: whether it needs no further pass.
         converged: whether it is done for another reason than that its steps are used up.
+        descent: how it came to be as sure as it is; None where it did not begin as noise, and is
+            never put back to it.
         settled: what is remembered for `settled_after`; None without it.
         checked: [C] the draft that the encoder refused last; None where it refused none.
     """
@@ -155,6 +173,7 @@ class Canvas:
     soft_embeddings: mx.array | None = None
     done: bool = False
     converged: bool = False
+    descent: Descent | None = None
     settled: Settled | None = None
     checked: np.ndarray | None = None
 
@@ -200,6 +219,7 @@ class Canvas:
             first_step=first_step,
             endless=endless,
             counted=counted,
+            descent=Descent() if initial is None and first_step == 1 and not endless else None,
         )
         return canvas if layout is None else canvas.under(layout)
 
@@ -217,9 +237,27 @@ class Canvas:
         return self.settings.temperature(self.step)
 
     @property
+    def before(self) -> int:
+        """Passes run before the canvas was put back to noise."""
+        return 0 if self.descent is None else self.descent.before
+
+    @property
+    def turn(self) -> int:
+        """What the next pass asks the noise for: the number of the step, and others for the steps
+        that are taken once more."""
+        return self.step + (self.settings.max_denoising_steps if self.before else 0)
+
+    @property
+    def steps_left(self) -> int:
+        """Steps of the schedule that are left, and no more than passes are."""
+        most = self.settings.max_denoising_steps
+        left = most - self.step + 1
+        return min(left, most - self.passes) if self.before else left
+
+    @property
     def is_last_step(self) -> bool:
         """Whether the schedule ends with the next pass."""
-        return not self.endless and self.step >= self.settings.max_denoising_steps
+        return not self.endless and self.steps_left <= 1
 
     def under(self, layout: Layout) -> Canvas:
         """A copy of the canvas that is held to another layout from now on.
@@ -248,6 +286,27 @@ def warmed(canvas: Canvas, noise: float) -> Canvas:
         tokens=tokens if canvas.layout is None else canvas.layout.pin(tokens),
         first_step=canvas.settings.step_at(noise),
     )
+
+
+def renoised(canvas: Canvas, place: int) -> Canvas:
+    """The canvas with the draft in front of position `place`, and from there on fresh noise with
+    soft embeddings of zero."""
+    known = mx.arange(len(canvas)) < place
+    fresh = canvas.noise.renoise(canvas.index, canvas.turn - 1, len(canvas), canvas.vocab)
+    tokens = mx.where(known, mx.array(canvas.draft), fresh)
+    soft = canvas.soft_embeddings
+    return replace(
+        canvas,
+        tokens=tokens if canvas.layout is None else canvas.layout.pin(tokens),
+        soft_embeddings=None if soft is None else mx.where(known[:, None], soft, 0.0),
+        settled=None,
+    )
+
+
+def restarted(canvas: Canvas) -> Canvas:
+    """The canvas put back to noise, at the first step of the schedule."""
+    again = replace(canvas, descent=Descent(before=canvas.passes), first_step=1 - canvas.passes)
+    return replace(renoised(again, 0), unchanged=np.zeros(len(canvas), int))
 
 
 def _checked(initial: Sequence[int], length: int, vocab: int) -> list[int]:

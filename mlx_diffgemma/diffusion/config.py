@@ -115,8 +115,8 @@ class DiffusionConfig:
         float | None,
         Setting(
             "Nats of entropy summed over a canvas below which it is done at once, whatever changed "
-            "in its last step: so many at the first step, and fewer with every other. Never if "
-            "left out.",
+            "in its last step: so many after the first step, half as many after the second, a "
+            "third after the third. Never if left out.",
             panel=_SPEED,
         ),
     ] = None
@@ -141,6 +141,15 @@ class DiffusionConfig:
         Setting(
             "Step of the schedule before which a canvas moves on by three steps where its entropy "
             "fell by less than a tenth; it moves on by one if left out.",
+            panel=_SPEED,
+        ),
+    ] = None
+    restart_after: Annotated[
+        int | None,
+        Setting(
+            "Number of steps in a row that bring the entropy of a canvas no lower, though it holds "
+            "hardly any noise, after which it starts again from noise, in the first half of the "
+            "schedule; the second time it is done. Never if left out.",
             panel=_SPEED,
         ),
     ] = None
@@ -237,7 +246,7 @@ class DiffusionConfig:
             check_integer("canvas_length", self.canvas_length, 1)
         for name in (
             "confident_after", "settled_after", "stable_after", "cooling_steps", "leap_until",
-            "settled_from",
+            "settled_from", "restart_after",
         ):  # fmt: skip
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)

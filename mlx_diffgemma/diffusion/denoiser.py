@@ -17,10 +17,16 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma.diffusion.active_set import settle
-from mlx_diffgemma.diffusion.canvas import Canvas
+from mlx_diffgemma.diffusion.canvas import Canvas, restarted
 from mlx_diffgemma.diffusion.predict import Passed, Predict, Predictor
 from mlx_diffgemma.diffusion.sampler import probability, propose
-from mlx_diffgemma.diffusion.stopping import as_shown, has_converged, steps_on
+from mlx_diffgemma.diffusion.stopping import (
+    as_shown,
+    descended,
+    has_converged,
+    starts_again,
+    steps_on,
+)
 from mlx_diffgemma.errors import NumericalError, not_finite
 from mlx_diffgemma.kernels.few_tokens import gathered
 from mlx_diffgemma.kernels.vocabulary import Row
@@ -330,15 +336,13 @@ def _after(canvas: Canvas, passed: Passed, wanted: np.ndarray) -> Canvas:
         unchanged=unchanged,
         settled=settled,
     )
+    after = replace(after, descent=descended(after))
     converged = passed.whole and has_converged(after)
-    steps = steps_on(canvas, after)
-    used_up = canvas.step + steps > canvas.settings.max_denoising_steps
-    return replace(
-        after,
-        first_step=canvas.first_step + steps - 1,
-        converged=converged,
-        done=not canvas.endless and (converged or used_up),
-    )
+    if not converged and starts_again(after):
+        return restarted(after)
+    after = replace(after, first_step=canvas.first_step + steps_on(canvas, after) - 1)
+    done = not canvas.endless and (converged or after.steps_left <= 0)
+    return replace(after, converged=converged, done=done)
 
 
 def _views(canvases: Sequence[Canvas], prefixes: Sequence[Prefix]) -> list[CanvasView]:

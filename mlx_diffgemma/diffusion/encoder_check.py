@@ -14,7 +14,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_diffgemma.diffusion.canvas import Canvas
+from mlx_diffgemma.diffusion.canvas import Canvas, renoised
 from mlx_diffgemma.diffusion.stopping import unsure
 from mlx_diffgemma.kernels.vocabulary import Row
 from mlx_diffgemma.model.cache import Prefix
@@ -54,7 +54,7 @@ def check(model: DiffusionGemma, canvas: Canvas, prefix: Prefix) -> tuple[Canvas
     )
     if place is None:
         return replace(canvas, done=True, converged=True), longer
-    return renoised(canvas, place), None
+    return replace(renoised(canvas, place), checked=canvas.shown), None
 
 
 def first_improbable(
@@ -74,19 +74,3 @@ def first_improbable(
         return None
     place = int(doubtful.argmax()) + 1
     return None if set(draft[:place]) & set(eos_token_ids) else place
-
-
-def renoised(canvas: Canvas, place: int) -> Canvas:
-    """The canvas with the draft in front of position `place`, and from there on fresh noise with
-    soft embeddings of zero."""
-    known = mx.arange(len(canvas)) < place
-    fresh = canvas.noise.renoise(canvas.index, canvas.step - 1, len(canvas), canvas.vocab)
-    tokens = mx.where(known, mx.array(canvas.draft), fresh)
-    soft = canvas.soft_embeddings
-    return replace(
-        canvas,
-        tokens=tokens if canvas.layout is None else canvas.layout.pin(tokens),
-        soft_embeddings=None if soft is None else mx.where(known[:, None], soft, 0.0),
-        settled=None,
-        checked=canvas.shown,
-    )

@@ -24,8 +24,10 @@ BALANCED: dict[str, object] = {
 }
 SWIFT: dict[str, object] = {
     **BALANCED,
+    "confidence_threshold": 0.01,
     "certain_below": 0.3,
-    "stable_after": 4,
+    "stable_after": 2,
+    "restart_after": 3,
     "leap_until": 12,
     "settled_bound": 1.0,
     "settled_from": 9,

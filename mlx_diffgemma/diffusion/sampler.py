@@ -158,7 +158,7 @@ def discrete_ddim(prediction: Prediction, canvas: Canvas) -> Proposal:
     to_draw, to_stay = ddim_posterior(step, steps, canvas.vocab)
     same = canvas.tokens == draw
     # Where canvas and draw agree, staying and taking the draw are one.
-    u = canvas.noise.uniform(canvas.index, canvas.step, len(canvas))
+    u = canvas.noise.uniform(canvas.index, canvas.turn, len(canvas))
     agree_draw, _ = ddim_posterior(step, steps, canvas.vocab, agree=True)
     take = u < mx.where(same, agree_draw, to_draw)
     stay = ~take & ~same & (u < to_draw + to_stay)
@@ -195,4 +195,4 @@ SAMPLERS: dict[str, Sampler] = {
 
 def _fresh(canvas: Canvas) -> mx.array:
     """[C] noise for the positions that the next pass does not accept."""
-    return canvas.noise.renoise(canvas.index, canvas.step, len(canvas), canvas.vocab)
+    return canvas.noise.renoise(canvas.index, canvas.turn, len(canvas), canvas.vocab)

@@ -3,13 +3,16 @@ canvas."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from mlx_diffgemma.diffusion.canvas import Canvas
+from mlx_diffgemma.diffusion.canvas import Canvas, Descent
 from mlx_diffgemma.diffusion.config import DiffusionConfig
 
 _STUCK = 0.9  # share of its entropy that a pass leaves a canvas which it hardly brought on
 _LEAP = 3  # steps of the schedule that such a canvas moves on
+_FULL = 0.9  # share of a canvas that is accepted where it holds hardly any noise
 
 
 def as_shown(
@@ -54,13 +57,39 @@ def steps_on(before: Canvas, after: Canvas) -> int:
     return max(1, min(_LEAP, settings.max_denoising_steps - before.step))
 
 
+def descended(canvas: Canvas) -> Descent | None:
+    """The descent of a canvas with its last pass."""
+    descent, total = canvas.descent, unsure(canvas)
+    if descent is None:
+        return None
+    if total <= _STUCK * descent.lowest:
+        return replace(descent, lowest=total, idle=0)
+    return replace(descent, idle=descent.idle + 1)
+
+
+def is_stuck(canvas: Canvas) -> bool:
+    """Whether `restart_after` passes in a row have brought a canvas no further that holds hardly
+    any noise. What it took for right contradicts itself then, and is mostly wrong."""
+    most, descent = canvas.settings.restart_after, canvas.descent
+    if most is None or descent is None or descent.idle < most:
+        return False
+    return bool(canvas.accepted.mean() >= _FULL)
+
+
+def starts_again(canvas: Canvas) -> bool:
+    """Whether a canvas is to be put back to noise: it is stuck for the first time, in the first
+    half of the schedule. Later a restart would cost more than it mends."""
+    late = 2 * canvas.steps_left < canvas.settings.max_denoising_steps
+    return not late and not canvas.before and is_stuck(canvas)
+
+
 def has_converged(canvas: Canvas) -> bool:
     """Whether the draft equals that of the previous `stability_threshold` passes and its mean
     entropy is below `confidence_threshold` (the reference's `StableAndConfidentStoppingCriteria`).
-    One of them is enough in three cases: entropy that sums to less than `certain_below` times what
-    was left of the schedule (entropy falls with the temperature too), a draft that equals that of
-    the previous `stable_after` passes, and a mean entropy below the threshold from pass
-    `confident_after` on."""
+    One of them is enough in three cases: entropy that sums to less than `certain_below` over the
+    number of passes (what is certain late was hard, and less sure to be right), a draft that equals
+    that of the previous `stable_after` passes, and a mean entropy below the threshold from pass
+    `confident_after` on. So is being stuck for the second time."""
     settings, counted, total = canvas.settings, canvas.counts(), unsure(canvas)
 
     def same_for(threshold: int) -> bool:
@@ -68,7 +97,7 @@ def has_converged(canvas: Canvas) -> bool:
         return canvas.passes > threshold and bool((stable | ~counted).all())
 
     certain = settings.certain_below or 0.0
-    if total < certain * settings.warmth(canvas.step - 1):
+    if total * (canvas.passes - canvas.before) < certain or (canvas.before and is_stuck(canvas)):
         return True
     if settings.stable_after is not None and same_for(settings.stable_after):
         return True

@@ -192,7 +192,9 @@ class _Run:
         tokens = list(canvas.layout.tokens)
         for place, token in change.pins.items():
             tokens[place] = FREE if token is None else token
-        return replace(canvas.under(self._layout(tokens)), done=False, converged=False)
+        return replace(
+            canvas.under(self._layout(tokens)), done=False, converged=False, descent=None
+        )
 
     def _frame(self, canvas: Canvas) -> dict[str, Any]:
         known = canvas.passes > 0

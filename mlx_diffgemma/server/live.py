@@ -327,6 +327,7 @@ class Live:
             passes=0,
             done=False,
             converged=False,
+            descent=None,
             settled=None,
         )  # fmt: skip
 

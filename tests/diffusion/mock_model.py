@@ -76,7 +76,7 @@ class MockPredict:
                 np.array(canvas.tokens),
                 None if soft is None else np.array(soft),
                 canvas.temperature,
-                np.array(canvas.noise.draw_key(canvas.index, canvas.step)),
+                np.array(canvas.noise.draw_key(canvas.index, canvas.turn)),
             )
             if self.calls == self.nan_at and canvas is canvases[-1]:
                 entropy[3] = np.nan
