@@ -107,12 +107,12 @@ class Descent:
     """How far the entropy of a canvas has come down since it was nothing but noise.
 
     Attributes:
-        before: passes run before that; 0 unless the canvas was put back to noise.
-        lowest: the least entropy in nats that a pass left, less what counts as standing still.
+        begun: passes run before that; 0 unless the canvas was put back to noise.
+        lowest: nats of entropy after the last pass that brought it on.
         idle: passes since then.
     """
 
-    before: int = 0
+    begun: int = 0
     lowest: float = np.inf
     idle: int = 0
 
@@ -237,22 +237,22 @@ class Canvas:
         return self.settings.temperature(self.step)
 
     @property
-    def before(self) -> int:
+    def begun(self) -> int:
         """Passes run before the canvas was put back to noise."""
-        return 0 if self.descent is None else self.descent.before
+        return 0 if self.descent is None else self.descent.begun
 
     @property
     def turn(self) -> int:
         """What the next pass asks the noise for: the number of the step, and others for the steps
         that are taken once more."""
-        return self.step + (self.settings.max_denoising_steps if self.before else 0)
+        return self.step + (self.settings.max_denoising_steps if self.begun else 0)
 
     @property
     def steps_left(self) -> int:
         """Steps of the schedule that are left, and no more than passes are."""
         most = self.settings.max_denoising_steps
         left = most - self.step + 1
-        return min(left, most - self.passes) if self.before else left
+        return min(left, most - self.passes) if self.begun else left
 
     @property
     def is_last_step(self) -> bool:
@@ -305,7 +305,7 @@ def renoised(canvas: Canvas, place: int) -> Canvas:
 
 def restarted(canvas: Canvas) -> Canvas:
     """The canvas put back to noise, at the first step of the schedule."""
-    again = replace(canvas, descent=Descent(before=canvas.passes), first_step=1 - canvas.passes)
+    again = replace(canvas, descent=Descent(begun=canvas.passes), first_step=1 - canvas.passes)
     return replace(renoised(again, 0), unchanged=np.zeros(len(canvas), int))
 
 

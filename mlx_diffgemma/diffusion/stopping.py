@@ -50,7 +50,11 @@ def steps_on(before: Canvas, after: Canvas) -> int:
     While nothing is decided, a step changes little but the temperature, and while much is, each
     counts; so the schedule is crossed quickly where the canvas waits for a lower temperature."""
     settings = before.settings
-    if settings.leap_until is None or before.step >= settings.leap_until or not before.passes:
+    if (
+        settings.leap_until is None
+        or before.step >= settings.leap_until
+        or before.passes == before.begun
+    ):
         return 1
     if unsure(after) <= _STUCK * unsure(before):
         return 1
@@ -80,7 +84,7 @@ def starts_again(canvas: Canvas) -> bool:
     """Whether a canvas is to be put back to noise: it is stuck for the first time, in the first
     half of the schedule. Later a restart would cost more than it mends."""
     late = 2 * canvas.steps_left < canvas.settings.max_denoising_steps
-    return not late and not canvas.before and is_stuck(canvas)
+    return not late and not canvas.begun and is_stuck(canvas)
 
 
 def has_converged(canvas: Canvas) -> bool:
@@ -97,7 +101,7 @@ def has_converged(canvas: Canvas) -> bool:
         return canvas.passes > threshold and bool((stable | ~counted).all())
 
     certain = settings.certain_below or 0.0
-    if total * (canvas.passes - canvas.before) < certain or (canvas.before and is_stuck(canvas)):
+    if total * (canvas.passes - canvas.begun) < certain or (canvas.begun and is_stuck(canvas)):
         return True
     if settings.stable_after is not None and same_for(settings.stable_after):
         return True

@@ -43,14 +43,14 @@ def course(entropies: Sequence[np.ndarray], canvas: Canvas | None = None, **give
 
 def begun_anew(canvases: Sequence[Canvas]) -> list[int]:
     """The numbers of the passes after which a canvas starts again."""
-    return [canvas.passes for canvas in canvases if canvas.passes == canvas.before]
+    return [canvas.passes for canvas in canvases if canvas.passes == canvas.begun]
 
 
 def test_a_stuck_canvas_starts_again_from_noise():
     stuck = course([held(nats) for nats in FALLING_AND_STUCK], restart_after=3)
     last, again = stuck[-2:]
-    assert (last.step, last.before) == (5, 0)
-    assert (again.step, again.before, again.passes, again.done) == (1, 5, 5, False)
+    assert (last.step, last.begun) == (5, 0)
+    assert (again.step, again.begun, again.passes, again.done) == (1, 5, 5, False)
     assert again.temperature == again.settings.t_max
     assert mx.all(again.soft_embeddings == 0)
     assert not np.array_equal(again.tokens, last.tokens)
@@ -79,7 +79,7 @@ def test_a_canvas_that_holds_noise_is_not_stuck():
 
 def test_a_canvas_that_is_stuck_again_is_done():
     *_, last = course([held(4.0)] * 20, restart_after=3)
-    assert (last.passes, last.before, last.done, last.converged) == (8, 4, True, True)
+    assert (last.passes, last.begun, last.done, last.converged) == (8, 4, True, True)
 
 
 def test_a_canvas_that_is_stuck_late_goes_on():
@@ -87,6 +87,12 @@ def test_a_canvas_that_is_stuck_late_goes_on():
     assert begun_anew(early) == [4]
     late = course([held(4.0)] * 9, restart_after=3, max_denoising_steps=7)
     assert begun_anew(late) == [] and late[-1].passes == 7
+
+
+def test_the_first_pass_after_a_restart_does_not_leap():
+    found = course([held(4.0)] * 7, restart_after=3, leap_until=12)
+    assert begun_anew(found) == [4]
+    assert [canvas.step for canvas in found] == [2, 5, 8, 1, 2, 5, 8]
 
 
 def test_certainty_counts_the_passes_since_the_start():
@@ -132,7 +138,7 @@ def test_steps_that_are_taken_again_draw_anew():
     while not canvas.done:
         steps.append(canvas.step)
         (canvas,) = denoiser.step([canvas], [model.make_cache().prefix])
-    assert canvas.before and steps.count(1) == 2
+    assert canvas.begun and steps.count(1) == 2
     assert len(set(Asked.asked)) == len(Asked.asked) == 2 * len(steps) + 1
 
 
