@@ -140,7 +140,8 @@ class DiffusionConfig:
         int | None,
         Setting(
             "Step of the schedule before which a canvas moves on by three steps where its entropy "
-            "fell by less than a tenth; it moves on by one if left out.",
+            "fell by less than a tenth, and to that step and two more where less than half of it "
+            "is accepted besides; it moves on by one if left out.",
             panel=_SPEED,
         ),
     ] = None
@@ -196,7 +197,8 @@ class DiffusionConfig:
         float | None,
         Setting(
             "Least probability that the encoder must give every token of a draft, for a canvas to "
-            "be done before the other rules say so; the encoder is not asked if left out.",
+            "be done before the other rules say so; the end of an answer is not shown to it. Never "
+            "if left out.",
             panel=_SPEED,
         ),
     ] = None

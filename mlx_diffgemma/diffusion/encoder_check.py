@@ -23,11 +23,14 @@ from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
 def worth_checking(canvas: Canvas) -> bool:
     """Whether the encoder is to be asked about the draft of a canvas: it is nearly certain, not
-    done yet, and not the draft that the encoder refused last."""
+    done yet, not the draft that the encoder refused last, and not the end of an answer. Behind an
+    end nothing is encoded, so that a check would cost what it saves."""
     settings = canvas.settings
     if settings.encoder_check is None or canvas.done or len(canvas) == 1:
         return False
     if unsure(canvas) >= settings.check_below:
+        return False
+    if np.isin(canvas.draft, settings.eos_token_ids).any():
         return False
     return canvas.checked is None or not np.array_equal(canvas.checked, canvas.shown)
 
