@@ -8,7 +8,6 @@ spellings mixed at neighbouring positions. Letters: C canvas.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -52,28 +51,18 @@ def check(model: DiffusionGemma, canvas: Canvas, prefix: Prefix) -> tuple[Canvas
     found = model.predict(hidden[:-1], asked, standing).standing_log_probability
     assert found is not None
     mx.async_eval(longer.arrays())
-    place = first_improbable(
-        np.array(found), draft, canvas.settings.eos_token_ids, least, canvas.counts()
-    )
+    place = first_improbable(np.array(found), least, canvas.counts())
     if place is None:
         return replace(canvas, done=True, converged=True), longer
     return replace(renoised(canvas, place), checked=canvas.shown), None
 
 
 def first_improbable(
-    log_probabilities: np.ndarray,
-    draft: Sequence[int],
-    eos_token_ids: Sequence[int],
-    least: float,
-    counted: np.ndarray,
+    log_probabilities: np.ndarray, least: float, counted: np.ndarray
 ) -> int | None:
     """The first position of a draft [C] whose token has less than the probability `least`, given
-    the log-probabilities [C - 1] of all tokens but the first. None where there is none. Tokens
-    behind the first eos, which are cut off, and those that are not `counted` [C] are not looked
-    at."""
+    the log-probabilities [C - 1] of all tokens but the first; None where there is none. Those that
+    are not `counted` [C] are not looked at."""
     with np.errstate(divide="ignore"):
         doubtful = ~(log_probabilities >= np.log(least)) & counted[1:]  # NaN confirms nothing
-    if not doubtful.any():
-        return None
-    place = int(doubtful.argmax()) + 1
-    return None if set(draft[:place]) & set(eos_token_ids) else place
+    return int(doubtful.argmax()) + 1 if doubtful.any() else None

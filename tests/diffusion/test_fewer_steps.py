@@ -302,17 +302,14 @@ def test_noise_replaces_a_draft_from_its_first_improbable_token_on():
     assert after.soft_embeddings[:, 0].tolist() == [1.0] * 3 + [0.0] * (LENGTH - 3)
 
 
-def test_only_what_will_be_kept_is_checked():
+def test_only_what_is_counted_is_checked():
     improbable = np.log([0.9, 0.1, 0.9])
     every = np.ones(4, bool)
-    assert first_improbable(improbable, [1, 2, 3, 4], (EOS,), 0.5, every) == 2
-    assert first_improbable(improbable, [1, 2, EOS, 4], (EOS,), 0.5, every) == 2
-    assert first_improbable(improbable, [1, EOS, 3, 4], (EOS,), 0.5, every) is None
-    assert first_improbable(improbable, [1, 2, 3, 4], (EOS,), 0.05, every) is None
-    unknown = np.log([0.9, np.nan, 0.9])
-    assert first_improbable(unknown, [1, 2, 3, 4], (EOS,), 0.5, every) == 2
+    assert first_improbable(improbable, 0.5, every) == 2
+    assert first_improbable(improbable, 0.05, every) is None
+    assert first_improbable(np.log([0.9, np.nan, 0.9]), 0.5, every) == 2
     pinned = np.array([True, True, False, True])
-    assert first_improbable(improbable, [1, 2, 3, 4], (EOS,), 0.5, pinned) is None
+    assert first_improbable(improbable, 0.5, pinned) is None
 
 
 def test_a_profile_in_a_file_is_for_the_model_that_it_was_made_for(tmp_path):
