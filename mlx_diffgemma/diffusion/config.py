@@ -140,8 +140,7 @@ class DiffusionConfig:
         int | None,
         Setting(
             "Step of the schedule before which a canvas moves on by three steps where its entropy "
-            "fell by less than a tenth, and to that step and two more where less than half of it "
-            "is accepted besides; it moves on by one if left out.",
+            "fell by less than a tenth; it moves on by one if left out.",
             panel=_SPEED,
         ),
     ] = None

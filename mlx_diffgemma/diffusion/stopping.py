@@ -12,7 +12,6 @@ from mlx_diffgemma.diffusion.config import DiffusionConfig
 
 _STUCK = 0.9  # share of its entropy that a pass leaves a canvas which it hardly brought on
 _LEAP = 3  # steps of the schedule that such a canvas moves on
-_HALF = 0.5  # share of a canvas below which what is accepted decides little of it
 _FULL = 0.9  # share of a canvas that is accepted where it holds hardly any noise
 
 
@@ -49,16 +48,17 @@ def steps_on(before: Canvas, after: Canvas) -> int:
     A leap ends at the last step at the latest.
 
     While nothing is decided, a step changes little but the temperature, and while much is, each
-    counts; so the schedule is crossed quickly where the canvas waits for a lower temperature, and
-    at once where less than half of it is accepted."""
+    counts; so the schedule is crossed quickly where the canvas waits for a lower temperature."""
     settings = before.settings
-    if settings.leap_until is None or before.step >= settings.leap_until:
+    if (
+        settings.leap_until is None
+        or before.step >= settings.leap_until
+        or before.passes == before.begun
+    ):
         return 1
-    if before.passes == before.begun or unsure(after) <= _STUCK * unsure(before):
+    if unsure(after) <= _STUCK * unsure(before):
         return 1
-    waits = after.accepted.mean() < _HALF
-    leap = settings.leap_until - 1 + _LEAP - before.step if waits else _LEAP
-    return max(1, min(leap, settings.max_denoising_steps - before.step))
+    return max(1, min(_LEAP, settings.max_denoising_steps - before.step))
 
 
 def descended(canvas: Canvas) -> Descent | None:
