@@ -226,8 +226,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
+    _sit_down(args)  # first, for it loads OpenBLAS, which must come before mlx
     ledger = Ledger(args.out / "profiles.jsonl")
-    _sit_down(args)
     compared = list(settings())
     if args.rules:
         compared = [("rule", *each) for each in json.loads(args.rules.read_text()).items()]
