@@ -147,8 +147,8 @@ class Canvas:
         unchanged: [C] for how many passes each position of `shown` has stayed the same.
         done: whether it needs no further pass.
         converged: whether it is done for another reason than that its steps are used up.
-        descent: how it came to be as sure as it is; None where it did not begin as noise, and is
-            never put back to it.
+        descent: how it came to be as sure as it is; None where it is never put back to noise: it
+            did not begin as noise, or has no `restart_after`.
         settled: what is remembered for `settled_after`; None without it.
         checked: [C] the draft that the encoder refused last; None where it refused none.
     """
@@ -202,6 +202,8 @@ class Canvas:
             tokens = noise.initial(index, length, vocab)
         else:
             tokens = mx.array(_checked(initial, length, vocab), mx.int32)
+        from_noise = initial is None and first_step == 1
+        restarts = settings.restart_after is not None and from_noise and not endless
         nothing, no = np.full(length, FREE, np.int32), np.zeros(length, bool)
         canvas = cls(
             settings,
@@ -219,7 +221,7 @@ class Canvas:
             first_step=first_step,
             endless=endless,
             counted=counted,
-            descent=Descent() if initial is None and first_step == 1 and not endless else None,
+            descent=Descent() if restarts else None,
         )
         return canvas if layout is None else canvas.under(layout)
 

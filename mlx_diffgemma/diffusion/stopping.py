@@ -63,9 +63,10 @@ def steps_on(before: Canvas, after: Canvas) -> int:
 
 def descended(canvas: Canvas) -> Descent | None:
     """The descent of a canvas with its last pass."""
-    descent, total = canvas.descent, unsure(canvas)
+    descent = canvas.descent
     if descent is None:
         return None
+    total = unsure(canvas)
     if total <= _STUCK * descent.lowest:
         return replace(descent, lowest=total, idle=0)
     return replace(descent, idle=descent.idle + 1)

@@ -110,10 +110,7 @@ def test_passes_never_outnumber_the_steps(steps, restart_after, leap_until):
         max_denoising_steps=steps,
     )  # fmt: skip
     assert found[-1].done and found[-1].passes <= steps
-    assert [canvas.is_last_step for canvas in found if canvas.passes == steps - 1][:1] in (
-        [],
-        [True],
-    )
+    assert all(canvas.is_last_step for canvas in found if canvas.passes == steps - 1)
 
 
 class Asked(SeededNoise):
