@@ -147,6 +147,7 @@ class Canvas:
         unchanged: [C] for how many passes each position of `shown` has stayed the same.
         done: whether it needs no further pass.
         converged: whether it is done for another reason than that its steps are used up.
+        moved: whether the last pass brought it on; True where no setting asks for it.
         descent: how it came to be as sure as it is; None where it is never put back to noise: it
             did not begin as noise, or has no `restart_after`.
         settled: what is remembered for `settled_after`; None without it.
@@ -173,6 +174,7 @@ class Canvas:
     soft_embeddings: mx.array | None = None
     done: bool = False
     converged: bool = False
+    moved: bool = True
     descent: Descent | None = None
     settled: Settled | None = None
     checked: np.ndarray | None = None
@@ -237,6 +239,13 @@ class Canvas:
     def temperature(self) -> float:
         """The temperature of the next pass."""
         return self.settings.temperature(self.step)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the next pass draws at random, and does not take the likeliest tokens."""
+        settings = self.settings
+        late = settings.likeliest_from is not None and self.step >= settings.likeliest_from
+        return not settings.draw_likeliest and not late
 
     @property
     def begun(self) -> int:

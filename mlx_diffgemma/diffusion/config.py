@@ -148,8 +148,17 @@ class DiffusionConfig:
         int | None,
         Setting(
             "Number of steps in a row that bring the entropy of a canvas no lower, though it holds "
-            "hardly any noise, after which it starts again from noise, in the first half of the "
-            "schedule; the second time it is done. Never if left out.",
+            "hardly any noise, after which it starts again from noise, if it took no more steps "
+            "than a sixth of --steps; it is done the second time, or later in the first half of "
+            "the schedule. Never if left out.",
+            panel=_SPEED,
+        ),
+    ] = None
+    likeliest_from: Annotated[
+        int | None,
+        Setting(
+            "Step from which draws take the likeliest token, as --draw-likeliest does from the "
+            "first one; none if left out.",
             panel=_SPEED,
         ),
     ] = None
@@ -173,6 +182,15 @@ class DiffusionConfig:
         int | None,
         Setting(
             "Step from which --settled-bound counts; from the first one if left out.",
+            panel=_SPEED,
+        ),
+    ] = None
+    bound_share: Annotated[
+        float | None,
+        Setting(
+            "Share of the entropy of a canvas that a step may accept where the one before took off "
+            "a tenth and more, up to 1 nat, if that is more than the other bounds allow; none is "
+            "if left out.",
             panel=_SPEED,
         ),
     ] = None
@@ -247,11 +265,14 @@ class DiffusionConfig:
             check_integer("canvas_length", self.canvas_length, 1)
         for name in (
             "confident_after", "settled_after", "stable_after", "cooling_steps", "leap_until",
-            "settled_from", "restart_after",
+            "settled_from", "restart_after", "likeliest_from",
         ):  # fmt: skip
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
-        for name in ("soft_cutoff", "certain_below", "late_bound", "settled_bound", "run_entropy"):
+        for name in (
+            "soft_cutoff", "certain_below", "late_bound", "settled_bound", "run_entropy",
+            "bound_share",
+        ):  # fmt: skip
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0.0)
                 self._narrow(name)

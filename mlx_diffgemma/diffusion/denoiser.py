@@ -22,6 +22,7 @@ from mlx_diffgemma.diffusion.predict import Passed, Predict, Predictor
 from mlx_diffgemma.diffusion.sampler import probability, propose
 from mlx_diffgemma.diffusion.stopping import (
     as_shown,
+    brought_on,
     descended,
     has_converged,
     starts_again,
@@ -336,7 +337,7 @@ def _after(canvas: Canvas, passed: Passed, wanted: np.ndarray) -> Canvas:
         unchanged=unchanged,
         settled=settled,
     )
-    after = replace(after, descent=descended(after))
+    after = replace(after, descent=descended(after), moved=brought_on(canvas, after))
     converged = passed.whole and has_converged(after)
     if not converged and starts_again(after):
         return restarted(after)

@@ -120,7 +120,7 @@ def _row(canvas: Canvas, places: np.ndarray) -> Row:
     return Row(
         length=len(places),
         temperature=canvas.temperature,
-        key=None if settings.draw_likeliest else canvas.noise.draw_key(canvas.index, canvas.turn),
+        key=canvas.noise.draw_key(canvas.index, canvas.turn) if canvas.draws else None,
         fixed=layout.fixed if layout is not None and layout.pins else None,
         allowed=allowed,
         candidates=few,

@@ -24,13 +24,14 @@ BALANCED: dict[str, object] = {
 }
 SWIFT: dict[str, object] = {
     **BALANCED,
-    "confidence_threshold": 0.01,
     "certain_below": 0.3,
     "stable_after": 2,
     "restart_after": 3,
-    "leap_until": 12,
+    "leap_until": 15,
+    "bound_share": 0.02,
     "settled_bound": 1.0,
     "settled_from": 9,
+    "likeliest_from": 9,
 }
 FAST: dict[str, object] = {**BALANCED, "max_denoising_steps": 24, "confident_after": 12}
 TURBO: dict[str, object] = {**FAST, "settled_after": 3}  # an experiment

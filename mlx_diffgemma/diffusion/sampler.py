@@ -12,7 +12,10 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mlx_diffgemma.diffusion.canvas import Canvas, Prediction
+from mlx_diffgemma.diffusion.stopping import unsure
 from mlx_diffgemma.kernels.accept_renoise import accept_renoise
+
+_MOST = 1.0  # nats that `bound_share` lets a pass accept at most
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,16 @@ def entropy_bound(prediction: Prediction, canvas: Canvas) -> Proposal:
 def bound_of(canvas: Canvas) -> float:
     """Nats of entropy that the next pass may accept: `entropy_bound`, moved towards `late_bound` by
     the share of the schedule that has passed, and then, from step `settled_from` on, towards
-    `settled_bound` by the share of the canvas that the last pass accepted."""
+    `settled_bound` by the share of the canvas that the last pass accepted. No less than the share
+    `bound_share` of what the canvas still has where the last pass brought it on, up to 1 nat."""
     settings = canvas.settings
     bound = settings.entropy_bound
     if settings.late_bound is not None:
         bound += (settings.late_bound - bound) * (1.0 - settings.warmth(canvas.step))
     if settings.settled_bound is not None and canvas.step >= (settings.settled_from or 1):
         bound += (settings.settled_bound - bound) * float(canvas.accepted.mean())
+    if settings.bound_share is not None and canvas.moved and canvas.passes > canvas.begun:
+        bound = max(bound, min(settings.bound_share * unsure(canvas), _MOST))
     return bound
 
 

@@ -12,6 +12,7 @@ from mlx_diffgemma.diffusion.config import DiffusionConfig
 
 _STUCK = 0.9  # share of its entropy that a pass leaves a canvas which it hardly brought on
 _LEAP = 3  # steps of the schedule that such a canvas moves on
+_EARLY = 6  # a canvas may start again after no more passes than the steps divided by this
 _FULL = 0.9  # share of a canvas that is accepted where it holds hardly any noise
 
 
@@ -43,6 +44,16 @@ def unsure(canvas: Canvas) -> float:
     return float(np.where(canvas.counts(), entropy, 0.0).sum(dtype=entropy.dtype))
 
 
+def brought_on(before: Canvas, after: Canvas) -> bool:
+    """Whether a pass took a tenth and more off the entropy of a canvas. The first pass did, and so
+    did every pass where no setting asks for it."""
+    settings = before.settings
+    nobody_asks = settings.leap_until is None and settings.bound_share is None
+    if nobody_asks or before.passes == before.begun:
+        return True
+    return unsure(after) <= _STUCK * unsure(before)
+
+
 def steps_on(before: Canvas, after: Canvas) -> int:
     """Steps of the schedule that a pass took a canvas on: one, or more by the rule of `leap_until`.
     A leap ends at the last step at the latest.
@@ -50,13 +61,7 @@ def steps_on(before: Canvas, after: Canvas) -> int:
     While nothing is decided, a step changes little but the temperature, and while much is, each
     counts; so the schedule is crossed quickly where the canvas waits for a lower temperature."""
     settings = before.settings
-    if (
-        settings.leap_until is None
-        or before.step >= settings.leap_until
-        or before.passes == before.begun
-    ):
-        return 1
-    if unsure(after) <= _STUCK * unsure(before):
+    if settings.leap_until is None or before.step >= settings.leap_until or after.moved:
         return 1
     return max(1, min(_LEAP, settings.max_denoising_steps - before.step))
 
@@ -82,10 +87,19 @@ def is_stuck(canvas: Canvas) -> bool:
 
 
 def starts_again(canvas: Canvas) -> bool:
-    """Whether a canvas is to be put back to noise: it is stuck for the first time, in the first
-    half of the schedule. Later a restart would cost more than it mends."""
-    late = 2 * canvas.steps_left < canvas.settings.max_denoising_steps
-    return not late and not canvas.begun and is_stuck(canvas)
+    """Whether a canvas is to be put back to noise: it is stuck for the first time, after no more
+    passes than a sixth of the steps. Later a restart would cost more than it mends."""
+    early = _EARLY * canvas.passes <= canvas.settings.max_denoising_steps
+    return early and not canvas.begun and is_stuck(canvas)
+
+
+def _is_lost(canvas: Canvas) -> bool:
+    """Whether a canvas is stuck for good: it was put back to noise before, or can be no more and is
+    in the first half of the schedule. In the second half the temperature may yet decide."""
+    if not is_stuck(canvas) or starts_again(canvas):
+        return False
+    warm = 2 * canvas.steps_left >= canvas.settings.max_denoising_steps
+    return warm or canvas.begun > 0
 
 
 def has_converged(canvas: Canvas) -> bool:
@@ -94,7 +108,7 @@ def has_converged(canvas: Canvas) -> bool:
     One of them is enough in three cases: entropy that sums to less than `certain_below` over the
     number of passes (what is certain late was hard, and less sure to be right), a draft that equals
     that of the previous `stable_after` passes, and a mean entropy below the threshold from pass
-    `confident_after` on. So is being stuck for the second time."""
+    `confident_after` on. So is being stuck where nothing is to be hoped for."""
     settings, counted, total = canvas.settings, canvas.counts(), unsure(canvas)
 
     def same_for(threshold: int) -> bool:
@@ -102,7 +116,7 @@ def has_converged(canvas: Canvas) -> bool:
         return canvas.passes > threshold and bool((stable | ~counted).all())
 
     certain = settings.certain_below or 0.0
-    if total * (canvas.passes - canvas.begun) < certain or (canvas.begun and is_stuck(canvas)):
+    if total * (canvas.passes - canvas.begun) < certain or _is_lost(canvas):
         return True
     if settings.stable_after is not None and same_for(settings.stable_after):
         return True

@@ -11,7 +11,7 @@ REFERENCE = "exact"
 
 _STOPS: Settings = {
     **BALANCED,
-    **{name: SWIFT[name] for name in ("confidence_threshold", "certain_below", "stable_after")},
+    **{name: SWIFT[name] for name in ("certain_below", "stable_after")},
 }
 
 CANDIDATES: dict[str, Settings] = {
@@ -29,6 +29,8 @@ CANDIDATES: dict[str, Settings] = {
     "cool 32": {**_STOPS, "cooling_steps": 32},
     "cool 24": {**_STOPS, "cooling_steps": 24},
     "cool 16": {**_STOPS, "cooling_steps": 16},
+    "share": {**_STOPS, "bound_share": SWIFT["bound_share"]},
+    "swift, share": {**SWIFT, "bound_share": 0.04},
     "likeliest": {**_STOPS, "draw_likeliest": True},
 }
 """The candidates by name. docs/tried-and-left.md has what was measured of such rules on the

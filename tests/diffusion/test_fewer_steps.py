@@ -135,6 +135,32 @@ def test_bounds_move_by_step_and_by_what_is_settled():
     assert bound_of(canvas_of(4, entropy_bound=0.3)) == 0.3
 
 
+def bounds_taken(entropies, share: float) -> list[float]:
+    """The bounds of the passes after those that find these entropies, each spread over a canvas."""
+    model = MockModel()
+    told = [(DRAFT + n % 2, np.full(LENGTH, nats / LENGTH)) for n, nats in enumerate(entropies)]
+    denoiser, canvas = Denoiser(model, Told([told])), canvas_of(bound_share=share)
+    bounds = [bound_of(canvas)]
+    for _ in entropies:
+        (canvas,) = denoiser.step([canvas], [model.make_cache().prefix])
+        bounds.append(bound_of(canvas))
+    return bounds
+
+
+def test_a_canvas_that_comes_on_accepts_a_share_of_what_it_has_left():
+    # After the fourth pass it has not lost a tenth; the last has nothing to give.
+    expected = [0.1, 0.6, 0.4, 0.2, 0.1, 0.1]
+    np.testing.assert_allclose(bounds_taken([30, 20, 10, 9.1, 4], 0.02), expected)
+    np.testing.assert_allclose(bounds_taken([400], 0.02), [0.1, 1.0])  # no more than 1 nat
+    np.testing.assert_allclose(bounds_taken([400], 0.0001), [0.1, 0.1])  # no less than the bound
+
+
+def test_draws_take_the_likeliest_from_a_step_on():
+    drawing = [replace(canvas_of(likeliest_from=3), passes=passes).draws for passes in range(4)]
+    assert drawing == [True, True, False, False]
+    assert canvas_of().draws and not canvas_of(draw_likeliest=True).draws
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=12))
 def test_runs_grow_from_what_is_accepted_over_what_is_sure(places):

@@ -287,10 +287,13 @@ def test_large_vocabularies_go_in_tiles(tiny_model) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_likeliest_tokens_are_drawn_alone_and_beside_draws(setting, form: str) -> None:
+@pytest.mark.parametrize("likeliest", [{"draw_likeliest": True}, {"likeliest_from": 1}])
+def test_the_likeliest_tokens_are_drawn_alone_and_beside_draws(
+    setting, form: str, likeliest: dict[str, int]
+) -> None:
     model, prefixes, *_ = setting
     drawn = canvases_of(setting, 0.8)
-    sure = [replace(each, settings=each.settings.override(draw_likeliest=True)) for each in drawn]
+    sure = [replace(each, settings=each.settings.override(**likeliest)) for each in drawn]
     for canvases in (sure, [drawn[0], sure[1]]):
         found = predicted(form, model, canvases, prefixes)
         draw, argmax = (np.array(each).reshape(2, -1) for each in (found.draw, found.argmax))

@@ -82,11 +82,21 @@ def test_a_canvas_that_is_stuck_again_is_done():
     assert (last.passes, last.begun, last.done, last.converged) == (8, 4, True, True)
 
 
-def test_a_canvas_that_is_stuck_late_goes_on():
-    early = course([held(4.0)] * 9, restart_after=3, max_denoising_steps=8)
-    assert begun_anew(early) == [4]
+def test_a_canvas_starts_again_only_in_the_first_sixth_of_the_steps():
+    assert begun_anew(course([held(4.0)] * 9, restart_after=3, max_denoising_steps=24)) == [4]
+    later = course([held(4.0)] * 9, restart_after=3, max_denoising_steps=23)
+    assert begun_anew(later) == []
+    assert (later[-1].passes, later[-1].done, later[-1].converged) == (4, True, True)
+
+
+def test_a_canvas_that_is_stuck_in_the_second_half_goes_on():
+    ended = course([held(4.0)] * 9, restart_after=3, max_denoising_steps=8)
+    assert (ended[-1].passes, ended[-1].converged) == (4, True)
     late = course([held(4.0)] * 9, restart_after=3, max_denoising_steps=7)
-    assert begun_anew(late) == [] and late[-1].passes == 7
+    assert (late[-1].passes, late[-1].converged) == (7, False)
+    # What counts is the schedule, not the passes: a leap is as far as its steps.
+    leapt = course([held(4.0)] * 9, restart_after=3, max_denoising_steps=12, leap_until=12)
+    assert (leapt[-1].passes, leapt[-1].converged) == (6, False)
 
 
 def test_the_first_pass_after_a_restart_does_not_leap():
