@@ -25,7 +25,7 @@ BALANCED: dict[str, object] = {
 SWIFT: dict[str, object] = {
     **BALANCED,
     "certain_below": 0.3,
-    "stable_after": 2,
+    "stable_after": 3,
     "restart_after": 3,
     "leap_until": 15,
     "bound_share": 0.02,
