@@ -5,7 +5,7 @@
     python scripts/bench_profiles.py --only rule --task two --task bare --jobs 16
     python scripts/bench_profiles.py --rules RULES.json              # {"name": {settings}}
 
-Inputs are fresh: made from `--seed`, the same for all. Every batch is written to
+Inputs and noise are fresh: made from `--seed`, the same for all. Every batch is written to
 `OUT/profiles.jsonl` as it is answered, and a second run goes on where the first one stopped; what
 it has is always in `OUT/profiles.md` (tables), `OUT/steps.svg` (exact answers over the cap on
 steps) and `OUT/rules.svg` (exact answers over passes).
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from mlx_diffgemma.bench.openblas import load_openblas
 from mlx_diffgemma.chart import Axis, Chart, decade_axis, linear_axis
 
+_SEEDS = 1_000_000  # batches of one seed begin at numbers below this
 CAPS = (48, 32, 16, 8, 4, 2)
 HEADS = (
     "| {} | task | inputs | exact | steps a canvas | passes a canvas | tokens a forward |\n"
@@ -115,7 +116,8 @@ class Desk:
         part = self.inputs[batch.task][batch.start : batch.stop]
         config = diffusion_config(self.model, **batch.given)
         prompts = [exercise.prompt for exercise in part]
-        answers = exam.answer(self.model, self.tokenizer, config, prompts, seed=batch.start)
+        seed = self.args.seed * _SEEDS + batch.start  # another seed is another noise too
+        answers = exam.answer(self.model, self.tokenizer, config, prompts, seed)
         return batch, exam.mark(answers, part)
 
 
