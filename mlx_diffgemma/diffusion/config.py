@@ -269,15 +269,13 @@ class DiffusionConfig:
         ):  # fmt: skip
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
-        for name in (
-            "soft_cutoff", "certain_below", "late_bound", "settled_bound", "run_entropy",
-            "bound_share",
-        ):  # fmt: skip
+        for name in ("soft_cutoff", "certain_below", "late_bound", "settled_bound", "run_entropy"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0.0)
                 self._narrow(name)
-        if self.encoder_check is not None:
-            check_share("encoder_check", self.encoder_check)
+        for name in ("encoder_check", "bound_share"):
+            if getattr(self, name) is not None:
+                check_share(name, getattr(self, name))
         if self.sampler not in SAMPLERS:
             raise UsageError(
                 f"unknown sampler {shown(self.sampler)}; known are {', '.join(SAMPLERS)}."

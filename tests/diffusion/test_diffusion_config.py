@@ -124,7 +124,7 @@ def test_values_of_another_kind(data, message):
 def test_a_number_is_a_float_that_float32_holds(vast):
     names = (
         "run_entropy", "entropy_bound", "accept_threshold", "soft_cutoff", "late_bound",
-        "eos_certainty", "check_below", "confidence_threshold", "t_max", "bound_share",
+        "eos_certainty", "check_below", "confidence_threshold", "t_max",
     )  # fmt: skip
     config = DiffusionConfig().override(t_min=1, **dict.fromkeys(names, vast))
     for name in ("t_min", *names):
