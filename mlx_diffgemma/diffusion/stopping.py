@@ -12,7 +12,7 @@ from mlx_diffgemma.diffusion.config import DiffusionConfig
 
 _STUCK = 0.9  # share of its entropy that a pass leaves a canvas which it hardly brought on
 _LEAP = 3  # steps of the schedule that such a canvas moves on
-_EARLY = 6  # a canvas may start again after no more passes than the steps divided by this
+_EARLY = 6  # a canvas may start again in the first of so many parts of its steps
 _FULL = 0.9  # share of a canvas that is accepted where it holds hardly any noise
 
 
@@ -87,19 +87,21 @@ def is_stuck(canvas: Canvas) -> bool:
 
 
 def starts_again(canvas: Canvas) -> bool:
-    """Whether a canvas is to be put back to noise: it is stuck for the first time, after no more
-    passes than a sixth of the steps. Later a restart would cost more than it mends."""
-    early = _EARLY * canvas.passes <= canvas.settings.max_denoising_steps
-    return early and not canvas.begun and is_stuck(canvas)
+    """Whether a canvas is to be put back to noise: it is stuck for the first time, and early. Later
+    a restart would cost more than it mends."""
+    return _is_early(canvas) and not canvas.begun and is_stuck(canvas)
 
 
 def _is_lost(canvas: Canvas) -> bool:
-    """Whether a canvas is stuck for good: it was put back to noise before, or can be no more and is
-    in the first half of the schedule. In the second half the temperature may yet decide."""
-    if not is_stuck(canvas) or starts_again(canvas):
-        return False
+    """Whether a canvas is stuck for good: for the second time, or too late to start again and yet
+    in the first half of the schedule. In the second half the temperature may still decide."""
     warm = 2 * canvas.steps_left >= canvas.settings.max_denoising_steps
-    return warm or canvas.begun > 0
+    return (canvas.begun > 0 or (warm and not _is_early(canvas))) and is_stuck(canvas)
+
+
+def _is_early(canvas: Canvas) -> bool:
+    """Whether a canvas took no more passes than a sixth of the steps."""
+    return _EARLY * canvas.passes <= canvas.settings.max_denoising_steps
 
 
 def has_converged(canvas: Canvas) -> bool:
@@ -108,7 +110,7 @@ def has_converged(canvas: Canvas) -> bool:
     One of them is enough in three cases: entropy that sums to less than `certain_below` over the
     number of passes (what is certain late was hard, and less sure to be right), a draft that equals
     that of the previous `stable_after` passes, and a mean entropy below the threshold from pass
-    `confident_after` on. So is being stuck where nothing is to be hoped for."""
+    `confident_after` on. So is being stuck for good."""
     settings, counted, total = canvas.settings, canvas.counts(), unsure(canvas)
 
     def same_for(threshold: int) -> bool:
