@@ -95,8 +95,8 @@ def decided(body: bytes) -> Any:
     return {name: round(answer["probabilities"]["1"], 2) for name, answer in answers.items()}
 
 
-def cases(seeds: int = 2) -> list[Case]:
-    """Requests for every protocol."""
+def cases(seeds: int) -> list[Case]:
+    """Requests for every protocol, each with so many seeds."""
     question = {"cell": {"type": "choice", "criteria": {"1": None, "2": None, "6": None}}}
     found = []
     for seed in range(seeds):
@@ -239,7 +239,7 @@ async def soak(port: int, pid: int, options: argparse.Namespace) -> Found:
     """Ask alone, then together, and watch the process."""
     found, client = Found(), Client(port)
     known = []
-    for case in cases():
+    for case in cases(options.seeds):
         start = time.monotonic()
         status, body = await client.ask(case)
         if status != 200:
@@ -389,6 +389,7 @@ def main() -> None:
     parser.add_argument("--slow", type=float, default=0.1, help="Share that reads slowly.")
     parser.add_argument("--model", default="demo", help="Model to serve.")
     parser.add_argument("--max-batch", type=int, default=8, help="Canvases that share a step.")
+    parser.add_argument("--seeds", type=int, default=2, help="Seeds that a request is asked with.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of what the clients do.")
     options = parser.parse_args()
     if options.hours is not None:
