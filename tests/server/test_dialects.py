@@ -116,17 +116,19 @@ def test_a_client_that_leaves_ends_the_work(calling_engine, calling_url):
             and not calling_engine.counters.running
         )
 
+    seed = {"seed": 1}  # its answer does not end by itself meanwhile
     with claude(calling_url) as client, ollama.Client(host=calling_url) as other:
         ended = gone(2)
-        with client.messages.stream(**asked(max_tokens=100_000)) as stream:
+        with client.messages.stream(**asked(max_tokens=100_000), extra_body=seed) as stream:
             next(iter(stream))
-        lines = other.chat("calling", SORT, stream=True)
+        lines = other.chat("calling", SORT, stream=True, options=seed)
         next(lines)
         lines.close()
         until(ended)
         ended = gone(1)
+        endless = asked(max_tokens=10**6, **seed)
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{calling_url}/v1/messages", json=asked(max_tokens=10**6), timeout=0.5)
+            httpx.post(f"{calling_url}/v1/messages", json=endless, timeout=0.5)
         until(ended)
 
 
