@@ -130,3 +130,12 @@ def test_a_number_is_a_float_that_float32_holds(vast):
     for name in ("t_min", *names):
         value = getattr(config, name)
         assert isinstance(value, float) and np.isfinite(np.float32(value)), name
+
+
+@pytest.mark.parametrize("name", ["bound_share", "encoder_check"])
+@pytest.mark.parametrize("value", [-0.1, 1.5, 10**40, NAN])
+def test_a_share_is_of_one(name, value):
+    with pytest.raises(UsageError, match=name):
+        DiffusionConfig(**{name: value})
+    for share in (0.0, 1.0):
+        assert getattr(DiffusionConfig(**{name: share}), name) == share
